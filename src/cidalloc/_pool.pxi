@@ -1,0 +1,458 @@
+# The C functions that _alloc.pxd declares, and their helpers. _alloc.pyx includes this file.
+
+from libc.stdint cimport INT64_MIN, UINT64_MAX
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset
+from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
+
+cdef extern from *:
+    """
+    #define high_bit(x) (63 - __builtin_clzll(x))
+    #define low_bit(x) __builtin_ctzll(x)
+    #define count_bits(x) ((uint64_t)__builtin_popcountll(x))
+    #define keep_order() __atomic_signal_fence(__ATOMIC_SEQ_CST)
+    static inline void count_up(uint64_t *out, uint64_t from, uint64_t n) {
+        #pragma GCC unroll 8  /* twice as fast */
+        for (uint64_t i = 0; i < n; i++) out[i] = from + i;
+    }
+    """
+    int high_bit(uint64_t x) noexcept nogil
+    int low_bit(uint64_t x) noexcept nogil
+    uint64_t count_bits(uint64_t x) noexcept nogil
+    void keep_order() noexcept nogil    # no store moves across, in the machine code
+    void count_up(uint64_t *out, uint64_t start, uint64_t n) noexcept nogil
+
+cdef extern from "<sys/mman.h>" nogil:
+    int MAP_NORESERVE
+
+# ---- Memory
+
+cdef void *map_zeros(uint64_t size) noexcept nogil:
+    # Pages come into being when they are first touched.
+    cdef void *got = mmap(NULL, size, PROT_READ | PROT_WRITE,
+                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    return NULL if got == MAP_FAILED else got
+
+
+cdef int pool_init(Pool *pool, uint64_t capacity, uint64_t first, uint32_t shift,
+                   uint64_t start) noexcept nogil:
+    memset(pool, 0, sizeof(Pool))
+    pool.first, pool.capacity, pool.shift = first, capacity, shift
+    pool.count = ((capacity - 1) >> shift) + 1
+    pool.mask = (1 << shift) - 1
+    pool.start = (start - first) >> shift
+    pool.now = pool.last = INT64_MIN
+    pool.blocks = <Block *>map_zeros((pool.count + 1) * sizeof(Block))
+    pool.owners = <Owner *>map_zeros(MAX_OWNERS * sizeof(Owner))
+    return INTERNAL if pool.blocks == NULL or pool.owners == NULL else OK
+
+
+cdef void pool_free(Pool *pool) noexcept nogil:
+    if pool.blocks != NULL:
+        munmap(pool.blocks, (pool.count + 1) * sizeof(Block))
+    if pool.owners != NULL:
+        munmap(pool.owners, MAX_OWNERS * sizeof(Owner))
+    pool.blocks, pool.owners = NULL, NULL
+
+
+# ---- The queue of free blocks
+
+cdef inline int bucket_of(const Pool *pool, int64_t key) noexcept nogil:
+    cdef uint64_t change = <uint64_t>key ^ <uint64_t>pool.last
+    return high_bit(change) + 1 if change else 0
+
+
+cdef void enqueue(Pool *pool, uint32_t at) noexcept nogil:
+    cdef Block *block = &pool.blocks[at]
+    if block.reuse_at < pool.last:
+        block.reuse_at = pool.last
+    cdef int i = bucket_of(pool, block.reuse_at)
+    cdef Bucket *bucket = &pool.queue[i]
+    if not bucket.head:
+        bucket.head, bucket.due = at, block.reuse_at
+        if i:
+            pool.filled |= <uint64_t>1 << (i - 1)
+    else:
+        pool.blocks[bucket.tail].next = at
+        if block.reuse_at < bucket.due:
+            bucket.due = block.reuse_at
+    bucket.tail, block.next = at, 0
+    bucket.ids += block.end
+
+
+cdef uint32_t dequeue(Pool *pool) noexcept nogil:
+    # The block due first, or 0 if none is due. Sharing a bucket out empties it, and sends each of
+    # its blocks to a lower one: all buckets below are empty then, so equals stay in their order.
+    cdef Bucket *ready = &pool.queue[0]
+    cdef Bucket *bucket
+    cdef uint32_t at, following
+    if not ready.head:
+        if not pool.filled:
+            return 0
+        bucket = &pool.queue[low_bit(pool.filled) + 1]
+        if bucket.due > pool.now:
+            return 0
+        pool.last = bucket.due
+        pool.filled &= pool.filled - 1
+        at, bucket.head, bucket.ids = bucket.head, 0, 0
+        while at:
+            following = pool.blocks[at].next
+            enqueue(pool, at)
+            at = following
+    at = ready.head
+    ready.head = pool.blocks[at].next
+    ready.ids -= pool.blocks[at].end
+    return at
+
+
+cdef uint64_t count_due(const Pool *pool, uint64_t enough) noexcept nogil:
+    # The queued IDs that are due, in whole buckets but for the one that `now` itself falls into;
+    # counting stops at `enough`.
+    cdef int i, here = bucket_of(pool, pool.now)
+    cdef uint64_t total = pool.queue[0].ids
+    for i in range(1, here):
+        total += pool.queue[i].ids
+    cdef uint32_t at = pool.queue[here].head if here else 0
+    if at and pool.queue[here].due <= pool.now:
+        while at and total < enough:
+            if pool.blocks[at].reuse_at <= pool.now:
+                total += pool.blocks[at].end
+            at = pool.blocks[at].next
+    return total
+
+
+cdef bint pool_next_due(const Pool *pool, int64_t *due) noexcept nogil:
+    if pool.queue[0].head:
+        due[0] = pool.last
+    elif pool.filled:
+        due[0] = pool.queue[low_bit(pool.filled) + 1].due
+    else:
+        return False
+    return True
+
+
+# ---- Owned blocks
+
+cdef void link(Pool *pool, uint32_t owner, uint32_t at) noexcept nogil:
+    cdef Owner *own = &pool.owners[owner]
+    cdef Block *block = &pool.blocks[at]
+    block.owner, block.next, block.prev = owner, own.head, 0
+    if own.head:
+        pool.blocks[own.head].prev = at
+    own.head = own.current = at
+
+
+cdef void unlink(Pool *pool, uint32_t at) noexcept nogil:
+    cdef Block *block = &pool.blocks[at]
+    cdef Owner *own = &pool.owners[block.owner]
+    if block.next:
+        pool.blocks[block.next].prev = block.prev
+    if block.prev:
+        pool.blocks[block.prev].next = block.next
+    else:
+        own.head = block.next
+    if own.current == at:
+        own.current = 0
+
+
+cdef inline bint is_idle(const Block *block) noexcept nogil:
+    return block.used == 0 and block.bump < block.end
+
+
+cdef void close_block(Pool *pool, Block *block) noexcept nogil:
+    unlink(pool, block - pool.blocks)
+    enqueue(pool, block - pool.blocks)
+
+
+cdef inline void emptied(Pool *pool, Owner *own, Block *block) noexcept nogil:
+    # The last held ID of an owned block is gone: queue it, or list its owner if it has room. The
+    # list may name owners that have taken an ID since; whoever walks it drops those.
+    if block.bump == block.end:
+        close_block(pool, block)
+    elif not own.listed:
+        own.idle, own.listed, pool.idle = pool.idle, True, block.owner + 1
+
+
+cdef uint32_t take_idle(Pool *pool) noexcept nogil:
+    # An idle block, taken from its owner, or 0. Unless it is due, IDs below its bump go on cooling.
+    cdef Owner *own
+    cdef Block *block
+    cdef uint32_t at
+    while pool.idle:
+        own = &pool.owners[pool.idle - 1]
+        pool.idle, own.listed, at = own.idle, False, own.current
+        block = &pool.blocks[at]
+        if is_idle(block):
+            unlink(pool, at)
+            if block.reuse_at <= pool.now:
+                block.bump = 0
+            return at
+    return 0
+
+
+cdef struct Idle:
+    uint64_t ids        # in idle blocks
+    uint64_t ready      # of them, may be issued now
+
+
+cdef Idle count_idle(Pool *pool) noexcept nogil:
+    cdef Idle idle = [0, 0]
+    cdef uint32_t *place = &pool.idle
+    cdef Owner *own
+    cdef Block *block
+    while place[0]:
+        own = &pool.owners[place[0] - 1]
+        block = &pool.blocks[own.current]
+        if is_idle(block):
+            idle.ids += block.end
+            idle.ready += block.end - (0 if block.reuse_at <= pool.now else block.bump)
+            place = &own.idle
+        else:
+            place[0], own.listed = own.idle, False
+    return idle
+
+
+cdef Counts pool_count(Pool *pool) noexcept nogil:
+    cdef Idle idle = count_idle(pool)
+    cdef uint64_t queued = 0
+    cdef int i
+    for i in range(BUCKETS):
+        queued += pool.queue[i].ids
+    return [queued - count_due(pool, UINT64_MAX) + idle.ids - idle.ready,
+            pool.high_water - pool.held - queued - idle.ids]
+
+
+# ---- Acquire
+
+cdef inline void see(Pool *pool, int64_t now) noexcept nogil:
+    if now > pool.now:
+        pool.now = now
+
+
+cdef Block *open_block(Pool *pool, uint32_t owner) noexcept nogil:
+    # Give the owner a block with room: one that is due, an idle one, a new one; NULL if none is.
+    cdef uint64_t place
+    cdef uint32_t at = dequeue(pool)
+    cdef Block *block
+    if at:
+        pool.blocks[at].bump = 0
+    else:
+        at = take_idle(pool)
+    if not at:
+        if pool.opened == pool.count:
+            return NULL
+        place = pool.start + pool.opened
+        if place >= pool.count:
+            place -= pool.count
+        at = place + 1
+        block = &pool.blocks[at]
+        block.end = min(<uint64_t>1 << pool.shift, pool.capacity - (place << pool.shift))
+        block.reuse_at = pool.last
+        pool.opened += 1
+        pool.high_water += block.end
+    link(pool, owner, at)
+    return &pool.blocks[at]
+
+
+cdef inline uint64_t bits(uint64_t n, uint64_t place) noexcept nogil:
+    return UINT64_MAX >> (64 - n) << place
+
+
+cdef inline uint64_t take(Pool *pool, Owner *own, Block *block, uint64_t n) noexcept nogil:
+    # Issue the next n IDs of the owner's current block, which has them; returns the first.
+    cdef uint64_t cid = pool.first + (<uint64_t>(own.current - 1) << pool.shift) + block.bump
+    block.used |= bits(n, block.bump)
+    block.bump += n
+    if block.bump > block.seen:
+        pool.issued += block.bump - block.seen
+        block.seen = block.bump
+    own.held += n
+    pool.held += n
+    if pool.held > pool.peak:
+        pool.peak = pool.held
+    return cid
+
+
+cdef inline int pool_acquire(Pool *pool, uint32_t owner, int64_t now, uint64_t *cid) noexcept nogil:
+    see(pool, now)
+    cdef Owner *own = &pool.owners[owner]
+    cdef Block *block = &pool.blocks[own.current]
+    if block.bump == block.end:
+        block = open_block(pool, owner)
+        if block == NULL:
+            return EXHAUSTED
+    cid[0] = take(pool, own, block, 1)
+    return OK
+
+
+cdef bint can_issue(Pool *pool, const Block *current, uint64_t n) noexcept nogil:
+    # Cheapest first: only near the end of the pool is anything counted.
+    cdef uint64_t total = pool.capacity - pool.high_water
+    if current.used:
+        total += current.end - current.bump
+    if total < n:
+        total += count_due(pool, n - total)
+    if total < n:
+        total += count_idle(pool).ready
+    return total >= n
+
+
+cdef int pool_acquire_many(Pool *pool, uint64_t n, uint32_t owner, int64_t now,
+                           uint64_t *cids) noexcept nogil:
+    see(pool, now)
+    cdef Owner *own = &pool.owners[owner]
+    cdef Block *block = &pool.blocks[own.current]
+    cdef uint64_t some
+    if n > <uint64_t>(block.end - block.bump):
+        if not can_issue(pool, block, n):
+            return EXHAUSTED
+        if is_idle(block) and block.reuse_at <= pool.now:
+            block.bump = 0
+    while n:
+        if block.bump == block.end:
+            block = open_block(pool, owner)
+        some = min(n, <uint64_t>(block.end - block.bump))
+        count_up(cids, take(pool, own, block, some), some)
+        cids += some
+        n -= some
+    return OK
+
+
+# ---- Release: reuse_at is stored before the bit is cleared, always. Should the stores end between
+# the two, an ID is held that could be free; in the other order it could be issued too early.
+
+cdef inline int find(const Pool *pool, uint64_t cid, Block **block, uint64_t *place) noexcept nogil:
+    cdef uint64_t offset = cid - pool.first
+    if offset >= pool.capacity:
+        return OUT_OF_RANGE
+    block[0] = &pool.blocks[1 + (offset >> pool.shift)]
+    place[0] = offset & pool.mask
+    return OK if block[0].used >> place[0] & 1 else NOT_HELD
+
+
+cdef int pool_owner_of(const Pool *pool, uint64_t cid, uint32_t *owner) noexcept nogil:
+    cdef Block *block = NULL
+    cdef uint64_t place = 0
+    cdef int code = find(pool, cid, &block, &place)
+    if code == OK:
+        owner[0] = block.owner
+    return code
+
+
+cdef inline int pool_release(Pool *pool, uint64_t cid, uint32_t owner,
+                             int64_t reuse_at) noexcept nogil:
+    cdef Block *block = NULL
+    cdef uint64_t place = 0
+    cdef int code = find(pool, cid, &block, &place)
+    if code:
+        return code
+    if block.owner != owner:
+        return NOT_OWNER
+    cdef Owner *own = &pool.owners[owner]
+    if reuse_at > block.reuse_at:
+        block.reuse_at = reuse_at
+    keep_order()
+    block.used &= ~bits(1, place)
+    own.held -= 1
+    pool.held -= 1
+    if not block.used:
+        emptied(pool, own, block)
+    return OK
+
+
+cdef struct Change:     # what a bulk release did so far
+    int64_t reuse_at    # the block's before it was raised
+    uint32_t raised     # that block
+    uint32_t emptied    # another one, that lost its last held ID
+
+
+cdef inline uint64_t run(const uint64_t *cids, uint64_t n) noexcept nogil:
+    # n if that many consecutive IDs stand here in order, else 1.
+    cdef uint64_t i, wrong = 0
+    if cids[n - 1] - cids[0] != n - 1:
+        return 1
+    for i in range(n):
+        wrong |= cids[i] ^ (cids[0] + i)
+    return 1 if wrong else n
+
+
+cdef int pool_release_many(Pool *pool, const uint64_t *cids, uint64_t n, uint32_t owner,
+                           int64_t reuse_at, uint64_t *at) noexcept nogil:
+    # Clear bits until one is not set; then set the former ones again. Lists and counters change
+    # only after the last bit, in the order in which the blocks became empty.
+    cdef uint64_t i = 0, j, some, mask, place = 0, raised = 0, gone = 0
+    cdef Owner *own = &pool.owners[owner]
+    cdef Block *block = NULL
+    cdef int code = OK
+    cdef Change *log = <Change *>malloc((min(n, pool.opened) + 1) * sizeof(Change))
+    if log == NULL:
+        return INTERNAL
+    while i < n:
+        code = find(pool, cids[i], &block, &place)
+        if code == OK and block.owner != owner:
+            code = NOT_OWNER
+        if code:
+            break
+        some = run(cids + i, min(n - i, block.end - place))
+        mask = bits(some, place) & ~block.used
+        if mask:
+            some = low_bit(mask) - place
+        if reuse_at > block.reuse_at:
+            log[raised].reuse_at, log[raised].raised = block.reuse_at, block - pool.blocks
+            raised += 1
+            block.reuse_at = reuse_at
+        keep_order()
+        block.used &= ~bits(some, place)
+        if not block.used:
+            log[gone].emptied = block - pool.blocks
+            gone += 1
+        i += some
+    if code:
+        at[0] = i
+        for j in range(i):
+            if code == NOT_HELD and cids[j] == cids[i]:
+                code = DUPLICATE
+            find(pool, cids[j], &block, &place)
+            block.used |= bits(1, place)
+        keep_order()
+        for j in range(raised):
+            pool.blocks[log[j].raised].reuse_at = log[j].reuse_at
+    else:
+        own.held -= n
+        pool.held -= n
+        for j in range(gone):
+            emptied(pool, own, &pool.blocks[log[j].emptied])
+    free(log)
+    return code
+
+
+cdef uint64_t pool_release_owner(Pool *pool, uint32_t owner, int64_t reuse_at) noexcept nogil:
+    cdef Owner *own = &pool.owners[owner]
+    cdef uint64_t n = own.held
+    cdef uint32_t at = own.head, following
+    cdef Block *block
+    while at:
+        block = &pool.blocks[at]
+        following = block.next
+        if block.used and reuse_at > block.reuse_at:
+            block.reuse_at = reuse_at
+        keep_order()
+        block.used = 0
+        enqueue(pool, at)
+        at = following
+    own.held, own.head, own.current = 0, 0, 0
+    pool.held -= n
+    return n
+
+
+cdef void pool_held_by(const Pool *pool, uint32_t owner, uint64_t *cids) noexcept nogil:
+    cdef uint32_t at = pool.owners[owner].head
+    cdef uint64_t used, base
+    while at:
+        used = pool.blocks[at].used
+        base = pool.first + (<uint64_t>(at - 1) << pool.shift)
+        while used:
+            cids[0] = base + low_bit(used)
+            cids += 1
+            used &= used - 1
+        at = pool.blocks[at].next

@@ -1,0 +1,708 @@
+"""Tests the allocator core by example: its rules, its boundaries and every error."""
+
+from __future__ import annotations
+
+import array
+import copy
+import os
+import pickle
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cidalloc
+from cidalloc import Allocator, Code, errors
+
+WIDTHS = [1, 2, 4, 8, 16, 32, 64]
+
+
+@pytest.fixture(params=WIDTHS)
+def width(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+# ---- Issuing
+
+
+def test_the_default_pool() -> None:
+    pool = Allocator()
+    assert (pool.capacity, pool.first, pool.block) == (2**30 - 1, 1, 64)
+    assert [pool.acquire() for _ in range(3)] == [1, 2, 3]
+    assert len(pool) == pool.active == pool.peak == 3
+    assert pool.inactive == pool.cooling == 0
+    assert pool.next_due is None
+    assert repr(pool) == "Allocator(capacity=1073741823, first=1, block=64): 3 held"
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 63, 64, 65, 127, 128, 129, 130])
+def test_every_id_is_issued_once_and_then_none(capacity: int, width: int) -> None:
+    pool = Allocator(capacity, 10, width)
+    assert [pool.acquire() for _ in range(capacity)] == list(range(10, 10 + capacity))
+    with pytest.raises(errors.Exhausted):
+        pool.acquire()
+    assert pool.high_water == capacity
+    pool._check()
+
+
+@pytest.mark.parametrize("capacity", [1, 63, 64, 65, 130])
+def test_a_bulk_takes_all_or_nothing(capacity: int, width: int) -> None:
+    pool = Allocator(capacity, 1, width)
+    with pytest.raises(errors.Exhausted, match=f"cannot issue {capacity + 1} IDs"):
+        pool.acquire_many(capacity + 1)
+    assert len(pool) == pool.high_water == 0
+    assert pool.acquire_many(capacity).tolist() == list(range(1, capacity + 1))
+    assert pool.acquire_many(0).tolist() == []
+    pool._check()
+
+
+def test_a_bulk_goes_on_where_single_ids_stopped(width: int) -> None:
+    pool = Allocator(200, 1, width)
+    assert pool.acquire() == 1
+    assert pool.acquire_many(100).tolist() == list(range(2, 102))
+    assert pool.acquire() == 102
+    pool._check()
+
+
+@pytest.mark.parametrize(
+    ("start", "order"),
+    [
+        (None, [5, 6, 7, 8, 9, 10, 11]),
+        (5, [5, 6, 7, 8, 9, 10, 11]),
+        (7, [7, 8, 9, 10, 11, 5, 6]),
+        (8, [7, 8, 9, 10, 11, 5, 6]),
+        (11, [11, 5, 6, 7, 8, 9, 10]),
+    ],
+)
+def test_start_chooses_the_first_block_and_the_rest_follows(
+    start: int | None, order: list[int]
+) -> None:
+    pool = Allocator(7, 5, 2, start=start)
+    assert [pool.acquire() for _ in range(7)] == order
+    pool._check()
+
+
+@pytest.mark.parametrize(
+    ("capacity", "first", "block"),
+    [(2**38 - 128, 1, 64), (2**32 - 2, 1, 1), (2**38 - 128, 2**63 - 2**38 + 128, 64)],
+)
+def test_the_largest_pools_cost_only_what_is_used(capacity: int, first: int, block: int) -> None:
+    last = first + capacity - 1
+    pool = Allocator(capacity, first, block, start=last)
+    assert last in (pool.acquire_many(block)).tolist()
+    assert pool.acquire() == first
+    pool.release(last)
+    pool._check()
+
+
+def test_the_highest_id_of_all() -> None:
+    pool = Allocator(2, 2**63 - 2)
+    assert pool.acquire_many(2).tolist() == [2**63 - 2, 2**63 - 1]
+    pool.release(2**63 - 1)
+    assert 2**63 - 1 not in pool
+    assert 2**63 not in pool
+
+
+def test_out_is_filled_and_returned() -> None:
+    pool = Allocator(block=4)
+    out = np.zeros(9, np.uint64)
+    assert pool.acquire_many(9, out=out) is out
+    assert out.tolist() == list(range(1, 10))
+    plain: Any = array.array("Q", [0] * 3)
+    assert pool.acquire_many(3, out=plain) is plain
+    assert plain.tolist() == [10, 11, 12]
+
+
+def _read_only() -> Any:
+    frozen = np.zeros(4, np.uint64)
+    frozen.flags.writeable = False
+    return frozen
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        np.zeros(3, np.uint64),
+        np.zeros(5, np.uint64),
+        np.zeros(4, np.int64),
+        np.zeros(4),
+        np.zeros((4, 1), np.uint64),
+        np.zeros(8, np.uint64)[::2],
+        np.zeros(4, ">u8"),
+        _read_only(),
+        np.zeros(33, np.uint8)[1:].view(np.uint64),
+        [0] * 4,
+        b"01234567" * 4,
+        7,
+    ],
+)
+def test_an_out_of_another_shape_or_type_is_refused(out: Any) -> None:
+    pool = Allocator()
+    with pytest.raises(errors.InvalidArgument, match="out"):
+        pool.acquire_many(4, out=out)
+    assert len(pool) == 0
+
+
+# ---- Owners
+
+
+def test_only_its_owner_releases_an_id(width: int) -> None:
+    pool = Allocator(1000, 1, width)
+    mine, nobodys = pool.acquire(7), pool.acquire()
+    for cid, owner in ((mine, 0), (mine, 8), (nobodys, 7)):
+        with pytest.raises(errors.NotOwner):
+            pool.release(cid, owner)
+        with pytest.raises(errors.NotOwner, match="position 0"):
+            pool.release_many([cid], owner)
+    assert pool.owner_of(mine) == 7
+    assert pool.owner_of(nobodys) == 0
+    pool.release(mine, 7)
+    pool.release(nobodys)
+    assert len(pool) == 0
+    pool._check()
+
+
+def test_a_block_serves_one_owner_at_a_time() -> None:
+    pool = Allocator(128, 1, 64)
+    assert (pool.acquire(1), pool.acquire(2), pool.acquire(1)) == (1, 65, 2)
+    with pytest.raises(errors.Exhausted, match=r"125 are pinned"):
+        pool.acquire(3)
+    assert (len(pool), pool.pinned, pool.cooling) == (3, 125, 0)
+
+
+def test_held_by_lists_an_owners_ids(width: int) -> None:
+    pool = Allocator(1000, 1, width)
+    mine = set(pool.acquire_many(70, 3).tolist())
+    pool.acquire_many(70, 4)
+    released = sorted(mine)[::3]
+    pool.release_many(released, 3)
+    held = pool.held_by(3)
+    assert held.dtype == np.uint64
+    assert sorted(held.tolist()) == sorted(mine - set(released))
+    assert pool.held_count(3) == len(held)
+    assert pool.held_by(5).tolist() == []
+    assert pool.held_count(2**24 - 1) == 0
+
+
+def test_release_owner_takes_back_all_of_one_owner(width: int) -> None:
+    pool = Allocator(1000, 1, width)
+    pool.acquire_many(70, 3)
+    others = pool.acquire_many(70, 4)
+    assert pool.release_owner(3, 10) == 70
+    assert pool.release_owner(3, 10) == 0
+    assert sorted(pool.held_by(4).tolist()) == others.tolist()
+    assert pool.cooling >= 70
+    assert pool.next_due == 10
+    pool._check()
+
+
+# ---- Cooling and order
+
+
+def test_at_width_1_ids_come_back_when_due_and_in_order() -> None:
+    pool = Allocator(4, 1, 1)
+    pool.acquire_many(4)
+    for cid, due in ((3, 20), (1, 10), (4, 20), (2, 10)):
+        pool.release(cid, reuse_at=due)
+    assert (pool.cooling, pool.next_due) == (4, 10)
+    with pytest.raises(errors.Exhausted, match=r"4 cool .* due at 10"):
+        pool.acquire(now=9)
+    assert [pool.acquire(now=10), pool.acquire(now=10)] == [1, 2]
+    with pytest.raises(errors.Exhausted):
+        pool.acquire(now=19)
+    assert [pool.acquire(now=99), pool.acquire(now=99)] == [3, 4]
+    pool._check()
+
+
+def test_one_that_cools_long_hides_none_that_is_ready() -> None:
+    pool = Allocator(3, 1, 1)
+    pool.acquire_many(3)
+    pool.release(1, reuse_at=3600)
+    pool.release(2, reuse_at=1)
+    pool.release(3)
+    assert [pool.acquire(), pool.acquire(now=1)] == [3, 2]
+    assert pool.cooling == 1
+
+
+def test_a_due_id_is_issued_before_a_new_one() -> None:
+    pool = Allocator(100, 1, 1)
+    pool.acquire_many(3)
+    pool.release(2, reuse_at=5)
+    assert pool.acquire(now=4) == 4
+    assert pool.acquire(now=5) == 2
+    assert pool.acquire(now=5) == 5
+
+
+def test_a_block_waits_for_its_latest_id() -> None:
+    pool = Allocator(4, 1, 4)
+    pool.acquire_many(4)
+    pool.release(1, reuse_at=50)
+    pool.release_many([2, 3, 4], reuse_at=10)
+    assert pool.next_due == 50
+    with pytest.raises(errors.Exhausted):
+        pool.acquire(now=49)
+    assert pool.acquire(now=50) == 1
+
+
+def test_time_never_goes_back() -> None:
+    pool = Allocator(2, 1, 1)
+    pool.acquire_many(2, now=100)
+    pool.release(1, reuse_at=50)
+    assert pool.cooling == 0
+    assert pool.acquire(now=-5) == 1
+
+
+def test_a_refused_call_still_tells_the_time() -> None:
+    pool = Allocator(2, 1, 1)
+    pool.acquire_many(2)
+    pool.release(1, reuse_at=50)
+    for n in (2, 3):
+        with pytest.raises(errors.Exhausted):
+            pool.acquire_many(n, now=50)
+        assert pool.cooling == 0
+
+
+@pytest.mark.parametrize("now", [-(2**63), 0, 2**63 - 1])
+def test_times_may_be_any_64_bit_integer(now: int) -> None:
+    pool = Allocator(1, 1, 1)
+    for _ in range(3):
+        assert pool.acquire(now=now) == 1
+        pool.release(1, reuse_at=-(2**63))
+        assert pool.acquire(now=now) == 1
+        pool.release(1, reuse_at=now)
+        pool._check()
+    pool.acquire(now=now)
+    pool.release(1, reuse_at=2**63 - 1)
+    assert pool.next_due == 2**63 - 1
+
+
+# ---- Idle blocks
+
+
+def test_an_owner_in_turn_uses_up_its_block_before_reuse() -> None:
+    pool = Allocator(block=8)
+    seen = []
+    for _ in range(10):
+        seen.append(pool.acquire())
+        pool.release(seen[-1])
+    assert seen == [1, 2, 3, 4, 5, 6, 7, 8, 1, 2]
+    assert pool.high_water == 8
+    assert pool.inactive == 8
+
+
+def test_owners_in_turn_share_a_block_that_nobody_needs() -> None:
+    pool = Allocator(block=64)
+    for owner in range(100):
+        cid = pool.acquire(owner)
+        pool.release(cid, owner)
+        pool._check()
+    assert pool.high_water == 64
+
+
+def test_ids_of_an_idle_block_go_on_cooling_with_its_next_owner() -> None:
+    pool = Allocator(4, 1, 4)
+    pool.release(pool.acquire(1), 1, reuse_at=10)
+    assert pool.cooling == 1
+    assert [pool.acquire(2), pool.acquire(2), pool.acquire(2)] == [2, 3, 4]
+    with pytest.raises(errors.Exhausted):
+        pool.acquire(2)
+    with pytest.raises(errors.Exhausted):
+        pool.acquire_many(1, 1)
+    pool.release_owner(2)
+    assert (pool.next_due, pool.cooling) == (10, 4)
+    pool._check()
+
+
+def test_a_bulk_may_use_all_of_its_own_idle_block() -> None:
+    pool = Allocator(8, 1, 8)
+    pool.release(pool.acquire())
+    assert sorted(pool.acquire_many(8).tolist()) == list(range(1, 9))
+    pool._check()
+
+
+# ---- Refusals
+
+
+@pytest.mark.parametrize(
+    "cid", [0, -1, 9, 111, 2**63, 2**64, -(2**64), 1 << 50_000], ids=lambda cid: hex(cid)[:20]
+)
+def test_an_id_outside_the_pool(cid: int) -> None:
+    pool = Allocator(100, 10, 4)
+    calls: list[Callable[[], object]] = [
+        lambda: pool.release(cid),
+        lambda: pool.release_many([cid]),
+        lambda: pool.release_many((cid,)),
+        lambda: pool.owner_of(cid),
+    ]
+    for call in calls:
+        with pytest.raises(errors.OutOfRange, match="10 to 109"):
+            call()
+    assert cid not in pool
+
+
+def test_an_id_that_nobody_holds(width: int) -> None:
+    pool = Allocator(1000, 1, width)
+    cid = pool.acquire()
+    pool.release(cid)
+    for free in (cid, 2, 500, 1000):
+        assert free not in pool
+        with pytest.raises(errors.NotHeld, match=f"ID {free}"):
+            pool.release(free)
+        with pytest.raises(errors.NotHeld, match=f"ID {free}"):
+            pool.owner_of(free)
+        with pytest.raises(errors.NotHeld, match=f"ID {free} at position 0"):
+            pool.release_many([free])
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "place"),
+    [
+        (0, errors.OutOfRange, 70),
+        (501, errors.OutOfRange, 70),
+        (300, errors.NotHeld, 70),
+        (101, errors.NotOwner, 70),
+        (64, errors.Duplicate, 70),
+    ],
+)
+def test_a_refused_bulk_changes_nothing(
+    bad: int, error: type[Exception], place: int, width: int
+) -> None:
+    pool = Allocator(500, 1, width)
+    pool.acquire_many(128, 1)
+    pool.acquire_many(64, 2)
+    bad = pool.held_by(2).tolist()[0] if error is errors.NotOwner else bad
+    before = (len(pool), pool.next_due, pool.cooling, pool.pinned, pool.inactive)
+    ids = [*range(1, 71), bad, *range(71, 129)]
+    with pytest.raises(error, match=f"position {place}"):
+        pool.release_many(ids, 1, reuse_at=10**6)
+    assert before == (len(pool), pool.next_due, pool.cooling, pool.pinned, pool.inactive)
+    pool._check()
+    pool.release_many(range(1, 129), 1, reuse_at=5)
+    assert pool.next_due == 5, "the refused call's reuse_at left a trace"
+    pool._check()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        list,
+        tuple,
+        lambda ids: np.array(ids),
+        lambda ids: np.array(ids, np.uint8),
+        lambda ids: np.array(ids, ">i2"),
+        lambda ids: np.array(ids, np.uint64),
+        lambda ids: np.repeat(np.array(ids, np.uint64), 2)[::2],
+        lambda ids: array.array("i", ids),
+        lambda ids: memoryview(array.array("Q", ids)),
+        lambda ids: [np.int16(i) for i in ids],
+        lambda ids: np.frombuffer(b"x" + np.array(ids, np.uint64).tobytes(), np.uint64, offset=1),
+    ],
+)
+def test_ids_in_many_forms(make: Callable[[list[int]], Any]) -> None:
+    pool = Allocator(block=8)
+    pool.acquire_many(100)
+    pool.release_many(make([5, 99, 1, 2, 3, 4, 17]))
+    assert len(pool) == 93
+    pool._check()
+
+
+def test_no_ids_are_fine() -> None:
+    pool = Allocator()
+    nothing: list[Any] = [[], (), np.array([], np.uint64), np.array([], np.int32), range(0)]
+    for none in nothing:
+        pool.release_many(none)
+    assert len(pool) == 0
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        1,
+        None,
+        {1},
+        "1",
+        ["1"],
+        [1.0],
+        [True],
+        [None],
+        [[1]],
+        np.array([1.0]),
+        np.array([True]),
+        np.array([[1]], np.uint64),
+        np.array(1, np.uint64),
+        np.array([1], object),
+        np.array(["1"]),
+        np.array([], float),
+        np.array([1], "datetime64[s]"),
+        iter([1]),
+    ],
+)
+def test_ids_of_another_type_are_refused(ids: Any) -> None:
+    pool = Allocator()
+    pool.acquire()
+    with pytest.raises(errors.InvalidArgument):
+        pool.release_many(ids)
+    assert 1 in pool
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [1, -1],
+        np.array([1, -1]),
+        np.array([1, -1], np.int8),
+        [1, 2**64],
+        np.array([1, 2**64 - 1], np.uint64),
+    ],
+)
+def test_negative_and_huge_ids_are_out_of_range(ids: Any) -> None:
+    pool = Allocator()
+    pool.acquire()
+    with pytest.raises(errors.OutOfRange, match="position 1"):
+        pool.release_many(ids)
+    assert 1 in pool
+
+
+class Odd:
+    def __index__(self) -> int:
+        return 1
+
+
+def test_whatever_says_that_it_is_an_integer_is_one() -> None:
+    pool = Allocator()
+    assert pool.acquire(np.int64(5), np.uint8(3)) == 1
+    assert np.uint64(1) in pool
+    assert Odd() in pool
+    assert pool.owner_of(Odd()) == 5
+    pool.release(np.uint64(1), np.int8(5), np.int64(9))
+
+
+@pytest.mark.parametrize("wrong", ["1", 1.0, True, None, b"1", [1], np.float64(1), np.bool_(True)])
+def test_an_argument_of_another_type_is_refused(wrong: Any) -> None:
+    pool = Allocator()
+    pool.acquire()
+    calls: list[Callable[[], object]] = [
+        lambda: pool.acquire(wrong),
+        lambda: pool.acquire(0, wrong),
+        lambda: pool.acquire_many(wrong),
+        lambda: pool.acquire_many(1, wrong),
+        lambda: pool.acquire_many(1, 0, wrong),
+        lambda: pool.release(wrong),
+        lambda: pool.release(1, wrong),
+        lambda: pool.release(1, 0, wrong),
+        lambda: pool.release_many([1], wrong),
+        lambda: pool.release_many([1], 0, wrong),
+        lambda: pool.release_owner(wrong),
+        lambda: pool.release_owner(0, wrong),
+        lambda: pool.owner_of(wrong),
+        lambda: pool.held_by(wrong),
+        lambda: pool.held_count(wrong),
+        lambda: Allocator(wrong),
+        lambda: Allocator(1, wrong),
+        lambda: Allocator(1, 1, wrong),
+    ]
+    for call in calls:
+        with pytest.raises(errors.InvalidArgument):
+            call()
+    assert wrong not in pool
+    assert len(pool) == 1
+    if wrong is not None:
+        with pytest.raises(errors.InvalidArgument):
+            Allocator(start=wrong)
+
+
+def test_an_argument_out_of_bounds_is_refused() -> None:
+    pool = Allocator()
+    pool.acquire()
+    calls: list[Callable[[], object]] = [
+        lambda: pool.acquire(-1),
+        lambda: pool.acquire(2**24),
+        lambda: pool.acquire(2**64),
+        lambda: pool.acquire(0, 2**63),
+        lambda: pool.acquire(0, -(2**63) - 1),
+        lambda: pool.acquire_many(-1),
+        lambda: pool.acquire_many(2**64),
+        lambda: pool.release(1, -1),
+        lambda: pool.release(1, 0, 2**63),
+        lambda: pool.release_many([1], 2**24),
+        lambda: pool.held_by(-1),
+        lambda: pool.release_owner(2**32),
+        lambda: Allocator(0),
+        lambda: Allocator(-1),
+        lambda: Allocator(2**38),
+        lambda: Allocator(2**32 - 1, block=1),
+        lambda: Allocator(1, 0),
+        lambda: Allocator(1, 2**63),
+        lambda: Allocator(2, 2**63 - 1),
+        lambda: Allocator(1, 1, 0),
+        lambda: Allocator(1, 1, 3),
+        lambda: Allocator(1, 1, 128),
+        lambda: Allocator(10, 5, start=4),
+        lambda: Allocator(10, 5, start=15),
+    ]
+    for call in calls:
+        with pytest.raises(errors.InvalidArgument):
+            call()
+    assert len(pool) == 1
+
+
+def test_far_too_many_are_exhausted_not_a_lack_of_memory() -> None:
+    pool = Allocator()
+    with pytest.raises(errors.Exhausted):
+        pool.acquire_many(2**62)
+
+
+def test_membership_takes_anything() -> None:
+    pool = Allocator()
+    pool.acquire()
+    assert 1 in pool
+    for stranger in ("1", 1.0, True, None, 2, 0, -1, 2**70, object()):
+        assert stranger not in pool
+
+
+# ---- The process around it
+
+
+def test_no_copies() -> None:
+    pool = Allocator()
+    for attempt in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="pickled or copied"):
+            attempt(pool)
+
+
+FORKED_CALLS: dict[str, Callable[[Allocator], object]] = {
+    "acquire": lambda p: p.acquire(),
+    "acquire_many": lambda p: p.acquire_many(1),
+    "release": lambda p: p.release(1),
+    "release_many": lambda p: p.release_many([1]),
+    "release_owner": lambda p: p.release_owner(0),
+    "owner_of": lambda p: p.owner_of(1),
+    "held_by": lambda p: p.held_by(0),
+    "held_count": lambda p: p.held_count(0),
+    "_check": lambda p: p._check(),
+    "contains": lambda p: 1 in p,
+    "len": len,
+    "repr": repr,
+    **{
+        name: lambda p, name=name: getattr(p, name)  # type: ignore[misc]
+        for name in (
+            "capacity",
+            "first",
+            "block",
+            "active",
+            "inactive",
+            "cooling",
+            "pinned",
+            "peak",
+            "high_water",
+            "next_due",
+        )
+    },
+}
+
+
+def test_a_copy_in_a_forked_child_refuses_everything() -> None:
+    named = {name.strip("_") for name in vars(Allocator)} - {"doc", "new", "reduce", "pyx_vtable"}
+    assert {name.strip("_") for name in FORKED_CALLS} == named
+    pool = Allocator()
+    pool.acquire()
+    child = os.fork()
+    if child == 0:
+        status = 0
+        try:
+            for call in FORKED_CALLS.values():
+                try:
+                    call(pool)
+                    status += 1
+                except errors.Forked:
+                    pass
+            status += Allocator().acquire() != 1
+            del pool
+        except BaseException:
+            status = 99
+        os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert pool.acquire() == 2, "the parent goes on"
+
+
+def _address_space() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0])
+
+
+def test_memory_goes_back() -> None:
+    Allocator()
+    before = _address_space()
+    for _ in range(20):
+        pool = Allocator()
+        pool.acquire_many(1000)
+        with pytest.raises(errors.InvalidArgument):
+            Allocator(start=0)
+        del pool
+    assert _address_space() - before < 10_000, "in pages; one pool has more than 200,000"
+
+
+def test_without_address_space_there_is_no_pool_and_no_leak() -> None:
+    script = """if True:
+        import resource
+        from cidalloc import Allocator
+        size = lambda: int(open("/proc/self/statm").read().split()[0]) * 4096
+        resource.setrlimit(resource.RLIMIT_AS, (size() + (700 << 20),) * 2)
+        before = size()
+        for _ in range(3):
+            try:
+                Allocator()
+            except MemoryError as error:
+                print(error)
+        assert size() - before < 100 << 20
+        assert Allocator(1000).acquire() == 1
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout.count("smaller capacity") == 3
+
+
+def test_threads_never_share_an_id() -> None:
+    pool = Allocator(2000, 1, 1)
+    failures: list[object] = []
+
+    def work(owner: int) -> None:
+        try:
+            for _ in range(300):
+                ids = pool.acquire_many(20, owner).tolist()
+                ids.append(pool.acquire(owner))
+                assert all(pool.owner_of(cid) == owner for cid in ids)
+                assert sorted(pool.held_by(owner).tolist()) == sorted(ids)
+                pool.release_many(ids, owner)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(owner,)) for owner in range(1, 5)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert failures == []
+    assert len(pool) == 0
+    pool._check()
+
+
+def test_the_codes_are_those_of_codes_py() -> None:
+    text = files(cidalloc).joinpath("_alloc.pxd").read_text()
+    block = re.search(r"cdef enum:  # The codes.*?\n\n", text, re.S)
+    assert block
+    found = dict(re.findall(r"(\w+) = (\d+)", block.group()))
+    assert len(found) == 9
+    for name, number in found.items():
+        assert Code[name] == int(number)
