@@ -1,0 +1,74 @@
+"""The manager as a model of Triton's Python backend: tensors in, tensors out, nothing else.
+
+Only Triton's Python process can import this module, since only there is
+``triton_python_backend_utils``.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from cidalloc import wire
+from cidalloc.codes import Code
+from cidalloc.service import Service
+from cidalloc.triton_model.config import settings_from
+
+
+class TritonPythonModel:
+    """What Triton's Python backend calls."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load: read the settings from the model's configuration."""
+        config = json.loads(args["model_config"])
+        _check_numpy()
+        self._service = Service(settings_from(config))
+        # How Triton shall report a code: as an HTTP and a gRPC status of its own. The backend
+        # puts TritonError into pb_utils only after this module was imported.
+        kinds = pb_utils.TritonError
+        self._status = {
+            Code.EXHAUSTED: kinds.UNAVAILABLE,
+            Code.NOT_HELD: kinds.NOT_FOUND,
+            Code.UNKNOWN_OPERATION: kinds.UNSUPPORTED,
+            Code.UNAVAILABLE: kinds.UNAVAILABLE,
+            Code.INTERNAL: kinds.INTERNAL,
+        }
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Answer a batch of requests, each for itself."""
+        return [self._respond(request) for request in requests]
+
+    def _respond(self, request: Any) -> Any:
+        code = pb_utils.get_input_tensor_by_name(request, wire.CODE).as_numpy()
+        ids = pb_utils.get_input_tensor_by_name(request, wire.CORRELATION_ID)
+        output = self._service.answer(
+            code, None if ids is None else ids.as_numpy(), request.parameters()
+        )
+        if isinstance(output, np.ndarray):
+            return pb_utils.InferenceResponse(
+                [pb_utils.Tensor(wire.OUTPUT, output), pb_utils.Tensor(wire.DETAIL, _NO_DETAIL)]
+            )
+        status = self._status.get(output.code, pb_utils.TritonError.INVALID_ARG)
+        return pb_utils.InferenceResponse(
+            error=pb_utils.TritonError(wire.error_text(output), status)
+        )
+
+
+_NO_DETAIL = np.array([[b""]], np.object_)
+
+
+def _check_numpy() -> None:
+    """Refuse to serve where the backend cannot read numpy's arrays.
+
+    Triton's backend up to 2.51 was built for numpy 1 and, given numpy 2, sends outputs without
+    bytes and with status 200.
+    """
+    sent = np.array([[1, 2**63]], np.uint64)
+    if pb_utils.Tensor(wire.OUTPUT, sent).as_numpy().tolist() != sent.tolist():
+        raise RuntimeError(
+            f"this Triton's Python backend cannot use numpy {np.__version__}: install 'numpy<2'"
+            " for it"
+        )

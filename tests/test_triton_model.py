@@ -1,0 +1,89 @@
+"""The model's folder and configuration: a person may edit it, and hears of every mistake."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cidalloc.errors import InvalidArgument, Unavailable
+from cidalloc.registry import Settings
+from cidalloc.server import TritonServer
+from cidalloc.triton_model import export, settings_from
+
+CONFIG: dict[str, Any] = {
+    "name": "cidmgr",
+    "max_batch_size": 256,
+    "instance_group": [{"kind": "KIND_CPU", "count": 1}],
+    "parameters": {
+        "first": {"string_value": "5"},
+        "capacity": {"string_value": "10"},
+        "fresh": {"string_value": "true"},
+        "FORCE_CPU_ONLY_INPUT_TENSORS": {"string_value": "no"},
+    },
+}
+
+
+def test_settings() -> None:
+    assert settings_from(CONFIG) == Settings(first=5, capacity=10, fresh=True)
+    assert settings_from({"max_batch_size": 1}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("frist", "1", "frist"),
+        ("first", "", "first"),
+        ("first", "1.0", "first"),
+        ("first", "0", "first=0"),
+        ("cooldown_ms", "-1", "cooldown_ms"),
+        ("fresh", "yes", "fresh"),
+    ],
+)
+def test_parameters_that_are_wrong(key: str, value: str, words: str) -> None:
+    config = copy.deepcopy(CONFIG)
+    config["parameters"][key] = {"string_value": value}
+    with pytest.raises(InvalidArgument, match=words):
+        settings_from(config)
+
+
+@pytest.mark.parametrize("groups", [[{"count": 2}], [{"count": 1}, {"count": 1}], [{"count": "2"}]])
+def test_a_second_instance_would_be_a_second_manager(groups: list[dict[str, Any]]) -> None:
+    with pytest.raises(InvalidArgument, match="instance_group"):
+        settings_from({**CONFIG, "instance_group": groups})
+
+
+def test_without_batching_the_tensors_would_have_other_shapes() -> None:
+    with pytest.raises(InvalidArgument, match="max_batch_size"):
+        settings_from({**CONFIG, "max_batch_size": 0})
+
+
+def test_export_refuses_and_replaces(tmp_path: Path) -> None:
+    folder = export(tmp_path, name="ids")
+    (folder / "config.pbtxt").write_text("mine")
+    with pytest.raises(InvalidArgument, match="exists"):
+        export(tmp_path, name="ids")
+    assert (folder / "config.pbtxt").read_text() == "mine"
+    export(tmp_path, name="ids", overwrite=True)
+    assert "dynamic_batching" in (folder / "config.pbtxt").read_text()
+    assert sorted(path.name for path in folder.rglob("*")) == ["1", "config.pbtxt", "model.py"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("count: 1", "count: 2", "instance_group has 2 instances"),
+        ('key: "capacity"', 'key: "capcity"', "unknown parameter capcity"),
+        ('value { string_value: "5000" }', 'value { string_value: "5s" }', "cooldown_ms='5s'"),
+    ],
+)
+def test_triton_shows_what_is_wrong(tmp_path: Path, old: str, new: str, words: str) -> None:
+    folder = export(tmp_path)
+    config = folder / "config.pbtxt"
+    assert old in config.read_text()
+    config.write_text(config.read_text().replace(old, new))
+    with pytest.raises(Unavailable) as caught, TritonServer(tmp_path):
+        pass
+    assert words in str(caught.value)
