@@ -1,0 +1,69 @@
+"""What the tests share: one real Triton server, and clients that reach a manager in every way."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from loopback import Loopback
+
+from cidalloc import demo
+from cidalloc.client import Client
+from cidalloc.registry import Settings
+from cidalloc.server import TritonServer
+from cidalloc.triton_model import export
+
+SMALL = Settings(first=1000, capacity=8, cooldown_ms=0, max_count=100, fresh=True)
+"""A pool small enough to run out, without a cooldown."""
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository: the manager, small ones for tests of their own, and target models."""
+    folder = tmp_path_factory.mktemp("models")
+    demo.write_repository(folder, Settings())
+    for name in ("small_grpc", "small_http", "small_raw"):
+        export(folder, SMALL, name=name)
+    export(folder, Settings(first=2**40), name="wide")
+    accumulator = folder / demo.MODEL
+    for name, old, new in (
+        ("narrow_sequence", "TYPE_UINT64", "TYPE_INT32"),
+        ("idle_sequence", "idle_microseconds: 5000000", "idle_microseconds: 200000"),
+        ("one_slot_sequence", "max_batch_size: 128", "max_batch_size: 1"),
+    ):
+        shutil.copytree(accumulator, folder / name)
+        config = folder / name / "config.pbtxt"
+        text = config.read_text()
+        assert old in text
+        config.write_text(text.replace(old, new).replace(demo.MODEL, name))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def triton(repository: Path) -> Iterator[TritonServer]:
+    """The real server. Without it these tests fail; they are never skipped."""
+    with TritonServer(repository) as server:
+        yield server
+
+
+@pytest.fixture(params=["loopback", "grpc", "http"])
+def small(request: pytest.FixtureRequest) -> Iterator[Client]:
+    """A client of a manager with the small pool, none of which is held."""
+    if request.param == "loopback":
+        client = Client(transport=Loopback(SMALL))
+    else:
+        server = request.getfixturevalue("triton")
+        url = server.grpc_url if request.param == "grpc" else server.http_url
+        client = Client(url, model=f"small_{request.param}")
+    with client:
+        assert client.active() == 0, "a test before this one left IDs held"
+        yield client
+
+
+@pytest.fixture(params=["grpc", "http"])
+def client(request: pytest.FixtureRequest, triton: TritonServer) -> Iterator[Client]:
+    """A client of the manager on the real server."""
+    with Client(triton.grpc_url if request.param == "grpc" else triton.http_url) as client:
+        yield client

@@ -1,0 +1,178 @@
+"""The client's own part: URLs, failures to reach the manager, forks."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cidalloc import errors
+from cidalloc.client import Client
+from cidalloc.client._transport import GrpcTransport, HttpTransport, connect, translate
+from cidalloc.server import TritonServer
+
+
+@pytest.mark.parametrize(
+    ("url", "kind", "where"),
+    [
+        ("localhost:9001", GrpcTransport, "localhost:9001"),
+        ("localhost", GrpcTransport, "localhost:8001"),
+        ("grpc://host:1", GrpcTransport, "host:1"),
+        ("grpcs://host", GrpcTransport, "host:443"),
+        ("http://host", HttpTransport, "host:8000"),
+        ("http://[::1]:80/", HttpTransport, "[::1]:80"),
+        ("https://host", HttpTransport, "host:443"),
+    ],
+)
+def test_urls(url: str, kind: type[Any], where: str) -> None:
+    transport = connect(url)
+    assert type(transport) is kind
+    assert transport._where == where  # type: ignore[attr-defined]
+    transport.close()
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "ftp://host", "http://host/v2", "grpc://", "host:port", "http://u:p@host", "h:99999"],
+)
+def test_urls_that_are_none(url: str) -> None:
+    with pytest.raises(errors.InvalidArgument):
+        Client(url)
+
+
+@pytest.fixture(params=["grpc", "http"])
+def scheme(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_nobody_there(scheme: str) -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    with (
+        Client(f"{scheme}://127.0.0.1:{port}", timeout=2) as client,
+        pytest.raises(errors.Unavailable, match=str(port)),
+    ):
+        client.acquire()
+
+
+@pytest.fixture
+def silent() -> Iterator[int]:
+    """The port of a server that takes connections and says nothing."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        yield sock.getsockname()[1]
+
+
+def test_a_server_that_hangs(scheme: str, silent: int) -> None:
+    with (
+        Client(f"{scheme}://127.0.0.1:{silent}", timeout=0.5) as client,
+        pytest.raises(errors.Unavailable),
+    ):
+        client.acquire()
+
+
+def test_a_server_that_hangs_up(scheme: str) -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+
+        def hang_up() -> None:
+            try:
+                while True:
+                    connection, _ = sock.accept()
+                    connection.recv(100)
+                    connection.close()
+            except OSError:
+                pass
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        url = f"{scheme}://127.0.0.1:{sock.getsockname()[1]}"
+        with Client(url, timeout=2) as client, pytest.raises(errors.Unavailable):
+            client.acquire()
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def test_no_manager_on_the_server(scheme: str, triton: TritonServer) -> None:
+    url = triton.grpc_url if scheme == "grpc" else triton.http_url
+    with Client(url, model="nonesuch") as client:
+        with pytest.raises(errors.Unavailable, match="serves no model nonesuch"):
+            client.acquire()
+
+
+def test_another_model_than_a_manager(scheme: str, triton: TritonServer) -> None:
+    url = triton.grpc_url if scheme == "grpc" else triton.http_url
+    with Client(url, model="simple_sequence") as client, pytest.raises(errors.InvalidArgument):
+        client.acquire()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ConnectionRefusedError(), errors.Unavailable),
+        (TimeoutError("timed out"), errors.Unavailable),
+    ],
+)
+def test_socket_errors(error: OSError, kind: type[errors.CidError]) -> None:
+    found = translate(error, "cidmgr", "http://host")
+    assert type(found) is kind
+    assert "http://host" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "kind"),
+    [
+        ("failed to connect", "StatusCode.UNAVAILABLE", errors.Unavailable),
+        ("Deadline Exceeded", "StatusCode.DEADLINE_EXCEEDED", errors.Unavailable),
+        ("Stub process 'x' is not healthy.", "500", errors.Unavailable),
+        ("Stub process 'x' is not healthy.", "StatusCode.INTERNAL", errors.Unavailable),
+        ("upstream", "503", errors.Unavailable),
+        ("failed to obtain inference response", None, errors.Unavailable),
+        ("Request for unknown model: 'm' is not found", "404", errors.Unavailable),
+        ("unexpected shape", "400", errors.InvalidArgument),
+        ("unexpected shape", "StatusCode.INVALID_ARGUMENT", errors.InvalidArgument),
+        ("boom", "500", errors.InternalError),
+        ("forbidden", "403", errors.ProtocolError),
+        ("step 1: [CIDALLOC 3 NOT_OWNER] not yours", "500", errors.NotOwner),
+    ],
+)
+def test_triton_errors(text: str, status: str | None, kind: type[errors.CidError]) -> None:
+    from tritonclient.utils import InferenceServerException
+
+    found = translate(InferenceServerException(text, status), "m", "host")
+    assert type(found) is kind
+
+
+def test_a_forked_child_has_no_client() -> None:
+    script = """
+import os, sys
+from cidalloc.client import Client
+from cidalloc.errors import Forked
+from cidalloc.registry import Settings
+from loopback import Loopback
+
+client = Client(transport=Loopback(Settings(fresh=True)))
+client.acquire()
+if os.fork() == 0:
+    refused = 0
+    for use in (client.acquire, client.close, lambda: client.sequence("m"), client.__enter__):
+        try:
+            use()
+        except Forked:
+            refused += 1
+    os._exit(refused)
+assert os.waitstatus_to_exitcode(os.wait()[1]) == 4
+assert client.active() == 1
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, check=True)
+
+
+def test_repr() -> None:
+    assert repr(Client("host:1")) == "<cidalloc Client of cidmgr at grpc://host:1>"

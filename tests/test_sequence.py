@@ -1,0 +1,249 @@
+"""Sequences on the real server: their flags, sums, ends, and what becomes of their IDs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+import tritonclient.http
+from tritonclient.utils import InferenceServerException
+
+from cidalloc import errors
+from cidalloc.client import Client, Sequence
+from cidalloc.demo.sequences import number
+from cidalloc.server import TritonServer
+
+MODEL = "simple_sequence"
+
+
+@pytest.fixture(params=["grpc", "stream", "http"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def cids(kind: str, triton: TritonServer) -> Any:
+    with Client(triton.http_url if kind == "http" else triton.grpc_url) as client:
+        held = client.active()
+        yield client
+        assert client.active() == held, "a sequence kept its ID"
+
+
+def send(kind: str, value: int) -> list[Any]:
+    return number(value, tritonclient.http if kind == "http" else tritonclient.grpc)
+
+
+def total(result: Any) -> int:
+    return int(result.as_numpy("OUTPUT")[0, 0])
+
+
+def test_sums(cids: Client, kind: str) -> None:
+    with cids.sequence(MODEL, streaming=kind == "stream") as sequence:
+        assert total(sequence.infer(send(kind, 5))) == 5
+        assert total(sequence.infer(send(kind, 6))) == 11
+        assert total(sequence.infer(send(kind, 7), end=True)) == 18
+
+
+def test_sums_without_waiting(cids: Client, kind: str) -> None:
+    with cids.sequence(MODEL, streaming=kind == "stream") as sequence:
+        futures = [sequence.async_infer(send(kind, value)) for value in range(20)]
+        last = sequence.async_infer(send(kind, 100), end=True)
+        assert [total(each.result(30)) for each in futures] == np.cumsum(range(20)).tolist()
+        assert total(last.result(30)) == 290
+
+
+def test_waiting_and_not_waiting_keep_their_order(cids: Client, kind: str) -> None:
+    with cids.sequence(MODEL, streaming=kind == "stream") as sequence:
+        futures = [sequence.async_infer(send(kind, 1)) for _ in range(5)]
+        assert total(sequence.infer(send(kind, 1), end=True)) == 6
+        assert [total(each.result(30)) for each in futures] == [1, 2, 3, 4, 5]
+
+
+def test_sequences_side_by_side(cids: Client, kind: str) -> None:
+    streaming = kind == "stream"
+    with (
+        cids.sequence(MODEL, streaming=streaming) as one,
+        cids.sequence(MODEL, streaming=streaming) as two,
+    ):
+        assert one.cid != two.cid
+        for step in range(1, 4):
+            assert total(one.infer(send(kind, 1))) == step
+            assert total(two.infer(send(kind, -1))) == -step
+        one.infer(send(kind, 0), end=True)
+        two.infer(send(kind, 0), end=True)
+
+
+def cooldown_of(sequence: Sequence, monkeypatch: pytest.MonkeyPatch) -> tuple[bool, float]:
+    """Close a sequence and return how its ID was given back."""
+    seen: list[tuple[bool, float]] = []
+    release = sequence._client.release
+
+    def spy(cid: int, *, ended: bool, cooldown: float) -> None:
+        seen.append((ended, cooldown))
+        release(cid, ended=ended, cooldown=cooldown)
+
+    monkeypatch.setattr(sequence._client, "release", spy)
+    sequence.close()
+    monkeypatch.undo()
+    assert len(seen) == 1
+    return seen[0]
+
+
+def test_an_answered_end_frees_the_id(
+    cids: Client, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequence = cids.sequence(MODEL, streaming=kind == "stream")
+    sequence.infer(send(kind, 1))
+    sequence.infer(send(kind, 1), end=True)
+    assert cooldown_of(sequence, monkeypatch)[0] is True
+
+
+def test_an_end_sent_without_waiting_frees_the_id(
+    cids: Client, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequence = cids.sequence(MODEL, streaming=kind == "stream")
+    sequence.async_infer(send(kind, 1))
+    sequence.async_infer(send(kind, 1), end=True)
+    assert cooldown_of(sequence, monkeypatch)[0] is True
+
+
+def test_an_unused_id_was_never_known_to_triton(
+    cids: Client, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequence = cids.sequence(MODEL, streaming=kind == "stream")
+    assert cooldown_of(sequence, monkeypatch)[0] is True
+
+
+def test_without_end_the_id_cools_for_idle_time_and_timeout(
+    cids: Client, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequence = cids.sequence(MODEL, streaming=kind == "stream", timeout=3.0)
+    sequence.infer(send(kind, 1))
+    assert cooldown_of(sequence, monkeypatch) == (False, 5.0 + 3.0)
+
+
+def test_after_an_error_the_id_cools(
+    cids: Client, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequence = cids.sequence(MODEL, streaming=kind == "stream")
+    with pytest.raises(InferenceServerException):
+        sequence.infer(bad_input(kind))
+    # START was not spent on it.
+    assert total(sequence.infer(send(kind, 4))) == 4
+    sequence.infer(send(kind, 1), end=True)
+    assert cooldown_of(sequence, monkeypatch)[0] is False
+
+
+def test_flags_for_ones_own_client(
+    cids: Client, kind: str, triton: TritonServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequence = cids.sequence(MODEL, streaming=kind == "stream")
+    module = tritonclient.http if kind == "http" else tritonclient.grpc
+    port = triton.http_port if kind == "http" else triton.grpc_port
+    own = module.InferenceServerClient(f"127.0.0.1:{port}")
+    assert total(own.infer(MODEL, send(kind, 2), **sequence.flags())) == 2
+    assert total(own.infer(MODEL, send(kind, 2), **sequence.flags())) == 4
+    assert total(own.infer(MODEL, send(kind, 2), **sequence.flags(end=True))) == 6
+    own.close()
+    assert cooldown_of(sequence, monkeypatch)[0] is False
+    with pytest.raises(errors.InvalidArgument, match="no more"):
+        sequence.flags()
+
+
+def bad_input(kind: str) -> list[Any]:
+    module = tritonclient.http if kind == "http" else tritonclient.grpc
+    tensor = module.InferInput("INPUT", [1, 1], "FP32")
+    return [tensor.set_data_from_numpy(np.zeros([1, 1], np.float32))]
+
+
+def test_an_end_that_failed_may_be_sent_again(cids: Client, kind: str) -> None:
+    with cids.sequence(MODEL, streaming=kind == "stream") as sequence:
+        sequence.infer(send(kind, 1))
+        with pytest.raises(InferenceServerException):
+            sequence.infer(bad_input(kind), end=True)
+        assert total(sequence.infer(send(kind, 1), end=True)) == 2
+
+
+def test_nothing_after_the_end(cids: Client, kind: str) -> None:
+    with cids.sequence(MODEL, streaming=kind == "stream") as sequence:
+        sequence.infer(send(kind, 1), end=True)
+        with pytest.raises(errors.InvalidArgument, match="no more"):
+            sequence.infer(send(kind, 1))
+    with pytest.raises(errors.InvalidArgument, match="no more"):
+        sequence.infer(send(kind, 1))
+    sequence.close()
+
+
+@pytest.mark.parametrize("name", ["sequence_id", "sequence_start", "sequence_end", "request_id"])
+def test_what_the_sequence_sets_itself(cids: Client, kind: str, name: str) -> None:
+    with cids.sequence(MODEL, streaming=kind == "stream") as sequence:
+        with pytest.raises(errors.InvalidArgument, match=name):
+            sequence.infer(send(kind, 1), **{name: 1})
+
+
+def test_an_exception_in_the_block_gives_the_id_back(cids: Client, kind: str) -> None:
+    with (
+        pytest.raises(ZeroDivisionError),
+        cids.sequence(MODEL, streaming=kind == "stream") as sequence,
+    ):
+        sequence.infer(send(kind, 1))
+        raise ZeroDivisionError
+    with pytest.raises(errors.NotHeld):
+        cids.release(sequence.cid)
+
+
+def test_waiting_for_a_slot_ends(cids: Client, kind: str) -> None:
+    """Without the request's timeout Triton would let the second sequence wait for ever."""
+    streaming, model = kind == "stream", "one_slot_sequence"
+    with (
+        cids.sequence(model, streaming=streaming) as first,
+        cids.sequence(model, streaming=streaming, timeout=0.5) as second,
+    ):
+        first.infer(send(kind, 1))
+        with pytest.raises(InferenceServerException, match="timeout"):
+            second.infer(send(kind, 1))
+        first.infer(send(kind, 1), end=True)
+
+
+def test_a_narrow_corrid_is_refused(triton: TritonServer) -> None:
+    """The pool reaches beyond 31 bits, and the model's CORRID control does not."""
+    with Client(triton.grpc_url, model="wide") as cids:
+        held = cids.active()
+        with pytest.raises(errors.InvalidArgument, match="2147483647"):
+            cids.sequence("narrow_sequence")
+        assert cids.active() == held
+        with cids.sequence(MODEL) as sequence:
+            sequence.infer(number(1), end=True)
+
+
+def test_a_narrow_corrid_fits_the_default_pool(cids: Client, kind: str) -> None:
+    with cids.sequence("narrow_sequence", streaming=kind == "stream") as sequence:
+        assert total(sequence.infer(send(kind, 9), end=True)) == 9
+
+
+def test_a_model_without_sequences_is_refused(cids: Client) -> None:
+    with pytest.raises(errors.InvalidArgument, match="sequence_batching"):
+        cids.sequence("cidmgr")
+
+
+def test_an_unknown_model(cids: Client) -> None:
+    with pytest.raises(errors.Unavailable, match="nonesuch"):
+        cids.sequence("nonesuch")
+
+
+def test_streaming_needs_grpc(triton: TritonServer) -> None:
+    with Client(triton.http_url) as cids:
+        held = cids.active()
+        with pytest.raises(errors.InvalidArgument, match="gRPC"):
+            cids.sequence(MODEL, streaming=True)
+        assert cids.active() == held
+
+
+def test_repr(cids: Client, kind: str) -> None:
+    with cids.sequence(MODEL, streaming=kind == "stream") as sequence:
+        assert repr(sequence) == f"<cidalloc Sequence {sequence.cid} on {MODEL}, open>"
+        sequence.infer(send(kind, 1), end=True)
+        assert repr(sequence).endswith("ended>")
+    assert repr(sequence).endswith("closed>")

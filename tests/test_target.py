@@ -1,0 +1,55 @@
+"""What a client reads from a model's configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cidalloc.client._target import Target
+from cidalloc.errors import InvalidArgument
+
+
+def config(kind: str | None = None, **batching: Any) -> dict[str, Any]:
+    controls: list[dict[str, Any]] = [
+        {"name": "START", "control": [{"int32_false_true": [0, 1]}]},
+    ]
+    if kind:
+        corrid = {"kind": "CONTROL_SEQUENCE_CORRID", "data_type": kind}
+        controls.append({"name": "CORRID", "control": [corrid]})
+    return {"name": "m", "sequence_batching": {"control_input": controls, **batching}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "highest"),
+    [
+        (None, 2**63 - 1),
+        ("TYPE_UINT64", 2**63 - 1),
+        ("TYPE_INT64", 2**63 - 1),
+        ("TYPE_UINT32", 2**32 - 1),
+        ("TYPE_INT32", 2**31 - 1),
+    ],
+)
+def test_the_highest_id(kind: str | None, highest: int) -> None:
+    assert Target.from_config(config(kind)).highest_cid == highest
+
+
+@pytest.mark.parametrize(("idle", "seconds"), [("2500000", 2.5), (2500000, 2.5), (0, 1.0)])
+def test_idle_time_of_grpc_and_http(idle: Any, seconds: float) -> None:
+    read = Target.from_config(config(max_sequence_idle_microseconds=idle))
+    assert read.idle_s == seconds
+
+
+def test_tritons_default_idle_time_is_a_second() -> None:
+    assert Target.from_config(config()).idle_s == 1.0
+
+
+def test_strings_are_refused() -> None:
+    with pytest.raises(InvalidArgument, match="TYPE_STRING"):
+        Target.from_config(config("TYPE_STRING"))
+
+
+@pytest.mark.parametrize("scheduling", [{}, {"dynamic_batching": {}}])
+def test_models_without_sequences_are_refused(scheduling: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgument, match="sequence_batching"):
+        Target.from_config({"name": "m", **scheduling})
