@@ -1,0 +1,21 @@
+"""The door of the ``cidalloc`` command, which needs more than the allocator alone."""
+
+import sys
+
+
+def main() -> None:
+    """Run the ``cidalloc`` command."""
+    try:
+        from .cli import run
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("cidalloc"):
+            raise
+        sys.exit(
+            f"error: UNAVAILABLE: {error.name} is missing: the cidalloc command needs"
+            " pip install 'cidalloc[client]'"
+        )
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""The demo: two sequences side by side, on a real Triton server that it starts by itself."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..registry import Settings
+from ..server import TritonServer
+from ..triton_model import export
+
+__all__ = ["MODEL", "demo_server", "write_repository"]
+
+MODEL = "simple_sequence"
+"""The accumulator model that the sequences run on."""
+
+
+def write_repository(folder: Path, settings: Settings) -> None:
+    """Write a model repository with the manager and the accumulator model."""
+    export(folder, settings)
+    # A copy: Triton's Python writes compiled files next to a model.
+    shutil.copytree(
+        Path(__file__).parent / "models" / MODEL,
+        folder / MODEL,
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+
+
+@contextlib.contextmanager
+def demo_server() -> Iterator[TritonServer]:
+    """Run a Triton server with both models and a registry without a past."""
+    with tempfile.TemporaryDirectory(prefix="cidalloc-models-") as name:
+        write_repository(Path(name), Settings(first=1, capacity=2**30 - 1, fresh=True))
+        with TritonServer(Path(name)) as server:
+            yield server

@@ -1,0 +1,192 @@
+"""The demo, word for word, and the runs that show why it exists."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from cidalloc import cli, demo
+from cidalloc.client import Client
+from cidalloc.demo import sequences
+from cidalloc.demo.collide import collide
+from cidalloc.demo.stress import Hold, Outcome, overlapping, stress
+from cidalloc.server import TritonServer
+
+SUMS = """\
+[0] 0 : 100
+[1] 11 : 89
+[2] 18 : 82
+[3] 23 : 77
+[4] 26 : 74
+[5] 28 : 72
+[6] 28 : 72
+[7] 29 : 71
+"""
+OUTPUT = f"""\
+Have Correlation Id: {{}}
+Have Correlation Id: {{}}
+{{}}
+{SUMS}Removing managed Correlation ID: {{}}
+Removing managed Correlation ID: {{}}
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cidalloc", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+
+
+def test_the_demo_prints_what_it_printed_in_2019() -> None:
+    done = run("demo")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == OUTPUT.format(1, 2, "streaming : non-streaming", 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "header"),
+    [
+        ([], "streaming : non-streaming"),
+        (["--async"], "streaming : non-streaming"),
+        (["--reverse"], "non-streaming : streaming"),
+        (["--async", "--reverse"], "non-streaming : streaming"),
+    ],
+)
+def test_the_demo_on_a_server_that_runs(
+    triton: TritonServer, options: list[str], header: str
+) -> None:
+    done = CliRunner().invoke(cli.main, ["demo", "--url", triton.grpc_url, *options])
+    assert done.exit_code == 0, done.output
+    first, second = (int(line.split()[-1]) for line in done.output.splitlines()[:2])
+    assert done.output == OUTPUT.format(first, second, header, second, first)
+
+
+def test_the_demo_notices_wrong_sums(triton: TritonServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = sequences.expected_sums
+    monkeypatch.setattr(sequences, "expected_sums", lambda v: [*right(v)[:-1], 12])
+    done = CliRunner().invoke(cli.main, ["demo", "--url", triton.grpc_url])
+    assert done.exit_code == 1
+    assert "[ expected ] 12 : 12" in done.output
+    assert "2 sums are wrong" in done.output
+
+
+def test_collide(triton: TritonServer) -> None:
+    unmanaged = collide(triton.http_url, managed=False)
+    assert {lane.cid for lane in unmanaged} == {10086}
+    assert all(lane.statuses == [200] * 8 for lane in unmanaged)
+    assert sum(lane.wrong for lane in unmanaged) == 14
+    assert [lane.end_status for lane in unmanaged] == [200, 400]
+    assert "must specify the START flag" in unmanaged[1].end_words
+    managed = collide(triton.http_url, managed=True)
+    assert managed[0].cid != managed[1].cid
+    assert all(lane.statuses == [200] * 8 and lane.end_status == 200 for lane in managed)
+    assert sum(lane.wrong for lane in managed) == 0
+    assert managed[0].sums[-1] == 29
+
+
+def test_collide_as_it_is_shown(triton: TritonServer) -> None:
+    done = CliRunner().invoke(cli.main, ["demo", "--collide", "--url", triton.http_url])
+    assert done.exit_code == 0, done.output
+    assert "14 of 16 sums are wrong. Triton answered 16 of the 16 requests with 200." in done.output
+    assert "0 of 16 sums are wrong." in done.output
+
+
+def test_stress(triton: TritonServer) -> None:
+    seen: list[int] = []
+    with Client(triton.grpc_url) as client:
+        held = client.active()
+        outcome = stress(triton.grpc_url, 6, seen.append)
+        assert client.active() == held
+    assert outcome.failures == []
+    assert outcome.good
+    assert len(outcome.holds) == 12
+    assert seen == [1, 2, 3, 4, 5, 6]
+
+
+def test_stress_as_it_is_shown(triton: TritonServer) -> None:
+    done = CliRunner().invoke(cli.main, ["stress", "-p", "2", "-e", "1", "--url", triton.grpc_url])
+    assert done.exit_code == 0, done.output
+    rows = dict(line.rsplit(maxsplit=1) for line in done.stdout.splitlines())
+    assert rows == {
+        "client processes": "2",
+        "failed": "0",
+        "sequences run": "4",
+        "wrong sums": "0",
+        "IDs with two holders at once": "0",
+        "IDs still held afterwards": "0",
+    }
+
+
+def test_stress_reports_failures() -> None:
+    done = CliRunner().invoke(cli.main, ["stress", "-p", "65", "-e", "1"])
+    assert done.exception is not None
+    done = CliRunner().invoke(cli.main, ["stress", "--url", "127.0.0.1:1"])
+    assert done.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("holds", "shared"),
+    [
+        ([Hold(1, 0, 10), Hold(1, 10, 20)], set()),
+        ([Hold(1, 0, 10), Hold(2, 5, 20)], set()),
+        ([Hold(1, 5, 10), Hold(1, 0, 6)], {1}),
+        ([Hold(1, 0, 9), Hold(1, 2, 3)], {1}),
+    ],
+)
+def test_overlapping_holds_are_found(holds: list[Hold], shared: set[int]) -> None:
+    assert overlapping(holds) == shared
+    assert Outcome(holds=holds).good is not shared
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_running(signal_number: int) -> None:
+    """However the command ends, its server ends, too, and takes its model processes along."""
+    command = [sys.executable, "-m", "cidalloc", "serve"]
+    command += ["--http-port=0", "--grpc-port=0", "--metrics-port=0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            lines = [process.stdout.readline() for _ in range(4)]
+            assert "Ctrl-C stops it" in lines[-1], lines
+            servers = children(process.pid)
+            assert servers
+            stubs = [stub for server in servers for stub in children(server)]
+            assert len(stubs) == 2
+            process.send_signal(signal_number)
+            process.wait(30)
+        finally:
+            process.kill()
+    deadline = time.monotonic() + 30
+    while any(alive(pid) for pid in servers + stubs):
+        assert time.monotonic() < deadline, "the server outlived its command"
+        time.sleep(0.1)
+
+
+def children(pid: int) -> list[int]:
+    return [
+        int(stat.parent.name)
+        for stat in Path("/proc").glob("[0-9]*/stat")
+        if (fields := read_stat(stat)) and fields[1] == str(pid)
+    ]
+
+
+def alive(pid: int) -> bool:
+    fields = read_stat(Path(f"/proc/{pid}/stat"))
+    return bool(fields) and fields[0] != "Z"
+
+
+def read_stat(path: Path) -> list[str]:
+    try:
+        return path.read_text().rpartition(") ")[2].split()
+    except OSError:
+        return []
+
+
+def test_the_demo_model_is_where_the_server_looks(tmp_path: Path) -> None:
+    demo.write_repository(tmp_path, cli.Settings())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cidmgr", demo.MODEL]
