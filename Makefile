@@ -1,0 +1,71 @@
+# Each target sets up what it needs in .venv, inside this folder, and is quick the second time.
+#   make demo    the two sequences of the demo, on a real Triton server
+#   make test    the whole test suite, with the tests on a real Triton server
+#   make lint    style, types and layers
+#   make dist    sdist and wheel, the wheel tested in an environment of its own
+#   make clean   remove everything that these made
+
+# The bundled Triton server runs its models on Python 3.10 to 3.13; 3.13 compiles numpy first.
+usable = $(shell for p in $(1); do "$$p" -c 'import sys; sys.exit(sys.version_info[:2] not in $(2))' \
+	2>/dev/null && { echo $$p; break; }; done)
+PYTHON ?= $(or $(call usable,python3 python3.12 python3.11 python3.10,((3,10),(3,11),(3,12))),\
+	$(call usable,python3 python3.13,((3,13),)))
+
+# Nothing is written outside this folder.
+export PIP_CACHE_DIR ?= $(CURDIR)/.cache/pip
+export TMPDIR := $(CURDIR)/.cache/tmp
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+BIN := .venv/bin
+NEWS := sed -u "/already satisfied/d"
+SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
+
+.PHONY: demo test lint dist clean
+.DELETE_ON_ERROR:
+
+demo: .venv/.built
+	$(BIN)/cidalloc demo
+
+test: .venv/.built
+	$(BIN)/python -m pytest
+
+lint: .venv/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint --max-line-length 100 src tests
+	$(BIN)/python -m mypy
+	$(BIN)/python -m mypy.stubtest --concise cidalloc._alloc
+
+dist: .venv/.built
+	rm -rf build/dist build/clean
+	$(BIN)/python -m build --outdir build/dist .
+	tar -C build/dist -xzf build/dist/cidalloc-*.tar.gz
+	.venv/bin/python -m venv build/clean
+	build/clean/bin/python -m pip install -q -U 'pip>=25.1'
+	build/clean/bin/python -m pip install -q --group pyproject.toml:test \
+		"cidalloc[all] @ file://$$(echo $(CURDIR)/build/dist/*.whl)"
+	cd build/dist/cidalloc-*/ && ../../clean/bin/python -m pytest
+
+clean:
+	rm -rf .venv .cache build .hypothesis .mypy_cache .ruff_cache .pytest_cache
+
+.cache/tmp:
+	@mkdir -p $@
+
+.venv/.ready: pyproject.toml Makefile | .cache/tmp
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.13 found (the bundled Triton server" \
+		"knows no other); name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "== Setting up .venv with $$($(PYTHON) --version): some minutes the first time"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -U 'pip>=25.1'
+	$(BIN)/python -m pip install --group build | $(NEWS)
+	$(BIN)/python -m pip install --no-build-isolation --group dev '.[all]' | $(NEWS)
+	@touch $@ .venv/.built
+
+# Always a wheel, never an editable install: Triton's Python imports the same package.
+.venv/.built: .venv/.ready $(SOURCES)
+	@echo "== Building and installing cidalloc"
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps --force-reinstall .
+	@touch $@

@@ -1,0 +1,55 @@
+"""The package as a whole: its public names, its version, its files."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from importlib.metadata import files, metadata
+from pathlib import Path
+
+import pytest
+
+import cidalloc
+
+ROOT = Path(__file__).parent.parent
+
+PUBLIC = {
+    "cidalloc": ["Allocator", "CidError", "Code", "__version__"],
+    "cidalloc.client": ["Client", "Sequence"],
+    "cidalloc.codes": ["Code", "Operation"],
+    "cidalloc.registry": ["Registry", "Settings"],
+    "cidalloc.service": ["Service", "boottime_ms"],
+    "cidalloc.server": ["TritonServer"],
+    "cidalloc.triton_model": ["export", "settings_from"],
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names(name: str) -> None:
+    module = importlib.import_module(name)
+    assert sorted(module.__all__) == sorted(PUBLIC[name])
+    assert all(hasattr(module, each) for each in module.__all__)
+
+
+def test_the_changelog_leads_with_this_version() -> None:
+    versions = re.findall(r"^## \[?([\w.]+)\]?", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == cidalloc.__version__
+
+
+def test_what_is_installed() -> None:
+    names = {str(path) for path in files("cidalloc") or ()}
+    for wanted in (
+        "cidalloc/py.typed",
+        "cidalloc/_alloc.pyi",
+        "cidalloc/_alloc.pxd",
+        "cidalloc/triton_model/config.pbtxt",
+        "cidalloc/demo/models/simple_sequence/1/model.py",
+    ):
+        assert wanted in names
+    assert metadata("cidalloc")["License-Expression"] == "Apache-2.0"
+
+
+def test_every_file_says_what_it_is_for() -> None:
+    source = ROOT / "src" / "cidalloc"
+    for path in [*source.rglob("*.py"), *Path(__file__).parent.glob("*.py")]:
+        assert path.read_text().startswith('"""'), f"{path.name} does not begin with its purpose"
