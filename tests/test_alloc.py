@@ -320,6 +320,13 @@ def test_ids_of_an_idle_block_go_on_cooling_with_its_next_owner() -> None:
     pool._check()
 
 
+def test_a_bulk_leaves_what_cools_in_its_own_idle_block() -> None:
+    pool = Allocator(8, 1, 4)
+    pool.release(pool.acquire(), reuse_at=10)
+    assert pool.acquire_many(4).tolist() == [2, 3, 4, 5]
+    pool._check()
+
+
 def test_a_bulk_may_use_all_of_its_own_idle_block() -> None:
     pool = Allocator(8, 1, 8)
     pool.release(pool.acquire())

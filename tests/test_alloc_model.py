@@ -267,12 +267,12 @@ class Histories(RuleBasedStateMachine):
         released = self.pool.release_owner(owner, self.at(delay))
         assert released == self.model.release_owner(owner, self.at(delay))
 
-    @rule(owner=owners)
-    def take_and_give_back(self, owner: int) -> None:
+    @rule(owner=owners, delay=delays)
+    def take_and_give_back(self, owner: int, delay: int) -> None:
         for _ in range(3):
             if cid := self.one(owner, self.now):
-                self.pool.release(cid, owner, self.now)
-                self.model.release(cid, self.now)
+                self.pool.release(cid, owner, self.at(delay))
+                self.model.release(cid, self.at(delay))
 
     def wrong(self, data: st.DataObject, owner: int, ids: list[int]) -> tuple[int, type]:
         model = self.model

@@ -78,15 +78,15 @@ def test_sequences_side_by_side(cids: Client, kind: str) -> None:
 def cooldown_of(sequence: Sequence, monkeypatch: pytest.MonkeyPatch) -> tuple[bool, float]:
     """Close a sequence and return how its ID was given back."""
     seen: list[tuple[bool, float]] = []
-    release = sequence._client.release
+    release = sequence._release
 
     def spy(cid: int, *, ended: bool, cooldown: float) -> None:
         seen.append((ended, cooldown))
         release(cid, ended=ended, cooldown=cooldown)
 
-    monkeypatch.setattr(sequence._client, "release", spy)
+    monkeypatch.setattr(sequence, "_release", spy)
     sequence.close()
-    monkeypatch.undo()
+    sequence.close()
     assert len(seen) == 1
     return seen[0]
 
@@ -247,3 +247,31 @@ def test_repr(cids: Client, kind: str) -> None:
         sequence.infer(send(kind, 1), end=True)
         assert repr(sequence).endswith("ended>")
     assert repr(sequence).endswith("closed>")
+
+
+def test_a_release_that_failed_may_be_tried_again(
+    cids: Client, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequence = cids.sequence(MODEL, streaming=kind == "stream")
+    release = sequence._release
+
+    def away(*arguments: Any, **options: Any) -> None:
+        raise errors.Unavailable("away")
+
+    monkeypatch.setattr(sequence, "_release", away)
+    with pytest.raises(errors.Unavailable):
+        sequence.close()
+    with pytest.raises(ZeroDivisionError), sequence:
+        raise ZeroDivisionError  # matters more than that the release fails again
+    monkeypatch.setattr(sequence, "_release", release)
+    sequence.close()
+    with pytest.raises(errors.NotHeld):
+        cids.release(sequence.cid)
+
+
+def test_what_waits_in_line_may_be_cancelled(triton: TritonServer) -> None:
+    with Client(triton.grpc_url) as cids, cids.sequence(MODEL) as sequence:
+        sequence.infer(number(1))
+        futures = [sequence.async_infer(number(1)) for _ in range(50)]
+        cancelled = sum(future.cancel() for future in reversed(futures))
+        assert total(sequence.infer(number(1), end=True)) == 2 + 50 - cancelled

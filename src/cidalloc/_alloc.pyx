@@ -61,7 +61,7 @@ cdef int read_int(object x, int64_t *value) except -1:
     cdef int overflow = 0
     if small_int(x, value):
         return FITS
-    if isinstance(x, (bool, np.bool_)):   # numpy 1 takes the latter for an index
+    if isinstance(x, (bool, np.bool_)):     # numpy 1 takes the latter for an index
         return NO_INT
     try:
         x = PyNumber_Index(x)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
 from ..codes import Operation
-from ..errors import Forked, InvalidArgument, ProtocolError
+from ..errors import InvalidArgument, ProtocolError
 from ..wire import MODEL, IDs, Parameter, Request, as_ids
+from ._process import BoundToProcess
 from ._sequence import Sequence
 from ._target import Target
 from ._transport import Transport, connect
@@ -17,7 +17,7 @@ from ._transport import Transport, connect
 __all__ = ["Client"]
 
 
-class Client:
+class Client(BoundToProcess):
     """Correlation IDs from the manager on a Triton server.
 
     Args:
@@ -42,11 +42,11 @@ class Client:
         timeout: float = 10.0,
         transport: Transport | None = None,
     ) -> None:
+        super().__init__()
         self._transport = transport or connect(url)
         self._model = model
         self._timeout = timeout
         self._targets: dict[str, Target] = {}
-        self._pid = os.getpid()
 
     def __repr__(self) -> str:
         return f"<cidalloc Client of {self._model} at {self._transport.url}>"
@@ -157,7 +157,7 @@ class Client:
                 " be cut: give the manager a lower pool, or the model a wider CORRID"
             )
         try:
-            return Sequence(self, self._transport, target, cid, streaming, timeout)
+            return Sequence(self._transport, target, cid, self.release, streaming, timeout)
         except BaseException:
             self.release(cid, ended=True)
             raise
@@ -172,7 +172,3 @@ class Client:
         self._check_fork()
         request = Request(operation, as_ids([]) if ids is None else ids, parameters)
         return self._transport.call(self._model, request, self._timeout)
-
-    def _check_fork(self) -> None:
-        if os.getpid() != self._pid:
-            raise Forked("this client belongs to the parent process: make a new one after the fork")

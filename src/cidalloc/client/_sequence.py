@@ -6,26 +6,25 @@ import concurrent.futures
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tritonclient.grpc import InferenceServerClient as GrpcClient
 
 from ..errors import CidError, InvalidArgument, Unavailable
+from ._process import BoundToProcess
 from ._target import Target
 from ._transport import Transport
-
-if TYPE_CHECKING:
-    from ._client import Client
 
 __all__ = ["Sequence"]
 
 _log = logging.getLogger("cidalloc.client")
 
 
-class Sequence:
+class Sequence(BoundToProcess):
     """A sequence with an ID of its own; made by `Client.sequence`, used with ``with``.
 
     START goes with the first request. When the block ends the ID goes back: at once if END was
@@ -34,25 +33,26 @@ class Sequence:
 
     def __init__(
         self,
-        client: Client,
         transport: Transport,
         target: Target,
         cid: int,
+        release: Callable[..., None],
         streaming: bool,
         timeout: float,
     ) -> None:
-        self._client = client
+        super().__init__()
         self._target = target
         self._cid = cid
+        self._release = release
         self._timeout = timeout
         # Triton's own limit on a request comes first; ours is for a server that is away.
-        patience = timeout + 5.0
-        self._sender = (
-            _StreamSender(transport, patience) if streaming else _UnarySender(transport, patience)
-        )
+        self._patience = timeout + 5.0
+        sender = _StreamSender if streaming else _UnarySender
+        self._sender: _StreamSender | _UnarySender = sender(transport, self._patience)
         self._lock = threading.Lock()
         self._unanswered = 0
-        self._sent = self._answered = self._failed = self._ended = self._closed = False
+        self._sent = self._answered = self._failed = self._ended = False
+        self._closed = self._released = False
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "ended" if self._ended else "open"
@@ -86,8 +86,8 @@ class Sequence:
         """
         future = self._submit(inputs, end, options, self._sender.infer)
         try:
-            return future.result(self._timeout + 5.0)
-        except TimeoutError:
+            return future.result(self._patience)
+        except (TimeoutError, concurrent.futures.TimeoutError):  # two classes up to Python 3.10
             raise Unavailable(f"no answer to {self!r} within {self._timeout} s") from None
 
     def async_infer(self, inputs: list[Any], *, end: bool = False, **options: Any) -> Future[Any]:
@@ -111,16 +111,19 @@ class Sequence:
         return flags
 
     def close(self) -> None:
-        """Wait for what is unanswered, and give the ID back. Closing again does nothing."""
-        self._client._check_fork()
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
+        """Wait for what is unanswered, and give the ID back.
+
+        If that fails, closing again tries it again; otherwise closing again does nothing.
+        """
+        self._check_fork()
+        if self._released:
+            return
+        self._closed = True
         self._sender.close()
         forgotten = not self._sent or (self._ended and not self._failed and not self._unanswered)
         cooldown = self._target.idle_s + self._timeout
-        self._client.release(self._cid, ended=forgotten, cooldown=cooldown)
+        self._release(self._cid, ended=forgotten, cooldown=cooldown)
+        self._released = True
 
     def __enter__(self) -> Sequence:
         return self
@@ -146,7 +149,7 @@ class Sequence:
         options: dict[str, Any],
         send: Callable[..., Future[Any]],
     ) -> Future[Any]:
-        self._client._check_fork()
+        self._check_fork()
         taken = {"sequence_id", "sequence_start", "sequence_end", "request_id"} & options.keys()
         if taken:
             raise InvalidArgument(f"the sequence sets {', '.join(sorted(taken))} by itself")
@@ -157,7 +160,11 @@ class Sequence:
         except BaseException as error:
             self._settle(end, error)
             raise
-        future.add_done_callback(lambda done: self._settle(end, done.exception()))
+
+        def settle(done: Future[Any]) -> None:
+            self._settle(end, CancelledError() if done.cancelled() else done.exception())
+
+        future.add_done_callback(settle)
         return future
 
     def _next_flags(self, end: bool) -> dict[str, Any]:
@@ -230,13 +237,16 @@ class _StreamSender:
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._waiting: dict[str, Future[Any]] = {}
+        self._last_sent = 0.0
         triton.start_stream(self._receive)
 
     def infer(self, model: str, inputs: list[Any], **options: Any) -> Future[Any]:
         number = str(next(self._numbers))
         future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()  # it is as good as sent
         with self._lock:
             self._waiting[number] = future
+            self._last_sent = time.monotonic()
         try:
             self._triton.async_stream_infer(model, inputs, request_id=number, **options)
         except BaseException:
@@ -265,6 +275,7 @@ class _StreamSender:
         """Give what is unanswered its time, then cut it off."""
         with self._lock:
             waiting = list(self._waiting.values())
-        concurrent.futures.wait(waiting, self._patience)
+            left = self._last_sent + self._patience - time.monotonic()
+        concurrent.futures.wait(waiting, max(0.0, left))
         self._triton.stop_stream(cancel_requests=bool(self._waiting))
         self._triton.close()
