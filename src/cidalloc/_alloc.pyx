@@ -61,7 +61,7 @@ cdef int read_int(object x, int64_t *value) except -1:
     cdef int overflow = 0
     if small_int(x, value):
         return FITS
-    if isinstance(x, (bool, np.bool_)):     # numpy 1 takes the latter for an index
+    if isinstance(x, (bool, np.bool_)):
         return NO_INT
     try:
         x = PyNumber_Index(x)
@@ -186,8 +186,8 @@ cdef class Allocator:
             raise error_for(INVALID_ARGUMENT, "block must be 1, 2, 4, 8, 16, 32 or 64")
         cdef int64_t most = min(<int64_t>1 << 38, width * (((<int64_t>1) << 32) - 2))
         cdef int64_t n = as_int(capacity, 1, most, "capacity")
-        cdef int64_t low = as_int(first, 1, INT64_MAX - n + 1, "first")
-        cdef int64_t begin = low if start is None else as_int(start, low, low + n - 1, "start")
+        cdef int64_t low = as_int(first, 1, INT64_MAX - (n - 1), "first")
+        cdef int64_t begin = low if start is None else as_int(start, low, low + (n - 1), "start")
         if pool_init(&self.pool, n, low, high_bit(width), begin):
             raise MemoryError("no address space for the pool; a smaller capacity needs less")
         self.forks = forks

@@ -327,7 +327,8 @@ cdef inline int find(const Pool *pool, uint64_t cid, Block **block, uint64_t *pl
         return OUT_OF_RANGE
     block[0] = &pool.blocks[1 + (offset >> pool.shift)]
     place[0] = offset & pool.mask
-    return OK if block[0].used >> place[0] & 1 else NOT_HELD
+    # Not `used >> place & 1`: gcc would take that for a 1 to step on by, and wait for it to load.
+    return OK if block[0].used & bits(1, place[0]) else NOT_HELD
 
 
 cdef int pool_owner_of(const Pool *pool, uint64_t cid, uint32_t *owner) noexcept nogil:

@@ -141,17 +141,14 @@ class TritonServer:
             return
         process.terminate()
         try:
-            # An open gRPC stream keeps Triton 2.51 from ever leaving.
-            process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                # An open gRPC stream keeps Triton 2.51 from ever leaving.
+                process.wait(timeout)
+        finally:
+            # Also on a second Ctrl-C. Its model processes share its process group.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        # Its model processes share its process group and leave a moment later.
-        deadline = time.monotonic() + 5
-        while _group_alive(process.pid) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
 
     def poll(self) -> int | None:
         """Return the exit status of the server process, or None while it runs."""
@@ -253,11 +250,3 @@ def _complaint(log: str) -> str:
 def _die_with_parent() -> None:
     """Ask the kernel to stop the server if we are killed; runs in the child before exec."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _group_alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True

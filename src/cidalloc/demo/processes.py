@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -83,8 +86,17 @@ def _collect(
 def _work(
     function: Callable[..., Any], barrier: Barrier, writer: Connection, arguments: tuple[Any, ...]
 ) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches us all; the parent ends us
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         writer.send(Report(function(barrier, *arguments)))
     except Exception as error:
         barrier.abort()  # the others would wait in vain
         writer.send(Report(failure=f"{type(error).__name__}: {error}"))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
