@@ -61,7 +61,8 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -U 'pip>=25.1'
 	$(BIN)/python -m pip install --group build | $(NEWS)
-	$(BIN)/python -m pip install --no-build-isolation --group dev '.[all]' | $(NEWS)
+	# A build folder of its own, since this build's tools are gone afterwards.
+	SKBUILD_BUILD_DIR=build/first $(BIN)/python -m pip install --group dev '.[all]' | $(NEWS)
 	@touch $@ .venv/.built
 
 # Always a wheel, never an editable install: Triton's Python imports the same package.
