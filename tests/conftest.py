@@ -19,6 +19,18 @@ SMALL = Settings(first=1000, capacity=8, cooldown_ms=0, max_count=100, fresh=Tru
 """A pool small enough to run out, without a cooldown."""
 
 
+IMPOSTOR = """
+import numpy
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        output = pb_utils.Tensor("OUTPUT", numpy.zeros([1, 1], numpy.float32))
+        return [pb_utils.InferenceResponse([output]) for request in requests]
+"""
+"""A model with the tensors of a manager that is none."""
+
+
 @pytest.fixture(scope="session")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model repository: the manager, small ones for tests of their own, and target models."""
@@ -27,6 +39,12 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("small_grpc", "small_http", "small_raw"):
         export(folder, SMALL, name=name)
     export(folder, Settings(first=2**40), name="wide")
+    impostor = export(folder, name="impostor")
+    (impostor / "1" / "model.py").write_text(IMPOSTOR)
+    config = (impostor / "config.pbtxt").read_text()
+    (impostor / "config.pbtxt").write_text(
+        config.replace('"OUTPUT" data_type: TYPE_UINT64', '"OUTPUT" data_type: TYPE_FP32')
+    )
     accumulator = folder / demo.MODEL
     for name, old, new in (
         ("narrow_sequence", "TYPE_UINT64", "TYPE_INT32"),

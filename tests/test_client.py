@@ -113,6 +113,12 @@ def test_another_model_than_a_manager(scheme: str, triton: TritonServer) -> None
         client.acquire()
 
 
+def test_a_model_that_answers_unlike_a_manager(scheme: str, triton: TritonServer) -> None:
+    url = triton.grpc_url if scheme == "grpc" else triton.http_url
+    with Client(url, model="impostor") as client, pytest.raises(errors.ProtocolError):
+        client.acquire()
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [

@@ -10,6 +10,7 @@ import ctypes
 import http.client
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import socket
@@ -242,7 +243,11 @@ def _python_library_folders() -> Iterator[str]:
 def _complaint(log: str) -> str:
     """Return what of Triton's log says why it failed, or else its last words."""
     lines = [line for line in log.splitlines() if line.strip()]
-    failed = [line.partition("] ")[2] for line in lines if "failed to load '" in line]
+    failed = [
+        line.partition("] ")[2].strip('"')
+        for line in lines
+        if re.search("failed to load .* version", line)
+    ]
     # A model's traceback stands behind its error, in the same line.
     return "\n".join([line.partition("\\n\\nAt:")[0] for line in failed] or lines[-10:])
 

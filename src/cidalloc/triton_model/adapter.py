@@ -64,10 +64,12 @@ def _check_numpy() -> None:
     """Refuse to serve where the backend cannot read numpy's arrays.
 
     Triton's backend up to 2.51 was built for numpy 1 and, given numpy 2, sends outputs without
-    bytes and with status 200.
+    bytes and with status 200. A tensor that it makes an array of by itself shows that, too.
     """
     sent = np.array([[1, 2**63]], np.uint64)
-    if pb_utils.Tensor(wire.OUTPUT, sent).as_numpy().tolist() != sent.tolist():
+    lent = pb_utils.Tensor(wire.OUTPUT, sent)
+    got = pb_utils.Tensor.from_dlpack(wire.OUTPUT, lent.to_dlpack()).as_numpy()
+    if got.tolist() != sent.tolist():
         raise RuntimeError(
             f"this Triton's Python backend cannot use numpy {np.__version__}: install 'numpy<2'"
             " for it"
