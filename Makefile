@@ -2,7 +2,7 @@
 #   make demo    the two sequences of the demo, on a real Triton server
 #   make test    the whole test suite, with the tests on a real Triton server
 #   make lint    style, types and layers
-#   make dist    sdist and wheel, the wheel tested in an environment of its own
+#   make dist    sdist and wheel, the wheel tested in environments of its own
 #   make clean   remove everything that these made
 
 # The bundled Triton server runs its models on Python 3.10 to 3.13; 3.13 compiles numpy first.
@@ -38,15 +38,22 @@ lint: .venv/.built
 	$(BIN)/python -m mypy
 	$(BIN)/python -m mypy.stubtest --concise cidalloc._alloc
 
+# Once as with the bundled server (numpy 1), once as most users have it (numpy 2, no server).
 dist: .venv/.built
 	rm -rf build/dist build/clean
 	$(BIN)/python -m build --outdir build/dist .
 	tar -C build/dist -xzf build/dist/cidalloc-*.tar.gz
-	.venv/bin/python -m venv build/clean
+	$(call clean_environment,all)
+	cd build/dist/cidalloc-*/ && ../../clean/bin/python -m pytest
+	$(call clean_environment,client) 'numpy>=2'
+	cd build/dist/cidalloc-*/ && ../../clean/bin/python -m pytest -m 'not server'
+
+define clean_environment
+	$(BIN)/python -m venv --clear build/clean
 	build/clean/bin/python -m pip install -q -U 'pip>=25.1'
 	build/clean/bin/python -m pip install -q --group pyproject.toml:test \
-		"cidalloc[all] @ file://$$(echo $(CURDIR)/build/dist/*.whl)"
-	cd build/dist/cidalloc-*/ && ../../clean/bin/python -m pytest
+		"cidalloc[$(1)] @ file://$$(echo $(CURDIR)/build/dist/*.whl)"
+endef
 
 clean:
 	rm -rf .venv .cache build .hypothesis .mypy_cache .ruff_cache .pytest_cache
@@ -63,7 +70,7 @@ clean:
 	$(BIN)/python -m pip install --group build | $(NEWS)
 	# A build folder of its own, since this build's tools are gone afterwards.
 	SKBUILD_BUILD_DIR=build/first $(BIN)/python -m pip install --group dev '.[all]' | $(NEWS)
-	@touch $@ .venv/.built
+	@touch $@
 
 # Always a wheel, never an editable install: Triton's Python imports the same package.
 .venv/.built: .venv/.ready $(SOURCES)

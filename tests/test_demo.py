@@ -42,6 +42,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
 
 
+@pytest.mark.server
 def test_the_demo_prints_what_it_printed_in_2019() -> None:
     done = run("demo")
     assert done.returncode == 0, done.stderr
@@ -143,6 +144,7 @@ def test_overlapping_holds_are_found(holds: list[Hold], shared: set[int]) -> Non
     assert Outcome(holds=holds).good is not shared
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_running(signal_number: int) -> None:
     """However the command ends, its server ends, too, and takes its model processes along."""

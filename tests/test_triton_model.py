@@ -71,6 +71,7 @@ def test_export_refuses_and_replaces(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.rglob("*")) == ["1", "config.pbtxt", "model.py"]
 
 
+@pytest.mark.server
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [

@@ -69,7 +69,7 @@ class Service:
         except Exception as error:
             # The text of a stranger's exception may carry paths: it stays in the server's log.
             return InternalError(f"unexpected {type(error).__name__} in the manager")
-        return np.array(output, np.uint64, copy=False, ndmin=2)
+        return np.asarray(output, np.uint64).reshape(1, -1)
 
     def _new(self, request: Request) -> IDs:
         return self.registry.acquire(request.integer("count", 1, 1), self._clock())
