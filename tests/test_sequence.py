@@ -261,6 +261,8 @@ def test_a_release_that_failed_may_be_tried_again(
     monkeypatch.setattr(sequence, "_release", away)
     with pytest.raises(errors.Unavailable):
         sequence.close()
+    with pytest.raises(errors.Unavailable), sequence:
+        pass
     with pytest.raises(ZeroDivisionError), sequence:
         raise ZeroDivisionError  # matters more than that the release fails again
     monkeypatch.setattr(sequence, "_release", release)
