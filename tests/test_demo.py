@@ -199,5 +199,5 @@ def read_stat(path: Path) -> list[str]:
 
 
 def test_the_demo_model_is_where_the_server_looks(tmp_path: Path) -> None:
-    demo.write_repository(tmp_path, cli.Settings())
+    demo.write_repository(tmp_path, demo.FRESH)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cidmgr", demo.MODEL]

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import click
@@ -18,11 +18,11 @@ from rich.text import Text
 
 from . import __version__
 from .client import Client, Sequence
-from .demo import demo_server, write_repository
+from .demo import demo_server
 from .demo.collide import Lane, collide
 from .demo.sequences import FIRST, expected_sums, run_two_sequences
 from .demo.stress import stress as run_stress
-from .errors import CidError, InvalidArgument
+from .errors import CidError, InvalidArgument, Unavailable
 from .registry import Settings
 from .server import TritonServer
 from .triton_model import export
@@ -52,25 +52,25 @@ def run() -> None:
 
 
 @contextmanager
-def _server_or(url: str | None) -> Iterator[str]:
-    """Yield ``url``, or that of a server that runs as long as it is needed."""
-    if url is not None:
-        yield url
-        return
-    with _starting(), contextlib.ExitStack() as stack:
-        server = stack.enter_context(demo_server())
-        running = stack.pop_all()
-    with running:
-        yield server.grpc_url
+def _started(server: AbstractContextManager[TritonServer]) -> Iterator[TritonServer]:
+    """Enter ``server`` and say how long that took."""
+    began = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        with progress_console.status("Starting Triton …"):
+            running = stack.enter_context(server)
+        taken = time.monotonic() - began
+        progress_console.print(f"[dim]Triton is ready after {taken:.1f} s[/dim]")
+        yield running
 
 
 @contextmanager
-def _starting() -> Iterator[None]:
-    began = time.monotonic()
-    with progress_console.status("Starting Triton …"):
-        yield
-    taken = time.monotonic() - began
-    progress_console.print(f"[dim]Triton is ready after {taken:.1f} s[/dim]")
+def _server_or(url: str | None) -> Iterator[str]:
+    """Yield ``url``, or the gRPC URL of a server that runs as long as it is needed."""
+    if url is not None:
+        yield url
+    else:
+        with _started(demo_server()) as server:
+            yield server.grpc_url
 
 
 @main.command()
@@ -107,17 +107,17 @@ def _announce(sequence: Sequence) -> Iterator[None]:
 
 
 def _demo_collide(url: str | None) -> None:
-    with contextlib.ExitStack() as stack:
-        if url is None:
-            with _starting():
-                url = stack.enter_context(demo_server()).http_url
-        elif not url.startswith("http://"):
-            raise InvalidArgument(f"--url {url}: with --collide it is http://HOST:PORT")
-        wrong = {}
-        for managed in (False, True):
-            lanes = collide(url, managed=managed)
-            show_lanes(console, lanes, managed)
-            wrong[managed] = sum(lane.wrong for lane in lanes)
+    if url is None:
+        with _started(demo_server()) as server:
+            _demo_collide(server.http_url)
+        return
+    if not url.startswith("http://"):
+        raise InvalidArgument(f"--url {url}: with --collide it is http://HOST:PORT")
+    wrong = {}
+    for managed in (False, True):
+        lanes = collide(url, managed=managed)
+        show_lanes(console, lanes, managed)
+        wrong[managed] = sum(lane.wrong for lane in lanes)
     if wrong[True] or not wrong[False]:
         click.echo("error: INTERNAL: the sums are not what they must be", err=True)
         sys.exit(1)
@@ -215,20 +215,13 @@ def model(repository: Path, overwrite: bool, name: str, modver: int) -> None:
 @click.option("--metrics-port", default=8002, show_default=True, help="0 picks a free one.")
 def serve(http_port: int, grpc_port: int, metrics_port: int) -> None:
     """Serve the manager and the model simple_sequence on loopback until Ctrl-C."""
-    import tempfile
-
     ports = (http_port, grpc_port, metrics_port)
-    with tempfile.TemporaryDirectory(prefix="cidalloc-models-") as name:
-        write_repository(Path(name), Settings())
-        server = TritonServer(Path(name), ports=ports)
-        with contextlib.ExitStack() as stack:
-            with _starting():
-                stack.enter_context(server)
-            click.echo(f"HTTP     {server.http_url}")
-            click.echo(f"gRPC     {server.grpc_url}")
-            click.echo(f"metrics  {server.metrics_url}")
-            click.echo("Ctrl-C stops it.")
-            with contextlib.suppress(KeyboardInterrupt):
-                while server.poll() is None:
-                    time.sleep(0.2)
-                sys.exit(f"error: UNAVAILABLE: Triton ended with status {server.poll()}")
+    with _started(demo_server(Settings(), ports)) as server:
+        click.echo(f"HTTP     {server.http_url}")
+        click.echo(f"gRPC     {server.grpc_url}")
+        click.echo(f"metrics  {server.metrics_url}")
+        click.echo("Ctrl-C stops it.")
+        with contextlib.suppress(KeyboardInterrupt):
+            while server.poll() is None:
+                time.sleep(0.2)
+            raise Unavailable(f"Triton ended with status {server.poll()}")

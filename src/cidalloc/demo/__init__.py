@@ -12,10 +12,13 @@ from ..registry import Settings
 from ..server import TritonServer
 from ..triton_model import export
 
-__all__ = ["MODEL", "demo_server", "write_repository"]
+__all__ = ["FRESH", "MODEL", "demo_server", "write_repository"]
 
 MODEL = "simple_sequence"
 """The accumulator model that the sequences run on."""
+
+FRESH = Settings(first=1, capacity=2**30 - 1, fresh=True)
+"""A registry without a past, whose IDs begin at 1."""
 
 
 def write_repository(folder: Path, settings: Settings) -> None:
@@ -30,9 +33,11 @@ def write_repository(folder: Path, settings: Settings) -> None:
 
 
 @contextlib.contextmanager
-def demo_server() -> Iterator[TritonServer]:
-    """Run a Triton server with both models and a registry without a past."""
+def demo_server(
+    settings: Settings = FRESH, ports: tuple[int, int, int] = (0, 0, 0)
+) -> Iterator[TritonServer]:
+    """Run a Triton server with both models; ``ports`` as `TritonServer` takes them."""
     with tempfile.TemporaryDirectory(prefix="cidalloc-models-") as name:
-        write_repository(Path(name), Settings(first=1, capacity=2**30 - 1, fresh=True))
-        with TritonServer(Path(name)) as server:
+        write_repository(Path(name), settings)
+        with TritonServer(Path(name), ports=ports) as server:
             yield server
