@@ -89,16 +89,19 @@ def test_start_chooses_the_first_block_and_the_rest_follows(
     pool._check()
 
 
-@pytest.mark.parametrize(
-    ("capacity", "first", "block"),
-    [(2**38 - 128, 1, 64), (2**32 - 2, 1, 1), (2**38 - 128, 2**63 - 2**38 + 128, 64)],
-)
-def test_the_largest_pools_cost_only_what_is_used(capacity: int, first: int, block: int) -> None:
-    last = first + capacity - 1
-    pool = Allocator(capacity, first, block, start=last)
-    assert last in (pool.acquire_many(block)).tolist()
-    assert pool.acquire() == first
-    pool.release(last)
+@pytest.mark.parametrize("first", [1, 64, 2**63 - 2**38])
+def test_the_largest_pools_cost_only_what_is_used(first: int, width: int) -> None:
+    last = first + 2**38 - 1
+    pool = Allocator(2**38, first, width, start=last)
+    cids = [pool.acquire() for _ in range(2 * width)]
+    assert cids == [*range(last - width + 1, last + 1), *range(first, first + width)]
+    for cid in (last, *cids[:width:-1]):
+        pool.release(cid)
+    pool._check()
+    again = pool.acquire_many(3 * width, owner=2**24 - 1).tolist()
+    assert {pool.owner_of(cid) for cid in again} == {2**24 - 1}
+    for outside in (first - 1, last + 1):
+        assert outside not in pool
     pool._check()
 
 
@@ -543,8 +546,8 @@ def test_an_argument_out_of_bounds_is_refused() -> None:
         lambda: pool.release_owner(2**32),
         lambda: Allocator(0),
         lambda: Allocator(-1),
-        lambda: Allocator(2**38),
-        lambda: Allocator(2**32 - 1, block=1),
+        lambda: Allocator(2**38 + 1),
+        lambda: Allocator(2**38 + 1, block=1),
         lambda: Allocator(1, 0),
         lambda: Allocator(1, 2**63),
         lambda: Allocator(2, 2**63 - 1),

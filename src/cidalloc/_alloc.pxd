@@ -29,42 +29,56 @@ cdef enum:  # The codes of codes.py that the core returns.
     INTERNAL = 16
     FORKED = 19
 
-cdef struct Block:
-    uint64_t used       # one bit for each ID that is held
-    int64_t reuse_at    # the latest of its IDs' reuse times; only ever rises
-    uint32_t owner      # whose it is, while it is not queued
-    uint32_t next       # in the owner's list or in the bucket; 0 ends both
-    uint32_t prev       # in the owner's list
-    uint8_t bump        # IDs issued since the block was last opened
-    uint8_t end         # IDs in it: the width, or less in the pool's last block
-    uint8_t seen        # IDs issued at least once, ever
-    uint8_t unused
+cdef extern from *:
+    """
+    #include <assert.h>
+    #include <stdint.h>
+    struct cidalloc_block {
+        uint64_t used;
+        int64_t reuse_at;
+        uint64_t next : 40, owner : 24;
+        uint64_t prev : 40;
+        uint8_t bump, end, seen;
+    };
+    static_assert(sizeof(struct cidalloc_block) == 32, "what a block costs");
+    """
+    struct Block "cidalloc_block":
+        uint64_t used       # a bit for each ID that is held: its place modulo 64
+        int64_t reuse_at    # the latest of its IDs' reuse times; only ever rises
+        uint64_t next       # in the owner's list or in the bucket; 0 ends both
+        uint64_t owner      # whose it is, while it is not queued
+        uint64_t prev       # in the owner's list
+        uint8_t bump        # IDs issued since the block was last opened
+        uint8_t end         # IDs in it: the width, or less in the pool's last block
+        uint8_t seen        # IDs issued at least once, ever: bump or more
 
 cdef struct Owner:
     uint64_t held       # IDs
-    uint32_t head       # its blocks, the latest first
-    uint32_t current    # the block that its next ID comes from, or 0
+    uint64_t head       # its blocks, the latest first
+    uint64_t current    # the block that its next ID comes from, or 0
     uint32_t idle       # the next owner, plus 1, in the list of those that may have an idle block
     uint32_t listed     # whether it is in that list
 
 cdef struct Bucket:     # blocks whose reuse_at differs from `last` in the same highest bit
-    int64_t due         # the earliest reuse_at, while there is a block
+    int64_t due         # the earliest reuse_at, while there is a block; not kept for [0]
     uint64_t ids        # IDs in its blocks
-    uint32_t head       # the first to come is the first to go
-    uint32_t tail
+    uint64_t head       # the first to come is the first to go
+    uint64_t tail
 
 cdef struct Pool:
     Block *blocks       # [0] is none: it has no room, so an owner without a block needs no test
     Owner *owners
     uint64_t first      # the lowest ID
     uint64_t capacity   # IDs
+    uint64_t base       # the first ID of blocks[0], if it had any
+    uint64_t limit      # capacity and those
     uint64_t count      # blocks
     uint64_t start      # the block that was opened first, from 0
     uint64_t opened     # blocks ever opened
     uint64_t high_water  # IDs in them
     uint64_t issued     # IDs issued at least once
-    uint64_t held       # IDs
-    uint64_t peak       # the most that were held at once
+    uint64_t peak       # the most IDs that were held at once
+    int64_t below       # how many fewer are held now
     int64_t now         # the latest time seen
     int64_t last        # the reuse_at of the block that left the queue last; no queued one is below
     uint64_t filled     # bit i: bucket i + 1 is not empty
@@ -76,6 +90,10 @@ cdef struct Pool:
 cdef struct Counts:
     uint64_t cooling    # not held, and their time has not come
     uint64_t pinned     # not held, in a block where another one is
+
+# How many IDs are held.
+cdef inline uint64_t pool_held(const Pool *pool) noexcept nogil:
+    return pool.peak - pool.below
 
 # Make an empty pool of `capacity` IDs in blocks of 2**shift; INTERNAL if memory cannot be had.
 cdef int pool_init(Pool *pool, uint64_t capacity, uint64_t first, uint32_t shift,

@@ -5,6 +5,7 @@
 
 from cpython.buffer cimport (PyBUF_FORMAT, PyBUF_ND, PyBUF_WRITABLE, PyBuffer_Release,
                              PyObject_CheckBuffer, PyObject_GetBuffer)
+from cpython.long cimport PyLong_CheckExact
 from cpython.number cimport PyNumber_Index
 from cpython.sequence cimport PySequence_Check
 from libc.stdint cimport INT64_MAX, uintptr_t
@@ -20,16 +21,15 @@ include "_pool.pxi"
 
 cdef extern from *:
     """
-    /* The value of an int of one digit, without a call. */
+    /* The value of a positive int of one digit, without a call; some others may be read, too. */
     static inline int small_int(PyObject *x, int64_t *value) {
         if (!PyLong_CheckExact(x)) return 0;
     #if PY_VERSION_HEX >= 0x030C0000
         if (!PyUnstable_Long_IsCompact((PyLongObject *)x)) return 0;
         *value = PyUnstable_Long_CompactValue((PyLongObject *)x);
     #else
-        Py_ssize_t size = Py_SIZE(x);
-        if (size < -1 || size > 1) return 0;
-        *value = size ? size * (int64_t)((PyLongObject *)x)->ob_digit[0] : 0;
+        if (Py_SIZE(x) != 1) return 0;
+        *value = ((PyLongObject *)x)->ob_digit[0];
     #endif
         return 1;
     }
@@ -61,12 +61,13 @@ cdef int read_int(object x, int64_t *value) except -1:
     cdef int overflow = 0
     if small_int(x, value):
         return FITS
-    if isinstance(x, (bool, np.bool_)):
-        return NO_INT
-    try:
-        x = PyNumber_Index(x)
-    except TypeError:
-        return NO_INT
+    if not PyLong_CheckExact(x):
+        if isinstance(x, (bool, np.bool_)):
+            return NO_INT
+        try:
+            x = PyNumber_Index(x)
+        except TypeError:
+            return NO_INT
     value[0] = PyLong_AsLongLongAndOverflow(x, &overflow)
     return TOO_LARGE if overflow else FITS
 
@@ -82,11 +83,11 @@ cdef int64_t as_int(object x, int64_t low, int64_t high, const char *name) excep
 
 
 cdef inline int64_t as_time(object x, const char *name) except? -1:
-    return 0 if x is zero else as_int(x, INT64_MIN, INT64_MAX, name)
+    return 0 if likely(x is zero) else as_int(x, INT64_MIN, INT64_MAX, name)
 
 
 cdef inline uint32_t as_owner(object x) except? 0xFFFFFFFF:
-    return 0 if x is zero else <uint32_t>as_int(x, 0, MAX_OWNERS - 1, "owner")
+    return 0 if likely(x is zero) else <uint32_t>as_int(x, 0, MAX_OWNERS - 1, "owner")
 
 
 cdef int64_t as_cid(object x, object where="") except? 0:
@@ -144,8 +145,8 @@ cdef object exhausted(Pool *pool, object what):
     cdef int64_t due = 0
     when = f"the next is due at {due}" if pool_next_due(pool, &due) else "none is due"
     return error_for(EXHAUSTED, (
-        f"cannot issue {what}: of {pool.capacity} IDs {pool.held} are held, {n.cooling} cool and "
-        f"{n.pinned} are pinned by others in their block; {when}. Release some, wait, or use a "
+        f"cannot issue {what}: of {pool.capacity} IDs {pool_held(pool)} are held, {n.cooling} cool "
+        f"and {n.pinned} are pinned by others in their block; {when}. Release some, wait, or use a "
         f"larger pool or narrower blocks"))
 
 
@@ -173,8 +174,8 @@ cdef class Allocator:
     a fork the child's copy raises `Forked`. A wrong type or value raises `InvalidArgument`.
 
     Args:
-        capacity: IDs in the pool, at most 2**38 and 2**32 - 2 blocks. Memory is only reserved:
-            32 bytes come into use for each block that does, and 24 for each owner.
+        capacity: IDs in the pool, at most 2**38. Memory is only reserved: 32 bytes come into use
+            for each block that does, and 32 for each owner.
         first: the lowest ID, at least 1; the highest is below 2**63.
         block: IDs in a block: 1, 2, 4, 8, 16, 32 or 64.
         start: the ID whose block is issued first; those above follow, then those below.
@@ -184,8 +185,7 @@ cdef class Allocator:
         cdef int64_t width = as_int(block, 1, 64, "block")
         if width & (width - 1):
             raise error_for(INVALID_ARGUMENT, "block must be 1, 2, 4, 8, 16, 32 or 64")
-        cdef int64_t most = min(<int64_t>1 << 38, width * (((<int64_t>1) << 32) - 2))
-        cdef int64_t n = as_int(capacity, 1, most, "capacity")
+        cdef int64_t n = as_int(capacity, 1, <int64_t>1 << 38, "capacity")
         cdef int64_t low = as_int(first, 1, INT64_MAX - (n - 1), "first")
         cdef int64_t begin = low if start is None else as_int(start, low, low + (n - 1), "start")
         if pool_init(&self.pool, n, low, high_bit(width), begin):
@@ -230,7 +230,7 @@ cdef class Allocator:
         cdef int64_t tick = as_time(now, "now")
         cdef Py_buffer view
         cdef int code
-        if many > pool.capacity - pool.held:    # it may be too many for an array, too
+        if many > pool.capacity - pool_held(pool):    # it may be too many for an array, too
             see(pool, tick)
             raise exhausted(pool, f"{many} IDs")
         ids = np.empty(many, np.uint64) if out is None else out
@@ -258,7 +258,7 @@ cdef class Allocator:
         """
         cdef Pool *pool = alive(self)
         cdef int64_t number = 0
-        if not small_int(cid, &number):
+        if unlikely(not small_int(cid, &number)):
             number = as_cid(cid)
         cdef uint32_t own = as_owner(owner)
         cdef int64_t tick = as_time(reuse_at, "reuse_at")
@@ -342,7 +342,7 @@ cdef class Allocator:
 
     def __len__(self):
         """Return how many IDs are held."""
-        return alive(self).held
+        return pool_held(alive(self))
 
     @property
     def capacity(self):
@@ -362,13 +362,13 @@ cdef class Allocator:
     @property
     def active(self):
         """IDs that are held."""
-        return alive(self).held
+        return pool_held(alive(self))
 
     @property
     def inactive(self):
         """IDs that were issued at least once and are not held."""
         cdef Pool *pool = alive(self)
-        return pool.issued - pool.held
+        return pool.issued - pool_held(pool)
 
     @property
     def cooling(self):
@@ -403,7 +403,7 @@ cdef class Allocator:
         """Describe the pool and how full it is."""
         cdef Pool *pool = alive(self)
         return (f"Allocator(capacity={pool.capacity}, first={pool.first}, "
-                f"block={1 << pool.shift}): {pool.held} held")
+                f"block={1 << pool.shift}): {pool_held(pool)} held")
 
     def __reduce__(self):
         """Refuse to be copied: two pools would issue the same IDs."""
@@ -416,7 +416,7 @@ cdef class Allocator:
 
 cdef int audit(Pool *pool) except -1:
     cdef uint64_t ids, held = 0, issued = 0, high_water = 0
-    cdef uint32_t at, before
+    cdef uint64_t at, before, place
     cdef int i
     cdef Block *block
     cdef Bucket *bucket
@@ -433,7 +433,8 @@ cdef int audit(Pool *pool) except -1:
             dues.append(block.reuse_at)
             ids += block.end
             before, at = at, block.next
-        assert not before or (bucket.tail == before and bucket.due == min(dues)), "bucket's ends"
+        assert not before or bucket.tail == before, "bucket's tail"
+        assert not before or not i or bucket.due == min(dues), "bucket's due"
         assert ids == bucket.ids, "bucket's count"
     at = pool.idle
     while at:
@@ -443,12 +444,15 @@ cdef int audit(Pool *pool) except -1:
     for at in opened:
         block = &pool.blocks[at]
         ids = min(<uint64_t>pool.mask + 1, pool.capacity - (<uint64_t>(at - 1) << pool.shift))
-        assert block.end == ids and block.bump <= ids and not block.used & ~bits(ids, 0), "bounds"
+        place = at << pool.shift & 63
+        assert block.end == ids and block.bump <= ids, "bounds"
+        assert not block.used & ~bits(ids, place), "strange bits"
         held += count_bits(block.used)
         issued += block.seen
         high_water += ids
         if at not in queued:
-            assert 0 < block.bump <= block.seen and not block.used & ~bits(block.bump, 0), "issued"
+            assert 0 < block.bump <= block.seen, "issued"
+            assert not block.used & ~bits(block.bump, place), "issued above bump"
             assert block.used or is_idle(block), "empty, but not queued"
             assert not is_idle(block) or block.owner + 1 in listed, "idle, but not listed"
             assert block.bump == ids or pool.owners[block.owner].current == at, "room"
@@ -462,6 +466,6 @@ cdef int audit(Pool *pool) except -1:
             before, at = at, pool.blocks[at].next
         assert chain == blocks and pool.owners[owner].current in chain | {0}, "owner's blocks"
         assert ids == pool.owners[owner].held, "owner's count"
-    assert held == pool.held <= pool.peak and issued == pool.issued, "counts"
+    assert held == pool_held(pool) <= pool.peak and issued == pool.issued, "counts"
     assert high_water == pool.high_water <= pool.capacity and pool.last <= pool.now, "totals"
     return 0

@@ -11,6 +11,10 @@ cdef extern from *:
     #define low_bit(x) __builtin_ctzll(x)
     #define count_bits(x) ((uint64_t)__builtin_popcountll(x))
     #define keep_order() __atomic_signal_fence(__ATOMIC_SEQ_CST)
+    static __attribute__((cold, noinline)) void new_peak(uint64_t *peak, int64_t *below) {
+        *peak -= *below;
+        *below = 0;
+    }
     static inline void count_up(uint64_t *out, uint64_t from, uint64_t n) {
         #pragma GCC unroll 8  /* twice as fast */
         for (uint64_t i = 0; i < n; i++) out[i] = from + i;
@@ -19,6 +23,9 @@ cdef extern from *:
     int high_bit(uint64_t x) noexcept nogil
     int low_bit(uint64_t x) noexcept nogil
     uint64_t count_bits(uint64_t x) noexcept nogil
+    void new_peak(uint64_t *peak, int64_t *below) noexcept nogil
+    bint likely(bint x) noexcept nogil
+    bint unlikely(bint x) noexcept nogil
     void keep_order() noexcept nogil    # no store moves across, in the machine code
     void count_up(uint64_t *out, uint64_t start, uint64_t n) noexcept nogil
 
@@ -38,6 +45,7 @@ cdef int pool_init(Pool *pool, uint64_t capacity, uint64_t first, uint32_t shift
                    uint64_t start) noexcept nogil:
     memset(pool, 0, sizeof(Pool))
     pool.first, pool.capacity, pool.shift = first, capacity, shift
+    pool.base, pool.limit = first - ((<uint64_t>1) << shift), capacity + ((<uint64_t>1) << shift)
     pool.count = ((capacity - 1) >> shift) + 1
     pool.mask = (1 << shift) - 1
     pool.start = (start - first) >> shift
@@ -62,11 +70,13 @@ cdef inline int bucket_of(const Pool *pool, int64_t key) noexcept nogil:
     return high_bit(change) + 1 if change else 0
 
 
-cdef void enqueue(Pool *pool, uint32_t at) noexcept nogil:
+cdef void enqueue(Pool *pool, uint64_t at) noexcept nogil:
     cdef Block *block = &pool.blocks[at]
-    if block.reuse_at < pool.last:
+    cdef int i = 0
+    if block.reuse_at <= pool.last:
         block.reuse_at = pool.last
-    cdef int i = bucket_of(pool, block.reuse_at)
+    else:
+        i = bucket_of(pool, block.reuse_at)
     cdef Bucket *bucket = &pool.queue[i]
     if not bucket.head:
         bucket.head, bucket.due = at, block.reuse_at
@@ -80,12 +90,12 @@ cdef void enqueue(Pool *pool, uint32_t at) noexcept nogil:
     bucket.ids += block.end
 
 
-cdef uint32_t dequeue(Pool *pool) noexcept nogil:
+cdef uint64_t dequeue(Pool *pool) noexcept nogil:
     # The block due first, or 0 if none is due. Sharing a bucket out empties it, and sends each of
     # its blocks to a lower one: all buckets below are empty then, so equals stay in their order.
     cdef Bucket *ready = &pool.queue[0]
     cdef Bucket *bucket
-    cdef uint32_t at, following
+    cdef uint64_t at, following
     if not ready.head:
         if not pool.filled:
             return 0
@@ -112,7 +122,7 @@ cdef uint64_t count_due(const Pool *pool, uint64_t enough) noexcept nogil:
     cdef uint64_t total = pool.queue[0].ids
     for i in range(1, here):
         total += pool.queue[i].ids
-    cdef uint32_t at = pool.queue[here].head if here else 0
+    cdef uint64_t at = pool.queue[here].head if here else 0
     if at and pool.queue[here].due <= pool.now:
         while at and total < enough:
             if pool.blocks[at].reuse_at <= pool.now:
@@ -133,7 +143,7 @@ cdef bint pool_next_due(const Pool *pool, int64_t *due) noexcept nogil:
 
 # ---- Owned blocks
 
-cdef void link(Pool *pool, uint32_t owner, uint32_t at) noexcept nogil:
+cdef void link(Pool *pool, uint32_t owner, uint64_t at) noexcept nogil:
     cdef Owner *own = &pool.owners[owner]
     cdef Block *block = &pool.blocks[at]
     block.owner, block.next, block.prev = owner, own.head, 0
@@ -142,7 +152,7 @@ cdef void link(Pool *pool, uint32_t owner, uint32_t at) noexcept nogil:
     own.head = own.current = at
 
 
-cdef void unlink(Pool *pool, uint32_t at) noexcept nogil:
+cdef void unlink(Pool *pool, uint64_t at) noexcept nogil:
     cdef Block *block = &pool.blocks[at]
     cdef Owner *own = &pool.owners[block.owner]
     if block.next:
@@ -173,11 +183,11 @@ cdef inline void emptied(Pool *pool, Owner *own, Block *block) noexcept nogil:
         own.idle, own.listed, pool.idle = pool.idle, True, block.owner + 1
 
 
-cdef uint32_t take_idle(Pool *pool) noexcept nogil:
+cdef uint64_t take_idle(Pool *pool) noexcept nogil:
     # An idle block, taken from its owner, or 0. Unless it is due, IDs below its bump go on cooling.
     cdef Owner *own
     cdef Block *block
-    cdef uint32_t at
+    cdef uint64_t at
     while pool.idle:
         own = &pool.owners[pool.idle - 1]
         pool.idle, own.listed, at = own.idle, False, own.current
@@ -219,7 +229,7 @@ cdef Counts pool_count(Pool *pool) noexcept nogil:
     for i in range(BUCKETS):
         queued += pool.queue[i].ids
     return [queued - count_due(pool, UINT64_MAX) + idle.ids - idle.ready,
-            pool.high_water - pool.held - queued - idle.ids]
+            pool.high_water - pool_held(pool) - queued - idle.ids]
 
 
 # ---- Acquire
@@ -232,7 +242,7 @@ cdef inline void see(Pool *pool, int64_t now) noexcept nogil:
 cdef Block *open_block(Pool *pool, uint32_t owner) noexcept nogil:
     # Give the owner a block with room: one that is due, an idle one, a new one; NULL if none is.
     cdef uint64_t place
-    cdef uint32_t at = dequeue(pool)
+    cdef uint64_t at = dequeue(pool)
     cdef Block *block
     if at:
         pool.blocks[at].bump = 0
@@ -254,34 +264,42 @@ cdef Block *open_block(Pool *pool, uint32_t owner) noexcept nogil:
     return &pool.blocks[at]
 
 
-cdef inline uint64_t bits(uint64_t n, uint64_t place) noexcept nogil:
-    return UINT64_MAX >> (64 - n) << place
+cdef inline uint64_t bits(uint64_t n, uint64_t offset) noexcept nogil:
+    return UINT64_MAX >> (64 - n) << (offset & 63)
 
 
 cdef inline uint64_t take(Pool *pool, Owner *own, Block *block, uint64_t n) noexcept nogil:
     # Issue the next n IDs of the owner's current block, which has them; returns the first.
-    cdef uint64_t cid = pool.first + (<uint64_t>(own.current - 1) << pool.shift) + block.bump
-    block.used |= bits(n, block.bump)
+    cdef uint64_t offset = (own.current << pool.shift) + block.bump
+    block.used |= bits(n, offset)
     block.bump += n
+    own.held += n
+    pool.below -= n
+    if pool.below < 0:
+        new_peak(&pool.peak, &pool.below)
+    return pool.base + offset
+
+
+cdef inline void issued(Pool *pool, Block *block) noexcept nogil:
+    # Count those of a block's IDs that were never issued before.
     if block.bump > block.seen:
         pool.issued += block.bump - block.seen
         block.seen = block.bump
-    own.held += n
-    pool.held += n
-    if pool.held > pool.peak:
-        pool.peak = pool.held
-    return cid
 
 
 cdef inline int pool_acquire(Pool *pool, uint32_t owner, int64_t now, uint64_t *cid) noexcept nogil:
     see(pool, now)
     cdef Owner *own = &pool.owners[owner]
     cdef Block *block = &pool.blocks[own.current]
+    if likely(block.bump != block.seen):    # there is room, and the ID is not a new one
+        cid[0] = take(pool, own, block, 1)
+        return OK
     if block.bump == block.end:
         block = open_block(pool, owner)
         if block == NULL:
             return EXHAUSTED
     cid[0] = take(pool, own, block, 1)
+    issued(pool, block)
     return OK
 
 
@@ -313,6 +331,7 @@ cdef int pool_acquire_many(Pool *pool, uint64_t n, uint32_t owner, int64_t now,
             block = open_block(pool, owner)
         some = min(n, <uint64_t>(block.end - block.bump))
         count_up(cids, take(pool, own, block, some), some)
+        issued(pool, block)
         cids += some
         n -= some
     return OK
@@ -321,50 +340,51 @@ cdef int pool_acquire_many(Pool *pool, uint64_t n, uint32_t owner, int64_t now,
 # ---- Release: reuse_at is stored before the bit is cleared, always. Should the stores end between
 # the two, an ID is held that could be free; in the other order it could be issued too early.
 
-cdef inline int find(const Pool *pool, uint64_t cid, Block **block, uint64_t *place) noexcept nogil:
-    cdef uint64_t offset = cid - pool.first
-    if offset >= pool.capacity:
-        return OUT_OF_RANGE
-    block[0] = &pool.blocks[1 + (offset >> pool.shift)]
-    place[0] = offset & pool.mask
-    # Not `used >> place & 1`: gcc would take that for a 1 to step on by, and wait for it to load.
-    return OK if block[0].used & bits(1, place[0]) else NOT_HELD
+cdef inline Block *find(const Pool *pool, uint64_t cid, uint64_t *offset) noexcept nogil:
+    # The block of an ID and its offset from blocks[0], if it is held; else NULL.
+    offset[0] = cid - pool.base
+    cdef Block *block = &pool.blocks[offset[0] >> pool.shift]
+    return block if offset[0] < pool.limit and block.used >> (offset[0] & 63) & 1 else NULL
+
+
+cdef int not_found(const Pool *pool, uint64_t cid) noexcept nogil:
+    return NOT_HELD if cid - pool.first < pool.capacity else OUT_OF_RANGE
 
 
 cdef int pool_owner_of(const Pool *pool, uint64_t cid, uint32_t *owner) noexcept nogil:
-    cdef Block *block = NULL
-    cdef uint64_t place = 0
-    cdef int code = find(pool, cid, &block, &place)
-    if code == OK:
-        owner[0] = block.owner
-    return code
+    cdef uint64_t offset = 0
+    cdef const Block *block = find(pool, cid, &offset)
+    if block == NULL:
+        return not_found(pool, cid)
+    owner[0] = block.owner
+    return OK
 
 
 cdef inline int pool_release(Pool *pool, uint64_t cid, uint32_t owner,
                              int64_t reuse_at) noexcept nogil:
-    cdef Block *block = NULL
-    cdef uint64_t place = 0
-    cdef int code = find(pool, cid, &block, &place)
-    if code:
-        return code
-    if block.owner != owner:
+    cdef uint64_t offset = 0
+    cdef Block *block = find(pool, cid, &offset)
+    if unlikely(block == NULL):
+        return not_found(pool, cid)
+    if unlikely(block.owner != owner):
         return NOT_OWNER
     cdef Owner *own = &pool.owners[owner]
+    cdef uint64_t left = block.used & ~bits(1, offset)
     if reuse_at > block.reuse_at:
         block.reuse_at = reuse_at
     keep_order()
-    block.used &= ~bits(1, place)
+    block.used = left
     own.held -= 1
-    pool.held -= 1
-    if not block.used:
+    pool.below += 1
+    if not left:
         emptied(pool, own, block)
     return OK
 
 
 cdef struct Change:     # what a bulk release did so far
     int64_t reuse_at    # the block's before it was raised
-    uint32_t raised     # that block
-    uint32_t emptied    # another one, that lost its last held ID
+    uint64_t raised     # that block
+    uint64_t emptied    # another one, that lost its last held ID
 
 
 cdef inline uint64_t run(const uint64_t *cids, uint64_t n) noexcept nogil:
@@ -381,7 +401,7 @@ cdef int pool_release_many(Pool *pool, const uint64_t *cids, uint64_t n, uint32_
                            int64_t reuse_at, uint64_t *at) noexcept nogil:
     # Clear bits until one is not set; then set the former ones again. Lists and counters change
     # only after the last bit, in the order in which the blocks became empty.
-    cdef uint64_t i = 0, j, some, mask, place = 0, raised = 0, gone = 0
+    cdef uint64_t i = 0, j, some, mask, offset = 0, raised = 0, gone = 0
     cdef Owner *own = &pool.owners[owner]
     cdef Block *block = NULL
     cdef int code = OK
@@ -389,21 +409,20 @@ cdef int pool_release_many(Pool *pool, const uint64_t *cids, uint64_t n, uint32_
     if log == NULL:
         return INTERNAL
     while i < n:
-        code = find(pool, cids[i], &block, &place)
-        if code == OK and block.owner != owner:
-            code = NOT_OWNER
-        if code:
+        block = find(pool, cids[i], &offset)
+        if block == NULL or block.owner != owner:
+            code = not_found(pool, cids[i]) if block == NULL else NOT_OWNER
             break
-        some = run(cids + i, min(n - i, block.end - place))
-        mask = bits(some, place) & ~block.used
+        some = run(cids + i, min(n - i, block.end - (offset & pool.mask)))
+        mask = bits(some, offset) & ~block.used
         if mask:
-            some = low_bit(mask) - place
+            some = low_bit(mask) - (offset & 63)
         if reuse_at > block.reuse_at:
             log[raised].reuse_at, log[raised].raised = block.reuse_at, block - pool.blocks
             raised += 1
             block.reuse_at = reuse_at
         keep_order()
-        block.used &= ~bits(some, place)
+        block.used &= ~bits(some, offset)
         if not block.used:
             log[gone].emptied = block - pool.blocks
             gone += 1
@@ -413,14 +432,14 @@ cdef int pool_release_many(Pool *pool, const uint64_t *cids, uint64_t n, uint32_
         for j in range(i):
             if code == NOT_HELD and cids[j] == cids[i]:
                 code = DUPLICATE
-            find(pool, cids[j], &block, &place)
-            block.used |= bits(1, place)
+            offset = cids[j] - pool.base
+            pool.blocks[offset >> pool.shift].used |= bits(1, offset)
         keep_order()
         for j in range(raised):
             pool.blocks[log[j].raised].reuse_at = log[j].reuse_at
     else:
         own.held -= n
-        pool.held -= n
+        pool.below += n
         for j in range(gone):
             emptied(pool, own, &pool.blocks[log[j].emptied])
     free(log)
@@ -430,7 +449,7 @@ cdef int pool_release_many(Pool *pool, const uint64_t *cids, uint64_t n, uint32_
 cdef uint64_t pool_release_owner(Pool *pool, uint32_t owner, int64_t reuse_at) noexcept nogil:
     cdef Owner *own = &pool.owners[owner]
     cdef uint64_t n = own.held
-    cdef uint32_t at = own.head, following
+    cdef uint64_t at = own.head, following
     cdef Block *block
     while at:
         block = &pool.blocks[at]
@@ -442,16 +461,16 @@ cdef uint64_t pool_release_owner(Pool *pool, uint32_t owner, int64_t reuse_at) n
         enqueue(pool, at)
         at = following
     own.held, own.head, own.current = 0, 0, 0
-    pool.held -= n
+    pool.below += n
     return n
 
 
 cdef void pool_held_by(const Pool *pool, uint32_t owner, uint64_t *cids) noexcept nogil:
-    cdef uint32_t at = pool.owners[owner].head
+    cdef uint64_t at = pool.owners[owner].head
     cdef uint64_t used, base
     while at:
         used = pool.blocks[at].used
-        base = pool.first + (<uint64_t>(at - 1) << pool.shift)
+        base = pool.base + (at << pool.shift & ~<uint64_t>63)
         while used:
             cids[0] = base + low_bit(used)
             cids += 1

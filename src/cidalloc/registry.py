@@ -44,7 +44,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name, low, high in (
             ("first", 1, 2**63 - 1),
-            ("capacity", 1, 2**32 - 2),
+            ("capacity", 1, 2**38),
             ("cooldown_ms", 0, 7 * 86_400_000),
             ("max_count", 1, 1_000_000),
         ):
