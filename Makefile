@@ -3,6 +3,8 @@
 #   make test    the whole test suite, with the tests on a real Triton server
 #   make lint    style, types and layers
 #   make dist    sdist and wheel, the wheel tested in environments of its own
+#   make bench   the allocator next to its peers: half an hour; fills docs/performance.md in
+#   make bench-gate  instructions per call against their limits; needs valgrind
 #   make clean   remove everything that these made
 
 # The bundled Triton server runs its models on Python 3.10 to 3.13; 3.13 compiles numpy first.
@@ -13,7 +15,10 @@ PYTHON ?= $(or $(call usable,python3 python3.12 python3.11 python3.10,((3,10),(3
 
 # Nothing is written outside this folder.
 export PIP_CACHE_DIR ?= $(CURDIR)/.cache/pip
+# (Unless the path is so long that a socket, whose name has 107 characters, finds no room in it.)
+ifeq ($(shell [ $$(printf %s '$(CURDIR)' | wc -c) -le 60 ] && echo short),short)
 export TMPDIR := $(CURDIR)/.cache/tmp
+endif
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -22,7 +27,7 @@ BIN := .venv/bin
 NEWS := sed -u "/already satisfied/d"
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
 
-.PHONY: demo test lint dist clean
+.PHONY: demo test lint dist bench bench-gate clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.built
@@ -37,6 +42,14 @@ lint: .venv/.built
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint --max-line-length 100 src tests
 	$(BIN)/python -m mypy
 	$(BIN)/python -m mypy.stubtest --concise cidalloc._alloc
+
+bench: .venv/.bench
+	$(BIN)/python -m pytest -q bench/test_peers.py
+	$(BIN)/python bench/study.py $(ARGS)
+
+bench-gate: .venv/.bench
+	$(BIN)/python -m pytest -q bench --benchmark-disable
+	$(BIN)/python bench/gate.py $(ARGS)
 
 # Once as with the bundled server (numpy 1), once as most users have it (numpy 2, no server).
 dist: .venv/.built
@@ -54,6 +67,10 @@ define clean_environment
 	build/clean/bin/python -m pip install -q --group pyproject.toml:test \
 		"cidalloc[$(1)] @ file://$$(echo $(CURDIR)/build/dist/*.whl)"
 endef
+
+.venv/.bench: .venv/.built
+	$(BIN)/python -m pip install --group bench | $(NEWS)
+	@touch $@
 
 clean:
 	rm -rf .venv .cache build .hypothesis .mypy_cache .ruff_cache .pytest_cache

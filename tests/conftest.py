@@ -15,7 +15,9 @@ from cidalloc.registry import Settings
 from cidalloc.server import TritonServer
 from cidalloc.triton_model import export
 
-SMALL = Settings(first=1000, capacity=8, cooldown_ms=0, max_count=100, fresh=True)
+SMALL = Settings(
+    first=1000, capacity=8, cooldown_ms=0, unended_cooldown_ms=0, max_count=100, fresh=True
+)
 """A pool small enough to run out, without a cooldown."""
 
 
@@ -57,6 +59,11 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, old, new in (
         ("narrow_sequence", "TYPE_UINT64", "TYPE_INT32"),
         ("idle_sequence", "idle_microseconds: 5000000", "idle_microseconds: 200000"),
+        (
+            "decoupled_sequence",
+            "instance_group",
+            "model_transaction_policy { decoupled: true }\ninstance_group",
+        ),
         ("one_slot_sequence", "max_batch_size: 128", "max_batch_size: 1"),
     ):
         shutil.copytree(accumulator, folder / name)

@@ -36,14 +36,11 @@ class Loopback:
     def model_config(self, model: str, timeout: float) -> Mapping[str, Any]:
         return {"name": model, "sequence_batching": {"max_sequence_idle_microseconds": 2_000_000}}
 
-    def open_triton(self, timeout: float) -> Any:
+    def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
         raise NotImplementedError
 
-    def triton(self, timeout: float) -> Any:
+    def open_stream(self, callback: Callable[..., None]) -> Any:
         raise NotImplementedError
-
-    def deadline(self, timeout: float) -> dict[str, Any]:
-        return {}
 
     def close(self) -> None:
         pass

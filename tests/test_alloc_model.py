@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -40,13 +41,14 @@ class Model:
         self.count = -(-capacity // width)
         self.start = (start - first) // width
         self.blocks: dict[int, Block] = {}
-        self.queue: list[tuple[int, int, Block]] = []  # key, order of coming, block
+        self.queue: list[tuple[int, int, Block]] = []  # a heap of key, order of coming, block
         self.current: dict[int, Block] = {}
-        self.lists: dict[int, list[Block]] = defaultdict(list)  # per owner, the latest first
+        self.lists: dict[int, dict[int, Block]] = defaultdict(dict)  # per owner, the latest last
         self.holder: dict[int, int] = {}
         self.not_before: dict[int, int] = {}  # per ID, from its own last release
         self.now = self.last = LOWEST
         self.order = self.peak = 0
+        self.fresh = capacity  # IDs in the blocks that were never opened
         self.issued: set[int] = set()
 
     def block_of(self, number: int) -> Block:
@@ -58,8 +60,8 @@ class Model:
         current = self.current.get(owner)
         if current and current.bump < len(current.ids):
             return [current]
-        if self.queue and min(self.queue)[0] <= self.now:
-            return [min(self.queue)[2]]
+        if self.queue and self.queue[0][0] <= self.now:
+            return [self.queue[0][2]]
         if idle := [block for block in self.current.values() if block.idle]:
             return idle
         if len(self.blocks) < self.count:
@@ -73,14 +75,6 @@ class Model:
 
     def available(self, owner: int) -> int:
         """How many IDs the owner could get."""
-        fresh = (
-            sum(
-                len(self.block_of((self.start + i) % self.count).ids)
-                for i in range(len(self.blocks), self.count)
-            )
-            if self.count < 1000
-            else 10**9
-        )
         due = sum(len(block.ids) for key, _, block in self.queue if key <= self.now)
         idle = sum(
             len(b.ids) - (b.bump if b.reuse_at > self.now else 0)
@@ -88,7 +82,7 @@ class Model:
             if b.idle
         )
         mine = self.current.get(owner)
-        return fresh + due + idle + (len(mine.ids) - mine.bump if mine and mine.held else 0)
+        return self.fresh + due + idle + (len(mine.ids) - mine.bump if mine and mine.held else 0)
 
     def issue(self, owner: int, cid: int) -> None:
         """Follow the pool, which issued `cid`, if it was allowed to."""
@@ -109,17 +103,17 @@ class Model:
         """Hand a block to its new owner."""
         if block.number not in self.blocks:
             self.blocks[block.number] = block
+            self.fresh -= len(block.ids)
             block.reuse_at = self.last
-        elif self.queue and min(self.queue)[2] is block:
-            self.last = min(self.queue)[0]
-            self.queue.remove(min(self.queue))
+        elif self.queue and self.queue[0][2] is block:
+            self.last = heapq.heappop(self.queue)[0]
             block.bump = 0
         else:
-            self.lists[block.owner].remove(block)
+            del self.lists[block.owner][block.number]
             del self.current[block.owner]
             block.bump = 0 if block.reuse_at <= self.now else block.bump
         block.owner = owner
-        self.lists[owner].insert(0, block)
+        self.lists[owner][block.number] = block
         self.current[owner] = block
 
     def issue_many(self, owner: int, cids: list[int]) -> None:
@@ -141,16 +135,16 @@ class Model:
             self.enqueue(block)
 
     def enqueue(self, block: Block) -> None:
-        self.lists[block.owner].remove(block)
+        del self.lists[block.owner][block.number]
         if self.current.get(block.owner) is block:
             del self.current[block.owner]
         block.reuse_at = max(block.reuse_at, self.last)
         self.order += 1
-        self.queue.append((block.reuse_at, self.order, block))
+        heapq.heappush(self.queue, (block.reuse_at, self.order, block))
 
     def release_owner(self, owner: int, reuse_at: int) -> int:
         released = 0
-        for block in list(self.lists[owner]):
+        for block in reversed(list(self.lists[owner].values())):
             if block.held:
                 block.reuse_at = max(block.reuse_at, reuse_at)
             for cid in block.held:
@@ -317,11 +311,11 @@ class Histories(RuleBasedStateMachine):
         pool._check()
         assert len(pool) == pool.active == len(model.holder)
         assert pool.inactive == len(model.issued) - len(model.holder)
-        assert pool.high_water == sum(len(block.ids) for block in model.blocks.values())
+        assert pool.high_water == model.capacity - model.fresh
         assert pool.peak == model.peak
         assert pool.cooling == model.cooling()
         assert pool.pinned == model.pinned()
-        assert pool.next_due == (min(model.queue)[0] if model.queue else None)
+        assert pool.next_due == (model.queue[0][0] if model.queue else None)
         for owner in range(6):
             held = sorted(c for c, o in model.holder.items() if o == owner)
             assert sorted(pool.held_by(owner).tolist()) == held

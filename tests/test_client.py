@@ -35,7 +35,7 @@ from cidalloc.server import TritonServer
 def test_urls(url: str, kind: type[Any], where: str) -> None:
     transport = connect(url)
     assert type(transport) is kind
-    assert transport._where == where  # type: ignore[attr-defined]
+    assert transport._open.args == (where,)  # type: ignore[attr-defined]
     transport.close()
 
 
@@ -146,6 +146,7 @@ def test_socket_errors(error: OSError, kind: type[errors.CidError]) -> None:
         ("Request for unknown model: 'm' is not found", "404", errors.Unavailable),
         ("unexpected shape", "400", errors.InvalidArgument),
         ("unexpected shape", "StatusCode.INVALID_ARGUMENT", errors.InvalidArgument),
+        ("url should not include the scheme", None, errors.ProtocolError),
         ("boom", "500", errors.InternalError),
         ("forbidden", "403", errors.ProtocolError),
         ("step 1: [CIDALLOC 3 NOT_OWNER] not yours", "500", errors.NotOwner),

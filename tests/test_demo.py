@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tritonclient.grpc
 from click.testing import CliRunner
 
 from cidalloc import cli, demo
@@ -16,7 +20,9 @@ from cidalloc.client import Client
 from cidalloc.demo import sequences
 from cidalloc.demo.collide import collide
 from cidalloc.demo.stress import Hold, Outcome, overlapping, stress
+from cidalloc.errors import Unavailable
 from cidalloc.server import TritonServer
+from cidalloc.triton_model import export
 
 SUMS = """\
 [0] 0 : 100
@@ -133,10 +139,46 @@ def test_stress_as_it_is_shown(triton: TritonServer) -> None:
 
 
 def test_stress_reports_failures() -> None:
-    done = CliRunner().invoke(cli.main, ["stress", "-p", "65", "-e", "1"])
-    assert done.exception is not None
-    done = CliRunner().invoke(cli.main, ["stress", "--url", "127.0.0.1:1"])
-    assert done.exit_code == 1
+    done = run("stress", "-p", "65", "-e", "1")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "1 to 64 clients" in done.stderr
+    done = run("stress", "--url", "127.0.0.1:1")
+    assert done.returncode == 1
+    assert "\nerror: UNAVAILABLE: " in f"\n{done.stderr}"
+
+
+@pytest.mark.server
+def test_without_the_model_the_demos_say_so(tmp_path: Path) -> None:
+    export(tmp_path)
+    with TritonServer(tmp_path) as server:
+        outcome = stress(server.grpc_url, 2)
+        assert len(outcome.failures) == 2
+        assert all("serves no model simple_sequence" in each for each in outcome.failures)
+        assert not outcome.good
+        with pytest.raises(Unavailable, match="no sequence can start on simple_sequence"):
+            collide(server.http_url, managed=False)
+
+
+@pytest.mark.server
+def test_a_port_that_is_taken(triton: TritonServer) -> None:
+    done = run("serve", "--http-port", str(triton.http_port), "--grpc-port=0", "--metrics-port=0")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert f"cannot serve on port {triton.http_port}" in done.stderr
+
+
+@pytest.mark.server
+def test_the_server_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
+    export(tmp_path)
+    server = TritonServer(tmp_path)
+    starter = threading.Thread(target=server.start)
+    starter.start()
+    starter.join()
+    try:
+        time.sleep(1.0)
+        assert server.poll() is None
+    finally:
+        server.stop()
 
 
 @pytest.mark.parametrize(
@@ -154,16 +196,23 @@ def test_overlapping_holds_are_found(holds: list[Hold], shared: set[int]) -> Non
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL]
+)
 def test_nothing_is_left_running(signal_number: int) -> None:
     """However the command ends, its server ends, too, and takes its model processes along."""
     command = [sys.executable, "-m", "cidalloc", "serve"]
     command += ["--http-port=0", "--grpc-port=0", "--metrics-port=0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with (
+        contextlib.ExitStack() as stack,
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
+    ):
         try:
             assert process.stdout is not None
             lines = [process.stdout.readline() for _ in range(4)]
             assert "Ctrl-C stops it" in lines[-1], lines
+            url = lines[1].split()[1]
+            stack.enter_context(open_stream(url))
             servers = children(process.pid)
             assert servers
             stubs = [stub for server in servers for stub in children(server)]
@@ -176,6 +225,18 @@ def test_nothing_is_left_running(signal_number: int) -> None:
     while any(alive(pid) for pid in servers + stubs):
         assert time.monotonic() < deadline, "the server outlived its command"
         time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def open_stream(url: str) -> Iterator[None]:
+    """Keep a gRPC stream open, which keeps Triton 2.51 from leaving in order."""
+    triton = tritonclient.grpc.InferenceServerClient(url)
+    triton.start_stream(lambda result, error: None)
+    triton.async_stream_infer(demo.MODEL, sequences.number(1), sequence_id=1, sequence_start=True)
+    time.sleep(0.2)
+    yield
+    triton.stop_stream(cancel_requests=True)
+    triton.close()
 
 
 def children(pid: int) -> list[int]:

@@ -102,6 +102,9 @@ def test_the_same_id_twice(small: Client) -> None:
         (10**9, errors.LimitExceeded),
         (True, errors.InvalidArgument),
         ("3", errors.InvalidArgument),
+        (None, errors.InvalidArgument),
+        ([1], errors.InvalidArgument),
+        (2**63 + 1, errors.LimitExceeded),
         (9, errors.Exhausted),
     ],
 )
@@ -111,12 +114,19 @@ def test_wrong_counts(small: Client, count: Any, kind: type[errors.CidError]) ->
     assert small.active() == 0
 
 
-@pytest.mark.parametrize("cooldown", [-1.0, float("nan"), float("inf"), 1e12])
-def test_wrong_cooldowns(small: Client, cooldown: float) -> None:
+@pytest.mark.parametrize("cooldown", [-1.0, float("nan"), float("inf"), 1e12, "x", True])
+def test_wrong_cooldowns(small: Client, cooldown: Any) -> None:
     cid = small.acquire()
     with pytest.raises(errors.InvalidArgument, match="cooldown"):
         small.release(cid, cooldown=cooldown)
     small.release(cid)
+
+
+def test_integers_of_numpy(small: Client) -> None:
+    cids = small.acquire_many(np.int64(2))  # type: ignore[arg-type]
+    small.release(cids[0], ended=np.True_)  # type: ignore[arg-type]
+    small.release(cids[1], cooldown=np.float32(0))
+    assert small.active() == 0
 
 
 def test_many_threads_share_a_client(small: Client) -> None:

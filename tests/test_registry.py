@@ -71,13 +71,15 @@ def test_ended_ids_cool_for_the_least_time() -> None:
     registry = small(capacity=1)
     registry.acquire(1, now=0)
     registry.release(ids(1), now=100, ended=True, cooldown_ms=60_000)
-    with pytest.raises(Exhausted, match="5100"):
+    with pytest.raises(Exhausted, match=r"due in 0\.0 s"):
         registry.acquire(1, now=5099)
     assert registry.acquire(1, now=5100).tolist() == [1]
 
 
-@pytest.mark.parametrize(("asked", "due"), [(60_000, 60_100), (10, 5_100), (0, 5_100)])
-def test_others_cool_as_long_as_their_caller_says(asked: int, due: int) -> None:
+@pytest.mark.parametrize(
+    ("asked", "due"), [(60_000, 60_100), (10, 5_100), (0, 5_100), (None, 120_100)]
+)
+def test_others_cool_as_long_as_their_caller_says(asked: int | None, due: int) -> None:
     registry = small(capacity=1)
     registry.acquire(1, now=0)
     registry.release(ids(1), now=100, cooldown_ms=asked)
@@ -94,6 +96,24 @@ def test_limits() -> None:
     with pytest.raises(LimitExceeded, match="10"):
         registry.release(np.concatenate(taken), 0)
     assert registry.pool.active == 20
+
+
+def test_a_cooldown_beyond_all_bounds() -> None:
+    registry = small()
+    registry.acquire(1, 0)
+    with pytest.raises(LimitExceeded, match="cooldown_ms"):
+        registry.release(ids(1), 0, cooldown_ms=10**12)
+    assert registry.pool.active == 1
+
+
+def test_exhaustion_says_how_long_to_wait() -> None:
+    registry = small(capacity=2)
+    with pytest.raises(Exhausted, match=r"2 are held, 0 are cooling; none"):
+        registry.acquire(2, 0)
+        registry.acquire(1, 0)
+    registry.release(ids(2), 1_000, ended=True)
+    with pytest.raises(Exhausted, match=r"1 are held, 1 are cooling; the next is due in 4\.2 s"):
+        registry.acquire(1, 1_800)
 
 
 def test_releasing_nothing_is_a_mistake() -> None:

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -176,7 +184,10 @@ def test_nothing_after_the_end(cids: Client, kind: str) -> None:
     sequence.close()
 
 
-@pytest.mark.parametrize("name", ["sequence_id", "sequence_start", "sequence_end", "request_id"])
+@pytest.mark.parametrize(
+    "name",
+    ["sequence_id", "sequence_start", "sequence_end", "request_id", "timeout", "client_timeout"],
+)
 def test_what_the_sequence_sets_itself(cids: Client, kind: str, name: str) -> None:
     with cids.sequence(MODEL, streaming=kind == "stream") as sequence:
         with pytest.raises(errors.InvalidArgument, match=name):
@@ -249,26 +260,60 @@ def test_repr(cids: Client, kind: str) -> None:
     assert repr(sequence).endswith("closed>")
 
 
-def test_a_release_that_failed_may_be_tried_again(
+def test_a_release_without_an_answer_is_not_repeated(
     cids: Client, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sequence = cids.sequence(MODEL, streaming=kind == "stream")
-    release = sequence._release
+    """It may have been applied, and the ID may be somebody else's by now."""
+    calls: list[int] = []
 
-    def away(*arguments: Any, **options: Any) -> None:
+    def away(cid: int, **options: Any) -> None:
+        calls.append(cid)
         raise errors.Unavailable("away")
 
-    monkeypatch.setattr(sequence, "_release", away)
-    with pytest.raises(errors.Unavailable):
+    for error in (None, ZeroDivisionError):
+        sequence = cids.sequence(MODEL, streaming=kind == "stream")
+        release = sequence._release
+        monkeypatch.setattr(sequence, "_release", away)
+        # What went wrong in the block matters more.
+        with pytest.raises(error or errors.Unavailable), sequence:
+            if error is not None:
+                raise error
         sequence.close()
-    with pytest.raises(errors.Unavailable), sequence:
-        pass
-    with pytest.raises(ZeroDivisionError), sequence:
-        raise ZeroDivisionError  # matters more than that the release fails again
-    monkeypatch.setattr(sequence, "_release", release)
-    sequence.close()
-    with pytest.raises(errors.NotHeld):
-        cids.release(sequence.cid)
+        assert calls.pop() == sequence.cid
+        assert not calls
+        release(sequence.cid)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e7, "1", None, True])
+def test_timeouts_that_are_none(cids: Client, kind: str, timeout: Any) -> None:
+    held = cids.active()
+    with pytest.raises(errors.InvalidArgument, match="timeout"):
+        cids.sequence(MODEL, streaming=kind == "stream", timeout=timeout)
+    assert cids.active() == held
+
+
+def test_decoupled_models_are_refused(cids: Client) -> None:
+    with pytest.raises(errors.InvalidArgument, match="decoupled"):
+        cids.sequence("decoupled_sequence")
+
+
+def test_a_closed_client_is_closed_for_sequences(triton: TritonServer) -> None:
+    cids = Client(triton.grpc_url)
+    sequence = cids.sequence(MODEL)
+    cids.close()
+    with pytest.raises(errors.InvalidArgument, match="closed"):
+        sequence.close()
+    with pytest.raises(errors.InvalidArgument, match="closed"):
+        cids.acquire()
+    with Client(triton.grpc_url) as other:
+        other.release(sequence.cid)
+
+
+def test_closing_from_many_threads(cids: Client, kind: str) -> None:
+    sequence = cids.sequence(MODEL, streaming=kind == "stream")
+    sequence.infer(send(kind, 1), end=True)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: sequence.close(), range(4)))
 
 
 def test_what_waits_in_line_may_be_cancelled(triton: TritonServer) -> None:
@@ -277,3 +322,65 @@ def test_what_waits_in_line_may_be_cancelled(triton: TritonServer) -> None:
         futures = [sequence.async_infer(number(1)) for _ in range(50)]
         cancelled = sum(future.cancel() for future in reversed(futures))
         assert total(sequence.infer(number(1), end=True)) == 2 + 50 - cancelled
+
+
+@pytest.fixture
+def frozen(repository: Path) -> Iterator[tuple[Client, TritonServer]]:
+    """A server that a test may stop and kill."""
+    with TritonServer(repository) as server:
+        with Client(server.grpc_url, timeout=1.0) as client:
+            yield client, server
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(server.pid, signal.SIGCONT)
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_server_that_dies_or_hangs(
+    frozen: tuple[Client, TritonServer], streaming: bool, how: signal.Signals
+) -> None:
+    """Everything ends in time and says `Unavailable`, with much in the queue, too."""
+    client, server = frozen
+    threads = threading.active_count()
+    idle = client.sequence(MODEL, streaming=streaming, timeout=1.0)
+    busy = client.sequence(MODEL, streaming=streaming, timeout=1.0)
+    idle.infer(number(1))
+    busy.infer(number(1))
+    os.kill(server.pid, how)
+    began = time.monotonic()
+    futures = [busy.async_infer(number(1)) for _ in range(10)]
+    with pytest.raises(errors.Unavailable):
+        busy.infer(number(1))
+    with pytest.raises(errors.Unavailable):
+        idle.close()
+    with pytest.raises(ZeroDivisionError), busy:
+        raise ZeroDivisionError
+    assert time.monotonic() - began < 20
+    if how == signal.SIGKILL:
+        assert all(
+            isinstance(each.exception(10), errors.CidError) for each in futures if each.done()
+        )
+        assert threading.active_count() <= threads + 2
+
+
+def test_threads_leave_no_files_open(triton: TritonServer) -> None:
+    """The HTTP client would give every thread files of its own, and never close them."""
+    with Client(triton.http_url) as cids:
+
+        def work() -> None:
+            with cids.sequence(MODEL) as sequence:
+                sequence.async_infer(send("http", 1), end=True).result(30)
+
+        def run() -> int:
+            worker = threading.Thread(target=work)
+            worker.start()
+            worker.join()
+            return len(os.listdir("/proc/self/fd"))
+
+        first = run()
+        time.sleep(0.2)
+        for _ in range(20):
+            last = run()
+        time.sleep(0.2)
+        assert last < first + 20

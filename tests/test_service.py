@@ -112,7 +112,9 @@ def test_bad_requests_change_nothing(
     assert ask(service, Operation.DELETE, [10, 11]) == [2]
 
 
-def test_nothing_escapes(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_escapes(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def broken(*arguments: Any) -> None:
         raise ZeroDivisionError("/secret/path.py")
 
@@ -121,6 +123,7 @@ def test_nothing_escapes(service: Service, monkeypatch: pytest.MonkeyPatch) -> N
     assert isinstance(output, CidError)
     assert output.code is Code.INTERNAL
     assert "secret" not in str(output)
+    assert "secret" in caplog.text
 
 
 def test_the_clock_of_boot_time_runs() -> None:

@@ -49,10 +49,34 @@ def test_parameters_that_are_wrong(key: str, value: str, words: str) -> None:
         settings_from(config)
 
 
-@pytest.mark.parametrize("groups", [[{"count": 2}], [{"count": 1}, {"count": 1}], [{"count": "2"}]])
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [{"count": 1, "gpus": [0, 1]}],
+        [{"count": 2}],
+        [{"count": 1}, {"count": 1}],
+        [{"count": "2"}],
+    ],
+)
 def test_a_second_instance_would_be_a_second_manager(groups: list[dict[str, Any]]) -> None:
     with pytest.raises(InvalidArgument, match="instance_group"):
         settings_from({**CONFIG, "instance_group": groups})
+
+
+@pytest.mark.parametrize(
+    "policy", [{"all": {}}, {"latest": {"num_versions": 2}}, {"specific": {"versions": [1, 2]}}]
+)
+def test_a_second_version_would_be_one_too(policy: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgument, match="version_policy"):
+        settings_from({**CONFIG, "version_policy": policy})
+    settings_from({**CONFIG, "version_policy": {"latest": {"num_versions": 1}}})
+
+
+@pytest.mark.parametrize("name", ["", "a/b", ".a", 'a"b', "a\nb", ".."])
+def test_names_that_are_none(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InvalidArgument, match="name"):
+        export(tmp_path, name=name)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_batching_the_tensors_would_have_other_shapes() -> None:

@@ -109,7 +109,9 @@ def test_ids_out_of_range(ids: Any) -> None:
         wire.as_ids(ids)
 
 
-@pytest.mark.parametrize("ids", [[1.5], ["1"], [[1]], [True, False], np.ones(2), [None]])
+@pytest.mark.parametrize(
+    "ids", [[1.5], ["1"], [[1]], [True, False], np.ones(2), [None], 5, [[1], [2, 3]]]
+)
 def test_what_are_no_ids(ids: Any) -> None:
     with pytest.raises(InvalidArgument):
         wire.as_ids(ids)

@@ -9,8 +9,9 @@
 # last held ID of it goes, so an owner that takes and gives back one ID in turn moves no lists. Such
 # a block is *idle*; whoever needs a block may have it before a never-used one is opened.
 #
-# Every function needs the GIL or the caller's own lock. Times are ticks of any unit and origin.
-# IDs that a function takes may have any value; an owner must be below MAX_OWNERS.
+# Every function needs the pool to itself, so a lock of the caller's, but no GIL. Times are ticks of
+# any unit and origin. IDs that a function takes may have any value; an owner must be below
+# MAX_OWNERS.
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
@@ -43,7 +44,7 @@ cdef extern from *:
     static_assert(sizeof(struct cidalloc_block) == 32, "what a block costs");
     """
     struct Block "cidalloc_block":
-        uint64_t used       # a bit for each ID that is held: its place modulo 64
+        uint64_t used       # the held IDs: bit i is the one i above a multiple of 64 from base
         int64_t reuse_at    # the latest of its IDs' reuse times; only ever rises
         uint64_t next       # in the owner's list or in the bucket; 0 ends both
         uint64_t owner      # whose it is, while it is not queued
@@ -74,6 +75,7 @@ cdef struct Pool:
     uint64_t limit      # capacity and those
     uint64_t count      # blocks
     uint64_t start      # the block that was opened first, from 0
+    uint64_t mapped     # bytes of blocks to give back; 0 if they live in the caller's memory
     uint64_t opened     # blocks ever opened
     uint64_t high_water  # IDs in them
     uint64_t issued     # IDs issued at least once
@@ -95,9 +97,14 @@ cdef struct Counts:
 cdef inline uint64_t pool_held(const Pool *pool) noexcept nogil:
     return pool.peak - pool.below
 
-# Make an empty pool of `capacity` IDs in blocks of 2**shift; INTERNAL if memory cannot be had.
-cdef int pool_init(Pool *pool, uint64_t capacity, uint64_t first, uint32_t shift,
-                   uint64_t start) noexcept nogil
+# The bytes that a pool of `capacity` IDs in blocks of 2**shift needs for its blocks.
+cdef uint64_t pool_size(uint64_t capacity, uint32_t shift) noexcept nogil
+
+# Make an empty pool. Its blocks live in `memory`, 8-byte aligned and all zero, or if that is NULL
+# in some of its own. INTERNAL if memory cannot be had, INVALID_ARGUMENT if it was not zero where
+# a look was taken: pool_free() then, too.
+cdef int pool_init(Pool *pool, uint64_t capacity, uint64_t first, uint32_t shift, uint64_t start,
+                   void *memory) noexcept nogil
 
 # Give the memory back; a pool that is all zero is fine.
 cdef void pool_free(Pool *pool) noexcept nogil
@@ -128,6 +135,17 @@ cdef Counts pool_count(Pool *pool) noexcept nogil
 # Tell when the first queued block is or was due; False if none is queued.
 cdef bint pool_next_due(const Pool *pool, int64_t *due) noexcept nogil
 
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+
 cdef class Allocator:
+    cdef int forks      # behind this process when the pool was made; ~ of it after `busy` was taken
+    cdef int waiting    # calls that wait for `busy`
     cdef Pool pool
-    cdef int forks      # how many forks lay behind this process when the pool was made
+    cdef Py_buffer memory           # the given one, if any
+    cdef pthread_mutex_t busy       # held by a call that uses the pool without the GIL
+
+# The pool of a Python object, for whoever has the GIL, until other Python code runs. Waits for a
+# call that uses it; raises `Forked`.
+cdef Pool *pool_of(Allocator self) except NULL

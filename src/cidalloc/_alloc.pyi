@@ -5,7 +5,7 @@ from typing import Any, NoReturn, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
-from typing_extensions import disjoint_base
+from typing_extensions import Buffer, disjoint_base
 
 __pyx_capi__: dict[str, object]  # the C functions, for whoever cimports them
 
@@ -18,7 +18,10 @@ class Allocator:
         block: SupportsIndex = 64,
         *,
         start: SupportsIndex | None = None,
+        buffer: Buffer | None = None,
     ) -> Allocator: ...
+    @staticmethod
+    def buffer_size(capacity: SupportsIndex, block: SupportsIndex = 64) -> int: ...
     def acquire(self, owner: SupportsIndex = 0, now: SupportsIndex = 0) -> int: ...
     def acquire_many(
         self,

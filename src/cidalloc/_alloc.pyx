@@ -3,12 +3,7 @@
 # cython: autotestdict=False
 """The allocator core: the Python face of the C functions, which _pool.pxi holds."""
 
-from cpython.buffer cimport (PyBUF_FORMAT, PyBUF_ND, PyBUF_WRITABLE, PyBuffer_Release,
-                             PyObject_CheckBuffer, PyObject_GetBuffer)
-from cpython.long cimport PyLong_CheckExact
-from cpython.number cimport PyNumber_Index
-from cpython.sequence cimport PySequence_Check
-from libc.stdint cimport INT64_MAX, uintptr_t
+from libc.stdint cimport INT64_MAX
 
 import os
 
@@ -16,31 +11,23 @@ import numpy as np
 
 from .errors import error_for
 
+include "_queue.pxi"
 include "_pool.pxi"
+include "_args.pxi"
+include "_audit.pxi"
 
 
-cdef extern from *:
-    """
-    /* The value of a positive int of one digit, without a call; some others may be read, too. */
-    static inline int small_int(PyObject *x, int64_t *value) {
-        if (!PyLong_CheckExact(x)) return 0;
-    #if PY_VERSION_HEX >= 0x030C0000
-        if (!PyUnstable_Long_IsCompact((PyLongObject *)x)) return 0;
-        *value = PyUnstable_Long_CompactValue((PyLongObject *)x);
-    #else
-        if (Py_SIZE(x) != 1) return 0;
-        *value = ((PyLongObject *)x)->ob_digit[0];
-    #endif
-        return 1;
-    }
-    """
-    bint small_int(object x, int64_t *value) noexcept
+cdef extern from "<pthread.h>" nogil:
+    int pthread_mutex_init(pthread_mutex_t *mutex, const void *attributes)
+    int pthread_mutex_lock(pthread_mutex_t *mutex)
+    int pthread_mutex_trylock(pthread_mutex_t *mutex)
+    int pthread_mutex_unlock(pthread_mutex_t *mutex)
 
-cdef extern from "Python.h":
-    long long PyLong_AsLongLongAndOverflow(object x, int *overflow) except? -1
+cdef enum:
+    # IDs from which on a call lets go of the GIL. Fewer are issued in about a microsecond, as long
+    # as it takes to let go; and to get the GIL back may take until the other thread's turn ends.
+    LARGE = 4096
 
-
-cdef object zero = 0    # what a caller left out: needs no reading
 cdef int forks = 0      # that lie between this process and the first one
 
 
@@ -51,101 +38,57 @@ def _forked():
 
 os.register_at_fork(after_in_child=_forked)
 
-cdef enum:  # what read_int found
-    FITS = 0
-    TOO_LARGE = 1
-    NO_INT = 2
 
-
-cdef int read_int(object x, int64_t *value) except -1:
-    cdef int overflow = 0
-    if small_int(x, value):
-        return FITS
-    if not PyLong_CheckExact(x):
-        if isinstance(x, (bool, np.bool_)):
-            return NO_INT
-        try:
-            x = PyNumber_Index(x)
-        except TypeError:
-            return NO_INT
-    value[0] = PyLong_AsLongLongAndOverflow(x, &overflow)
-    return TOO_LARGE if overflow else FITS
-
-
-cdef int64_t as_int(object x, int64_t low, int64_t high, const char *name) except? -1:
-    cdef int64_t value = 0
-    cdef int kind = read_int(x, &value)
-    if kind == NO_INT:
-        raise error_for(INVALID_ARGUMENT, f"{name.decode()} must be an int, not {type(x).__name__}")
-    if kind == TOO_LARGE or not low <= value <= high:
-        raise error_for(INVALID_ARGUMENT, f"{name.decode()} must be between {low} and {high}")
-    return value
-
-
-cdef inline int64_t as_time(object x, const char *name) except? -1:
-    return 0 if likely(x is zero) else as_int(x, INT64_MIN, INT64_MAX, name)
-
-
-cdef inline uint32_t as_owner(object x) except? 0xFFFFFFFF:
-    return 0 if likely(x is zero) else <uint32_t>as_int(x, 0, MAX_OWNERS - 1, "owner")
-
-
-cdef int64_t as_cid(object x, object where="") except? 0:
-    # 0 stands for whatever does not fit: no pool has it.
-    cdef int64_t value = 0
-    cdef int kind = read_int(x, &value)
-    if kind == NO_INT:
-        raise error_for(INVALID_ARGUMENT,
-                        f"a correlation ID is an int, not {type(x).__name__}{where}")
-    return value if kind == FITS else 0
-
-
-cdef bint view_ids(object array, Py_buffer *view, int flags) except -1:
-    # Open a view of an aligned one-dimensional C-contiguous uint64 array; False if it is not one.
-    try:
-        PyObject_GetBuffer(array, view, flags | PyBUF_FORMAT | PyBUF_ND)
-    except (BufferError, TypeError, ValueError):
-        return False
-    if (view.ndim == 1 and view.itemsize == 8 and view.format != NULL
-            and view.format[0] in b"LQ" and view.format[1] == 0 and not <uintptr_t>view.buf & 7):
-        return True
-    PyBuffer_Release(view)
-    return False
-
-
-cdef object ids_array(object ids):
-    # Any other form of IDs as such an array. Numbers that fit no ID become 0, which no pool has.
-    if not PyObject_CheckBuffer(ids):
-        if not PySequence_Check(ids):
-            raise error_for(INVALID_ARGUMENT, f"IDs come as an array or a sequence of ints, "
-                                              f"not as {type(ids).__name__}")
-        ids = [max(as_cid(cid, f" at position {i}"), 0) for i, cid in enumerate(ids)]
-        return np.array(ids, np.uint64)
-    array = np.asarray(ids)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise error_for(INVALID_ARGUMENT, f"IDs come as a one-dimensional array of integers, "
-                                          f"not as {array.ndim}-dimensional {array.dtype}")
-    if array.dtype.kind == "i":
-        array = np.where(array < 0, 0, array)
-    return np.require(array, np.uint64, "CA")
-
-
-cdef int refuse_fork() except -1:
-    raise error_for(FORKED, "this pool belongs to the parent process; make one after the fork")
-
+# A pool belongs to whoever has the GIL, or to the one call that let go of it. That call locks
+# `busy` and changes the pool's stamp, so the one test that every call makes anyway finds out both:
+# a fork, and a call under way. It unlocks `busy` before it asks for the GIL, which it may never get
+# back when Python ends; the next call puts the stamp right. As any Python code may let another
+# thread in, nothing of Python stands between alive() and the work.
 
 cdef inline Pool *alive(Allocator self) except NULL:
-    if self.forks != forks:
-        refuse_fork()
+    if unlikely(self.forks != forks):
+        wait(self)
     return &self.pool
 
 
+cdef Pool *pool_of(Allocator self) except NULL:
+    return alive(self)
+
+
+cdef int wait(Allocator self) except -1:
+    while self.forks != forks:
+        if ~self.forks != forks:
+            raise error_for(FORKED,
+                            "this pool belongs to the parent process; make one after the fork")
+        if pthread_mutex_trylock(&self.busy) == 0:
+            self.forks = forks
+            pthread_mutex_unlock(&self.busy)
+        else:
+            self.waiting += 1
+            with nogil:
+                pthread_mutex_lock(&self.busy)
+                pthread_mutex_unlock(&self.busy)
+            self.waiting -= 1
+    return 0
+
+
+cdef inline bint begin(Allocator self, uint64_t work) noexcept:
+    # Tell whether to let go of the GIL; not while others wait, or they might do so for ever.
+    if work < LARGE or self.waiting:
+        return False
+    pthread_mutex_lock(&self.busy)      # who may still have it needs no GIL to unlock it
+    self.forks = ~self.forks
+    return True
+
+
 cdef object exhausted(Pool *pool, object what):
-    cdef Counts n = pool_count(pool)
     cdef int64_t due = 0
-    when = f"the next is due at {due}" if pool_next_due(pool, &due) else "none is due"
+    cdef bint queued = pool_next_due(pool, &due)
+    cdef Counts n = pool_count(pool)
+    cdef uint64_t held = pool_held(pool)
+    when = f"the next is due at {due}" if queued else "none is due"
     return error_for(EXHAUSTED, (
-        f"cannot issue {what}: of {pool.capacity} IDs {pool_held(pool)} are held, {n.cooling} cool "
+        f"cannot issue {what}: of {pool.capacity} IDs {held} are held, {n.cooling} cool "
         f"and {n.pinned} are pinned by others in their block; {when}. Release some, wait, or use a "
         f"larger pool or narrower blocks"))
 
@@ -170,7 +113,8 @@ cdef class Allocator:
     of 1 waste nothing and keep the order exact for every single ID.
 
     Times are integers of any unit and origin. Owners are integers below 2**24; 0 is nobody in
-    particular, and an owner like any other. Methods are safe to call from several threads. After
+    particular, and an owner like any other. Methods are safe to call from several threads; a call
+    for thousands of IDs lets other threads run, and those that use the same pool wait for it. After
     a fork the child's copy raises `Forked`. A wrong type or value raises `InvalidArgument`.
 
     Args:
@@ -179,21 +123,34 @@ cdef class Allocator:
         first: the lowest ID, at least 1; the highest is below 2**63.
         block: IDs in a block: 1, 2, 4, 8, 16, 32 or 64.
         start: the ID whose block is issued first; those above follow, then those below.
+        buffer: memory to keep the blocks in, such as a bytearray or an mmap: writable, contiguous,
+            8-byte aligned, at least `buffer_size(capacity, block)` bytes, all zero. The pool holds
+            on to it; nobody else may write to it.
     """
 
-    def __cinit__(self, capacity=(1 << 30) - 1, first=1, block=64, *, start=None):
-        cdef int64_t width = as_int(block, 1, 64, "block")
-        if width & (width - 1):
-            raise error_for(INVALID_ARGUMENT, "block must be 1, 2, 4, 8, 16, 32 or 64")
-        cdef int64_t n = as_int(capacity, 1, <int64_t>1 << 38, "capacity")
+    def __cinit__(self, capacity=(1 << 30) - 1, first=1, block=64, *, start=None, buffer=None):
+        cdef uint32_t shift = as_shift(block)
+        cdef int64_t n = as_capacity(capacity)
         cdef int64_t low = as_int(first, 1, INT64_MAX - (n - 1), "first")
-        cdef int64_t begin = low if start is None else as_int(start, low, low + (n - 1), "start")
-        if pool_init(&self.pool, n, low, high_bit(width), begin):
+        cdef int64_t at = low if start is None else as_int(start, low, low + (n - 1), "start")
+        if buffer is not None:
+            view_memory(buffer, &self.memory, pool_size(n, shift))
+        cdef int code = pool_init(&self.pool, n, low, shift, at, self.memory.buf)
+        if code == INVALID_ARGUMENT:
+            raise error_for(code, "buffer must be all zero: another pool may have used this one")
+        if code:
             raise MemoryError("no address space for the pool; a smaller capacity needs less")
+        pthread_mutex_init(&self.busy, NULL)
         self.forks = forks
 
     def __dealloc__(self):
         pool_free(&self.pool)
+        PyBuffer_Release(&self.memory)
+
+    @staticmethod
+    def buffer_size(capacity, block=64):
+        """Return how many bytes a `buffer` for such a pool has to have."""
+        return pool_size(as_capacity(capacity), as_shift(block))
 
     def acquire(self, owner=0, now=0):
         """Issue one ID.
@@ -204,12 +161,17 @@ cdef class Allocator:
 
         Raises `Exhausted`. Constant time, amortised.
         """
-        cdef Pool *pool = alive(self)
-        cdef uint32_t own = as_owner(owner)
-        cdef int64_t tick = as_time(now, "now")
+        cdef uint32_t own
+        cdef int64_t tick
         cdef uint64_t cid = 0
-        if pool_acquire(pool, own, tick, &cid):
-            raise exhausted(pool, "an ID")
+        cdef int code
+        if owner is zero and now is zero:
+            code = pool_acquire(alive(self), 0, 0, &cid)
+        else:
+            own, tick = as_owner(owner), as_time(now, "now")
+            code = pool_acquire(alive(self), own, tick, &cid)
+        if unlikely(code):
+            raise exhausted(&self.pool, "an ID")
         return <int64_t>cid
 
     def acquire_many(self, n, owner=0, now=0, out=None):
@@ -224,12 +186,12 @@ cdef class Allocator:
         Raises `Exhausted`. Time in proportion to `n`; when the pool is nearly used up, also to the
         blocks that cool.
         """
-        cdef Pool *pool = alive(self)
         cdef uint64_t many = as_int(n, 0, INT64_MAX, "n")
         cdef uint32_t own = as_owner(owner)
         cdef int64_t tick = as_time(now, "now")
         cdef Py_buffer view
         cdef int code
+        cdef Pool *pool = alive(self)
         if many > pool.capacity - pool_held(pool):    # it may be too many for an array, too
             see(pool, tick)
             raise exhausted(pool, f"{many} IDs")
@@ -239,11 +201,17 @@ cdef class Allocator:
         try:
             if <uint64_t>view.shape[0] != many:
                 raise error_for(INVALID_ARGUMENT, f"out has {view.shape[0]} elements, not {many}")
-            code = pool_acquire_many(pool, many, own, tick, <uint64_t *>view.buf)
+            alive(self)
+            if begin(self, many):
+                with nogil:
+                    code = pool_acquire_many(pool, many, own, tick, <uint64_t *>view.buf)
+                    pthread_mutex_unlock(&self.busy)
+            else:
+                code = pool_acquire_many(pool, many, own, tick, <uint64_t *>view.buf)
         finally:
             PyBuffer_Release(&view)
         if code:
-            raise exhausted(pool, f"{many} IDs")
+            raise exhausted(alive(self), f"{many} IDs")
         return ids
 
     def release(self, cid, owner=0, reuse_at=0):
@@ -256,15 +224,19 @@ cdef class Allocator:
 
         Raises `OutOfRange`, `NotHeld`, `NotOwner`. Constant time.
         """
-        cdef Pool *pool = alive(self)
         cdef int64_t number = 0
         if unlikely(not small_int(cid, &number)):
             number = as_cid(cid)
-        cdef uint32_t own = as_owner(owner)
-        cdef int64_t tick = as_time(reuse_at, "reuse_at")
-        cdef int code = pool_release(pool, number, own, tick)
-        if code:
-            raise refusal(pool, code, number)
+        cdef uint32_t own
+        cdef int64_t tick
+        cdef int code
+        if owner is zero and reuse_at is zero:
+            code = pool_release(alive(self), number, 0, 0)
+        else:
+            own, tick = as_owner(owner), as_time(reuse_at, "reuse_at")
+            code = pool_release(alive(self), number, own, tick)
+        if unlikely(code):
+            raise refusal(&self.pool, code, number)
 
     def release_many(self, ids, owner=0, reuse_at=0):
         """Take back IDs, all or none.
@@ -276,17 +248,23 @@ cdef class Allocator:
 
         Raises `OutOfRange`, `NotHeld`, `NotOwner`, `Duplicate`. Time in proportion to their number.
         """
-        cdef Pool *pool = alive(self)
         cdef uint32_t own = as_owner(owner)
         cdef int64_t tick = as_time(reuse_at, "reuse_at")
         cdef Py_buffer view
         cdef uint64_t at = 0
         cdef int code
+        cdef Pool *pool
         if not view_ids(ids, &view, 0) and not view_ids(ids_array(ids), &view, 0):
             raise error_for(INVALID_ARGUMENT, "IDs come as an array of integers")
         cdef const uint64_t *cids = <const uint64_t *>view.buf
         try:
-            code = pool_release_many(pool, cids, view.shape[0], own, tick, &at)
+            pool = alive(self)
+            if begin(self, view.shape[0]):
+                with nogil:
+                    code = pool_release_many(pool, cids, view.shape[0], own, tick, &at)
+                    pthread_mutex_unlock(&self.busy)
+            else:
+                code = pool_release_many(pool, cids, view.shape[0], own, tick, &at)
             if code == INTERNAL:
                 raise MemoryError("no memory to release IDs")
             if code:
@@ -303,42 +281,60 @@ cdef class Allocator:
 
         Time in proportion to the owner's blocks.
         """
+        cdef uint32_t own = as_owner(owner)
+        cdef int64_t tick = as_time(reuse_at, "reuse_at")
+        cdef uint64_t n
         cdef Pool *pool = alive(self)
-        return pool_release_owner(pool, as_owner(owner), as_time(reuse_at, "reuse_at"))
+        if not begin(self, pool.owners[own].held >> pool.shift):
+            return pool_release_owner(pool, own, tick)
+        with nogil:
+            n = pool_release_owner(pool, own, tick)
+            pthread_mutex_unlock(&self.busy)
+        return n
 
     def owner_of(self, cid):
         """Return who holds an ID; raises `OutOfRange` and `NotHeld`. Constant time."""
-        cdef Pool *pool = alive(self)
         cdef int64_t number = as_cid(cid)
         cdef uint32_t owner = 0
-        cdef int code = pool_owner_of(pool, number, &owner)
+        cdef int code = pool_owner_of(alive(self), number, &owner)
         if code:
-            raise refusal(pool, code, number)
+            raise refusal(&self.pool, code, number)
         return owner
 
     def held_by(self, owner):
         """Return the IDs that `owner` holds, in no particular order. Time as their number."""
-        cdef Pool *pool = alive(self)
         cdef uint32_t own = as_owner(owner)
         cdef Py_buffer view
-        ids = None
-        while ids is None or <uint64_t>len(ids) != pool.owners[own].held:
-            ids = np.empty(pool.owners[own].held, np.uint64)    # other threads may run here
-        view_ids(ids, &view, PyBUF_WRITABLE)
-        pool_held_by(pool, own, <uint64_t *>view.buf)
-        PyBuffer_Release(&view)
-        return ids
+        cdef Pool *pool
+        while True:
+            ids = np.empty(alive(self).owners[own].held, np.uint64)
+            view_ids(ids, &view, PyBUF_WRITABLE)
+            try:
+                pool = alive(self)
+                if pool.owners[own].held != <uint64_t>view.shape[0]:
+                    continue    # another thread was here
+                if begin(self, view.shape[0]):
+                    with nogil:
+                        pool_held_by(pool, own, <uint64_t *>view.buf)
+                        pthread_mutex_unlock(&self.busy)
+                else:
+                    pool_held_by(pool, own, <uint64_t *>view.buf)
+                return ids
+            finally:
+                PyBuffer_Release(&view)
 
     def held_count(self, owner):
         """Return how many IDs `owner` holds. Constant time."""
-        return alive(self).owners[as_owner(owner)].held
+        cdef uint32_t own = as_owner(owner)
+        return alive(self).owners[own].held
 
     def __contains__(self, cid):
         """Tell whether anybody holds `cid`; False for whatever is no ID of this pool."""
-        cdef Pool *pool = alive(self)
         cdef int64_t value = 0
         cdef uint32_t owner = 0
-        return read_int(cid, &value) == FITS and pool_owner_of(pool, value, &owner) == OK
+        cdef int kind = read_int(cid, &value)
+        cdef Pool *pool = alive(self)
+        return kind == FITS and pool_owner_of(pool, value, &owner) == OK
 
     def __len__(self):
         """Return how many IDs are held."""
@@ -402,70 +398,17 @@ cdef class Allocator:
     def __repr__(self):
         """Describe the pool and how full it is."""
         cdef Pool *pool = alive(self)
+        cdef uint64_t held = pool_held(pool)
         return (f"Allocator(capacity={pool.capacity}, first={pool.first}, "
-                f"block={1 << pool.shift}): {pool_held(pool)} held")
+                f"block={1 << pool.shift}): {held} held")
 
     def __reduce__(self):
         """Refuse to be copied: two pools would issue the same IDs."""
         raise TypeError("an Allocator cannot be pickled or copied: both would issue the same IDs")
 
     def _check(self):
-        """Audit every structure; raises AssertionError. Time in proportion to the blocks opened."""
+        """Audit every structure; raises AssertionError. Time in proportion to the blocks opened.
+
+        No other thread may use the pool meanwhile.
+        """
         audit(alive(self))
-
-
-cdef int audit(Pool *pool) except -1:
-    cdef uint64_t ids, held = 0, issued = 0, high_water = 0
-    cdef uint64_t at, before, place
-    cdef int i
-    cdef Block *block
-    cdef Bucket *bucket
-    opened = {1 + (pool.start + n) % pool.count for n in range(pool.opened)}
-    queued, listed, owned = set(), set(), {}
-    for i in range(BUCKETS):
-        bucket, ids, before, at, dues = &pool.queue[i], 0, 0, pool.queue[i].head, []
-        assert not i or bool(at) == bool(pool.filled >> (i - 1) & 1), "filled"
-        while at:
-            block = &pool.blocks[at]
-            assert at in opened and at not in queued and not block.used, "queued"
-            assert bucket_of(pool, block.reuse_at) == i and block.reuse_at >= pool.last, "key"
-            queued.add(at)
-            dues.append(block.reuse_at)
-            ids += block.end
-            before, at = at, block.next
-        assert not before or bucket.tail == before, "bucket's tail"
-        assert not before or not i or bucket.due == min(dues), "bucket's due"
-        assert ids == bucket.ids, "bucket's count"
-    at = pool.idle
-    while at:
-        assert at not in listed and pool.owners[at - 1].listed, "list of idle ones"
-        listed.add(at)
-        at = pool.owners[at - 1].idle
-    for at in opened:
-        block = &pool.blocks[at]
-        ids = min(<uint64_t>pool.mask + 1, pool.capacity - (<uint64_t>(at - 1) << pool.shift))
-        place = at << pool.shift & 63
-        assert block.end == ids and block.bump <= ids, "bounds"
-        assert not block.used & ~bits(ids, place), "strange bits"
-        held += count_bits(block.used)
-        issued += block.seen
-        high_water += ids
-        if at not in queued:
-            assert 0 < block.bump <= block.seen, "issued"
-            assert not block.used & ~bits(block.bump, place), "issued above bump"
-            assert block.used or is_idle(block), "empty, but not queued"
-            assert not is_idle(block) or block.owner + 1 in listed, "idle, but not listed"
-            assert block.bump == ids or pool.owners[block.owner].current == at, "room"
-            owned.setdefault(block.owner, set()).add(at)
-    for owner, blocks in owned.items():
-        ids, before, at, chain = 0, 0, pool.owners[owner].head, set()
-        while at:
-            assert at not in chain and pool.blocks[at].prev == before, "owner's list"
-            chain.add(at)
-            ids += count_bits(pool.blocks[at].used)
-            before, at = at, pool.blocks[at].next
-        assert chain == blocks and pool.owners[owner].current in chain | {0}, "owner's blocks"
-        assert ids == pool.owners[owner].held, "owner's count"
-    assert held == pool_held(pool) <= pool.peak and issued == pool.issued, "counts"
-    assert high_water == pool.high_water <= pool.capacity and pool.last <= pool.now, "totals"
-    return 0

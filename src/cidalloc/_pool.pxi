@@ -1,149 +1,8 @@
-# The C functions that _alloc.pxd declares, and their helpers. _alloc.pyx includes this file.
-
-from libc.stdint cimport INT64_MIN, UINT64_MAX
-from libc.stdlib cimport free, malloc
-from libc.string cimport memset
-from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
-
-cdef extern from *:
-    """
-    #define high_bit(x) (63 - __builtin_clzll(x))
-    #define low_bit(x) __builtin_ctzll(x)
-    #define count_bits(x) ((uint64_t)__builtin_popcountll(x))
-    #define keep_order() __atomic_signal_fence(__ATOMIC_SEQ_CST)
-    static __attribute__((cold, noinline)) void new_peak(uint64_t *peak, int64_t *below) {
-        *peak -= *below;
-        *below = 0;
-    }
-    static inline void count_up(uint64_t *out, uint64_t from, uint64_t n) {
-        #pragma GCC unroll 8  /* twice as fast */
-        for (uint64_t i = 0; i < n; i++) out[i] = from + i;
-    }
-    """
-    int high_bit(uint64_t x) noexcept nogil
-    int low_bit(uint64_t x) noexcept nogil
-    uint64_t count_bits(uint64_t x) noexcept nogil
-    void new_peak(uint64_t *peak, int64_t *below) noexcept nogil
-    bint likely(bint x) noexcept nogil
-    bint unlikely(bint x) noexcept nogil
-    void keep_order() noexcept nogil    # no store moves across, in the machine code
-    void count_up(uint64_t *out, uint64_t start, uint64_t n) noexcept nogil
-
-cdef extern from "<sys/mman.h>" nogil:
-    int MAP_NORESERVE
-
-# ---- Memory
-
-cdef void *map_zeros(uint64_t size) noexcept nogil:
-    # Pages come into being when they are first touched.
-    cdef void *got = mmap(NULL, size, PROT_READ | PROT_WRITE,
-                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
-    return NULL if got == MAP_FAILED else got
-
-
-cdef int pool_init(Pool *pool, uint64_t capacity, uint64_t first, uint32_t shift,
-                   uint64_t start) noexcept nogil:
-    memset(pool, 0, sizeof(Pool))
-    pool.first, pool.capacity, pool.shift = first, capacity, shift
-    pool.base, pool.limit = first - ((<uint64_t>1) << shift), capacity + ((<uint64_t>1) << shift)
-    pool.count = ((capacity - 1) >> shift) + 1
-    pool.mask = (1 << shift) - 1
-    pool.start = (start - first) >> shift
-    pool.now = pool.last = INT64_MIN
-    pool.blocks = <Block *>map_zeros((pool.count + 1) * sizeof(Block))
-    pool.owners = <Owner *>map_zeros(MAX_OWNERS * sizeof(Owner))
-    return INTERNAL if pool.blocks == NULL or pool.owners == NULL else OK
-
-
-cdef void pool_free(Pool *pool) noexcept nogil:
-    if pool.blocks != NULL:
-        munmap(pool.blocks, (pool.count + 1) * sizeof(Block))
-    if pool.owners != NULL:
-        munmap(pool.owners, MAX_OWNERS * sizeof(Owner))
-    pool.blocks, pool.owners = NULL, NULL
-
-
-# ---- The queue of free blocks
-
-cdef inline int bucket_of(const Pool *pool, int64_t key) noexcept nogil:
-    cdef uint64_t change = <uint64_t>key ^ <uint64_t>pool.last
-    return high_bit(change) + 1 if change else 0
-
-
-cdef void enqueue(Pool *pool, uint64_t at) noexcept nogil:
-    cdef Block *block = &pool.blocks[at]
-    cdef int i = 0
-    if block.reuse_at <= pool.last:
-        block.reuse_at = pool.last
-    else:
-        i = bucket_of(pool, block.reuse_at)
-    cdef Bucket *bucket = &pool.queue[i]
-    if not bucket.head:
-        bucket.head, bucket.due = at, block.reuse_at
-        if i:
-            pool.filled |= <uint64_t>1 << (i - 1)
-    else:
-        pool.blocks[bucket.tail].next = at
-        if block.reuse_at < bucket.due:
-            bucket.due = block.reuse_at
-    bucket.tail, block.next = at, 0
-    bucket.ids += block.end
-
-
-cdef uint64_t dequeue(Pool *pool) noexcept nogil:
-    # The block due first, or 0 if none is due. Sharing a bucket out empties it, and sends each of
-    # its blocks to a lower one: all buckets below are empty then, so equals stay in their order.
-    cdef Bucket *ready = &pool.queue[0]
-    cdef Bucket *bucket
-    cdef uint64_t at, following
-    if not ready.head:
-        if not pool.filled:
-            return 0
-        bucket = &pool.queue[low_bit(pool.filled) + 1]
-        if bucket.due > pool.now:
-            return 0
-        pool.last = bucket.due
-        pool.filled &= pool.filled - 1
-        at, bucket.head, bucket.ids = bucket.head, 0, 0
-        while at:
-            following = pool.blocks[at].next
-            enqueue(pool, at)
-            at = following
-    at = ready.head
-    ready.head = pool.blocks[at].next
-    ready.ids -= pool.blocks[at].end
-    return at
-
-
-cdef uint64_t count_due(const Pool *pool, uint64_t enough) noexcept nogil:
-    # The queued IDs that are due, in whole buckets but for the one that `now` itself falls into;
-    # counting stops at `enough`.
-    cdef int i, here = bucket_of(pool, pool.now)
-    cdef uint64_t total = pool.queue[0].ids
-    for i in range(1, here):
-        total += pool.queue[i].ids
-    cdef uint64_t at = pool.queue[here].head if here else 0
-    if at and pool.queue[here].due <= pool.now:
-        while at and total < enough:
-            if pool.blocks[at].reuse_at <= pool.now:
-                total += pool.blocks[at].end
-            at = pool.blocks[at].next
-    return total
-
-
-cdef bint pool_next_due(const Pool *pool, int64_t *due) noexcept nogil:
-    if pool.queue[0].head:
-        due[0] = pool.last
-    elif pool.filled:
-        due[0] = pool.queue[low_bit(pool.filled) + 1].due
-    else:
-        return False
-    return True
-
+# Who owns which blocks, and how IDs come out of them and back. _alloc.pyx includes this file.
 
 # ---- Owned blocks
 
-cdef void link(Pool *pool, uint32_t owner, uint64_t at) noexcept nogil:
+cdef inline void link(Pool *pool, uint32_t owner, uint64_t at) noexcept nogil:
     cdef Owner *own = &pool.owners[owner]
     cdef Block *block = &pool.blocks[at]
     block.owner, block.next, block.prev = owner, own.head, 0
@@ -239,10 +98,9 @@ cdef inline void see(Pool *pool, int64_t now) noexcept nogil:
         pool.now = now
 
 
-cdef Block *open_block(Pool *pool, uint32_t owner) noexcept nogil:
+cdef inline Block *open_block(Pool *pool, uint32_t owner) noexcept nogil:
     # Give the owner a block with room: one that is due, an idle one, a new one; NULL if none is.
-    cdef uint64_t place
-    cdef uint64_t at = dequeue(pool)
+    cdef uint64_t place, at = dequeue(pool)
     cdef Block *block
     if at:
         pool.blocks[at].bump = 0
@@ -287,19 +145,26 @@ cdef inline void issued(Pool *pool, Block *block) noexcept nogil:
         block.seen = block.bump
 
 
-cdef inline int pool_acquire(Pool *pool, uint32_t owner, int64_t now, uint64_t *cid) noexcept nogil:
-    see(pool, now)
+cdef int acquire_first(Pool *pool, uint32_t owner, uint64_t *cid) noexcept nogil:
+    # Issue an ID where the owner's block is full, or has never issued its next one before.
     cdef Owner *own = &pool.owners[owner]
     cdef Block *block = &pool.blocks[own.current]
-    if likely(block.bump != block.seen):    # there is room, and the ID is not a new one
-        cid[0] = take(pool, own, block, 1)
-        return OK
     if block.bump == block.end:
         block = open_block(pool, owner)
         if block == NULL:
             return EXHAUSTED
     cid[0] = take(pool, own, block, 1)
     issued(pool, block)
+    return OK
+
+
+cdef inline int pool_acquire(Pool *pool, uint32_t owner, int64_t now, uint64_t *cid) noexcept nogil:
+    see(pool, now)
+    cdef Owner *own = &pool.owners[owner]
+    cdef Block *block = &pool.blocks[own.current]
+    if block.bump == block.seen:
+        return acquire_first(pool, owner, cid)
+    cid[0] = take(pool, own, block, 1)
     return OK
 
 
@@ -342,9 +207,12 @@ cdef int pool_acquire_many(Pool *pool, uint64_t n, uint32_t owner, int64_t now,
 
 cdef inline Block *find(const Pool *pool, uint64_t cid, uint64_t *offset) noexcept nogil:
     # The block of an ID and its offset from blocks[0], if it is held; else NULL.
+    cdef Block *block
     offset[0] = cid - pool.base
-    cdef Block *block = &pool.blocks[offset[0] >> pool.shift]
-    return block if offset[0] < pool.limit and block.used >> (offset[0] & 63) & 1 else NULL
+    if offset[0] >= pool.limit:
+        return NULL
+    block = &pool.blocks[offset[0] >> pool.shift]
+    return block if block.used >> (offset[0] & 63) & 1 else NULL
 
 
 cdef int not_found(const Pool *pool, uint64_t cid) noexcept nogil:
@@ -381,8 +249,8 @@ cdef inline int pool_release(Pool *pool, uint64_t cid, uint32_t owner,
     return OK
 
 
-cdef struct Change:     # what a bulk release did so far
-    int64_t reuse_at    # the block's before it was raised
+cdef struct Change:     # to a block, in a bulk release
+    int64_t reuse_at    # before it was raised
     uint64_t raised     # that block
     uint64_t emptied    # another one, that lost its last held ID
 
@@ -400,18 +268,22 @@ cdef inline uint64_t run(const uint64_t *cids, uint64_t n) noexcept nogil:
 cdef int pool_release_many(Pool *pool, const uint64_t *cids, uint64_t n, uint32_t owner,
                            int64_t reuse_at, uint64_t *at) noexcept nogil:
     # Clear bits until one is not set; then set the former ones again. Lists and counters change
-    # only after the last bit, in the order in which the blocks became empty.
-    cdef uint64_t i = 0, j, some, mask, offset = 0, raised = 0, gone = 0
+    # only after the last bit, in the order in which the blocks became empty. Somebody else may be
+    # writing to `cids` all the while: what was done is known from the log alone.
+    cdef uint64_t i = 0, j, some, mask, cid, offset = 0, bad, steps = 0, raised = 0, gone = 0
     cdef Owner *own = &pool.owners[owner]
     cdef Block *block = NULL
     cdef int code = OK
-    cdef Change *log = <Change *>malloc((min(n, pool.opened) + 1) * sizeof(Change))
+    cdef uint64_t changes = min(n, pool.opened) + 1, most = min(n, own.held)
+    cdef Change *log = <Change *>malloc(changes * sizeof(Change) + most * sizeof(uint64_t))
+    cdef uint64_t *runs = <uint64_t *>(log + changes)   # an offset, and how many from there
     if log == NULL:
         return INTERNAL
     while i < n:
-        block = find(pool, cids[i], &offset)
+        cid = read_once(cids + i)
+        block = find(pool, cid, &offset)
         if block == NULL or block.owner != owner:
-            code = not_found(pool, cids[i]) if block == NULL else NOT_OWNER
+            code = not_found(pool, cid) if block == NULL else NOT_OWNER
             break
         some = run(cids + i, min(n - i, block.end - (offset & pool.mask)))
         mask = bits(some, offset) & ~block.used
@@ -423,17 +295,19 @@ cdef int pool_release_many(Pool *pool, const uint64_t *cids, uint64_t n, uint32_
             block.reuse_at = reuse_at
         keep_order()
         block.used &= ~bits(some, offset)
+        runs[steps] = offset << 7 | some
+        steps += 1
         if not block.used:
             log[gone].emptied = block - pool.blocks
             gone += 1
         i += some
     if code:
-        at[0] = i
-        for j in range(i):
-            if code == NOT_HELD and cids[j] == cids[i]:
+        at[0], bad = i, offset
+        for j in range(steps):
+            offset, some = runs[j] >> 7, runs[j] & 127
+            if code == NOT_HELD and bad - offset < some:
                 code = DUPLICATE
-            offset = cids[j] - pool.base
-            pool.blocks[offset >> pool.shift].used |= bits(1, offset)
+            pool.blocks[offset >> pool.shift].used |= bits(some, offset)
         keep_order()
         for j in range(raised):
             pool.blocks[log[j].raised].reuse_at = log[j].reuse_at

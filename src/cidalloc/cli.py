@@ -18,6 +18,7 @@ from rich.text import Text
 
 from . import __version__
 from .client import Client, Sequence
+from .codes import Code
 from .demo import demo_server
 from .demo.collide import Lane, collide
 from .demo.sequences import FIRST, expected_sums, run_two_sequences
@@ -35,6 +36,9 @@ progress_console = Console(stderr=True, highlight=False)
 _MOST_CLIENTS = 64  # two sequences each, and the model has 128 slots
 
 
+_PORT = click.IntRange(0, 65535)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="cidalloc %(version)s")
 def main() -> None:
@@ -43,12 +47,18 @@ def main() -> None:
 
 def run() -> None:
     """Run the command; an error is one line on stderr and exit status 1."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         main()
     except CidError as error:
-        click.echo(f"error: {error.code.name}: {error}", err=True)
-        sys.exit(1)
+        failure = f"{error.code.name}: {error}"
+    except OSError as error:
+        failure = f"{Code.INVALID_ARGUMENT.name}: {error}"
+    else:
+        return
+    click.echo(f"error: {failure}", err=True)
+    sys.exit(1)
 
 
 @contextmanager
@@ -210,9 +220,9 @@ def model(repository: Path, overwrite: bool, name: str, modver: int) -> None:
 
 
 @main.command()
-@click.option("--http-port", default=8000, show_default=True, help="0 picks a free one.")
-@click.option("--grpc-port", default=8001, show_default=True, help="0 picks a free one.")
-@click.option("--metrics-port", default=8002, show_default=True, help="0 picks a free one.")
+@click.option("--http-port", default=8000, type=_PORT, show_default=True, help="0: a free one.")
+@click.option("--grpc-port", default=8001, type=_PORT, show_default=True, help="0: a free one.")
+@click.option("--metrics-port", default=8002, type=_PORT, show_default=True, help="0: a free one.")
 def serve(http_port: int, grpc_port: int, metrics_port: int) -> None:
     """Serve the manager and the model simple_sequence on loopback until Ctrl-C."""
     ports = (http_port, grpc_port, metrics_port)

@@ -9,8 +9,8 @@ import random
 from dataclasses import dataclass
 
 from ._alloc import Allocator
-from .errors import InvalidArgument, LimitExceeded
-from .wire import IDs
+from .errors import Exhausted, InvalidArgument, LimitExceeded
+from .wire import MAX_COOLDOWN_MS, IDs
 
 __all__ = ["Registry", "Settings"]
 
@@ -26,6 +26,8 @@ class Settings:
         capacity: how many IDs the pool has.
         cooldown_ms: the least time in milliseconds for which an ID that was given back is not
             issued again: late and duplicated packets of its former user must have died out.
+        unended_cooldown_ms: the same for an ID that comes back without a word on END or on a time
+            that would do: long enough for most models to forget an idle sequence.
         max_count: the most IDs that one request may take or give back.
         fresh: there is no past: no ID of this pool was ever issued. Issuing then begins at
             ``first``, otherwise at a random place, since a registry that has just started does
@@ -38,6 +40,7 @@ class Settings:
     first: int = 2**30
     capacity: int = 2**30
     cooldown_ms: int = 5_000
+    unended_cooldown_ms: int = 120_000
     max_count: int = 100_000
     fresh: bool = False
 
@@ -45,7 +48,8 @@ class Settings:
         for name, low, high in (
             ("first", 1, 2**63 - 1),
             ("capacity", 1, 2**38),
-            ("cooldown_ms", 0, 7 * 86_400_000),
+            ("cooldown_ms", 0, MAX_COOLDOWN_MS),
+            ("unended_cooldown_ms", 0, MAX_COOLDOWN_MS),
             ("max_count", 1, 1_000_000),
         ):
             value = getattr(self, name)
@@ -83,9 +87,22 @@ class Registry:
             raise LimitExceeded(
                 f"count={count} is more than one request may take: {self.settings.max_count}"
             )
-        return self.pool.acquire_many(count, now=now)
+        try:
+            return self.pool.acquire_many(count, now=now)
+        except Exhausted:
+            raise Exhausted(self._why_exhausted(count, now)) from None
 
-    def release(self, ids: IDs, now: int, *, ended: bool = False, cooldown_ms: int = 0) -> int:
+    def _why_exhausted(self, count: int, now: int) -> str:
+        pool, due = self.pool, self.pool.next_due
+        when = "none is cooling" if due is None else f"the next is due in {(due - now) / 1e3:.1f} s"
+        return (
+            f"cannot issue {count} of {pool.capacity} IDs: {pool.active} are held,"
+            f" {pool.cooling} are cooling; {when}"
+        )
+
+    def release(
+        self, ids: IDs, now: int, *, ended: bool = False, cooldown_ms: int | None = None
+    ) -> int:
         """Take ``ids`` back, all or none, and return how many they were.
 
         Args:
@@ -93,11 +110,11 @@ class Registry:
             now: the time in milliseconds.
             ended: every sequence's END was answered, so only the least cooldown is due.
             cooldown_ms: else, the time in milliseconds after which Triton has certainly
-                forgotten these sequences.
+                forgotten these sequences; ``unended_cooldown_ms`` if it is not said.
 
         Raises:
             InvalidArgument: no IDs.
-            LimitExceeded: more than ``max_count``.
+            LimitExceeded: more than ``max_count``, or too long a time.
             OutOfRange, NotHeld, Duplicate: an ID that cannot be given back.
         """
         if len(ids) == 0:
@@ -106,6 +123,10 @@ class Registry:
             raise LimitExceeded(
                 f"{len(ids)} IDs are more than one request may release: {self.settings.max_count}"
             )
+        if cooldown_ms is None:
+            cooldown_ms = self.settings.unended_cooldown_ms
+        if cooldown_ms > MAX_COOLDOWN_MS:
+            raise LimitExceeded(f"cooldown_ms={cooldown_ms} is more than {MAX_COOLDOWN_MS}")
         cooldown = self.settings.cooldown_ms
         if not ended:
             cooldown = max(cooldown, cooldown_ms)

@@ -20,6 +20,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -58,6 +59,7 @@ class TritonServer:
         self._wanted_ports = ports
         self._cleanup = contextlib.ExitStack()
         self._process: subprocess.Popen[bytes] | None = None
+        self._starter = ThreadPoolExecutor(1, "cidalloc-server")
         self.http_port, self.grpc_port, self.metrics_port = ports
 
     @property
@@ -104,13 +106,16 @@ class TritonServer:
         log = self._log or folder / "tritonserver.log"
         for attempt in range(3):
             self._choose_ports()
-            command = [binary, *options]
+            command = [binary, *options, "--exit-timeout-secs=5"]
             command += [f"--model-repository={folder}" for folder in self._repositories]
             for name in ("http", "grpc", "metrics"):
                 command.append(f"--{name}-address={_HOST}")
                 command.append(f"--{name}-port={getattr(self, f'{name}_port')}")
             with log.open("wb") as output:
-                self._process = subprocess.Popen(  # noqa: S603 - the command is ours
+                # From a thread that lives as long as we do: the kernel ends the server with the
+                # thread that started it.
+                self._process = self._starter.submit(
+                    subprocess.Popen,
                     command + list(self._arguments),
                     env=environment,
                     stdin=subprocess.DEVNULL,
@@ -119,7 +124,7 @@ class TritonServer:
                     # Its own session, so that Ctrl-C reaches us alone and we stop it in order.
                     start_new_session=True,
                     preexec_fn=_die_with_parent,
-                )
+                ).result()
             if self._wait_ready(time.monotonic() + timeout):
                 return
             self.stop_process()
@@ -133,9 +138,10 @@ class TritonServer:
         try:
             self.stop_process()
         finally:
+            self._starter.shutdown()
             self._cleanup.close()
 
-    def stop_process(self, timeout: float = 15.0) -> None:
+    def stop_process(self, timeout: float = 8.0) -> None:
         """End the server in order; after ``timeout`` seconds, without asking."""
         process, self._process = self._process, None
         if process is None:
@@ -160,11 +166,14 @@ class TritonServer:
         with contextlib.ExitStack() as stack:
             chosen = []
             for port in self._wanted_ports:
-                if port == 0:
-                    sock = stack.enter_context(socket.socket())
-                    sock.bind((_HOST, 0))
-                    port = sock.getsockname()[1]
-                chosen.append(port)
+                sock = stack.enter_context(socket.socket())
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    sock.bind((_HOST, port))
+                except (OSError, OverflowError) as error:
+                    # Or a server that is there already would pass for ours.
+                    raise Unavailable(f"cannot serve on port {port}: {error}") from None
+                chosen.append(sock.getsockname()[1])
         self.http_port, self.grpc_port, self.metrics_port = chosen
 
     def _wait_ready(self, deadline: float) -> bool:
@@ -174,7 +183,7 @@ class TritonServer:
                 connection.request("GET", "/v2/health/ready")
                 if connection.getresponse().status == 200:
                     return True
-            except OSError:
+            except (OSError, http.client.HTTPException):
                 pass
             finally:
                 connection.close()
@@ -253,5 +262,9 @@ def _complaint(log: str) -> str:
 
 
 def _die_with_parent() -> None:
-    """Ask the kernel to stop the server if we are killed; runs in the child before exec."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    """Ask the kernel to end the server if we are killed; runs in the child before exec.
+
+    Its model processes leave by themselves then. SIGTERM would not do: with an open gRPC stream,
+    Triton 2.51 never gets to its end.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -6,6 +6,7 @@ clock.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,14 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from .codes import Operation
-from .errors import CidError, InternalError, LimitExceeded
+from .errors import CidError, InternalError
 from .registry import Registry, Settings
 from .wire import IDs, Request
 
 __all__ = ["Service", "boottime_ms"]
 
-# Longer than any sequence's idle time; it also keeps reuse times far from overflow.
-_MAX_COOLDOWN_MS = 7 * 86_400_000
+_log = logging.getLogger("cidalloc.service")
 
 
 def boottime_ms() -> int:
@@ -68,6 +68,7 @@ class Service:
             return error
         except Exception as error:
             # The text of a stranger's exception may carry paths: it stays in the server's log.
+            _log.exception("a request failed in an unexpected way")
             return InternalError(f"unexpected {type(error).__name__} in the manager")
         return np.asarray(output, np.uint64).reshape(1, -1)
 
@@ -75,9 +76,9 @@ class Service:
         return self.registry.acquire(request.integer("count", 1, 1), self._clock())
 
     def _delete(self, request: Request) -> int:
-        cooldown_ms = request.integer("cooldown_ms", 0, 0)
-        if cooldown_ms > _MAX_COOLDOWN_MS:
-            raise LimitExceeded(f"cooldown_ms={cooldown_ms} is more than {_MAX_COOLDOWN_MS}")
+        cooldown_ms = None
+        if "cooldown_ms" in request.parameters:
+            cooldown_ms = request.integer("cooldown_ms", 0, 0)
         ended = request.boolean("ended")
         return self.registry.release(
             request.ids, self._clock(), ended=ended, cooldown_ms=cooldown_ms

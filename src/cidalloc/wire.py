@@ -22,6 +22,7 @@ __all__ = [
     "CODE",
     "CORRELATION_ID",
     "DETAIL",
+    "MAX_COOLDOWN_MS",
     "MODEL",
     "OUTPUT",
     "IDs",
@@ -42,6 +43,9 @@ OUTPUT = "OUTPUT"
 """Output, UINT64 [1, n]: the IDs issued, or a single number."""
 DETAIL = "DETAIL"
 """Output, BYTES [1, 1]: text of the operations that answer with text; else empty."""
+
+MAX_COOLDOWN_MS = 7 * 86_400_000
+"""The longest cooldown that can be asked for. It also keeps times far from overflow."""
 
 IDs = npt.NDArray[np.uint64]
 Parameter = int | bool | str | float
@@ -156,9 +160,10 @@ def as_ids(ids: Iterable[int] | npt.NDArray[Any]) -> IDs:
         OutOfRange: an integer that is negative, or larger than 64 bits.
         InvalidArgument: something else than integers in one dimension.
     """
-    if not isinstance(ids, np.ndarray):
-        ids = list(ids)
-    array = np.asarray(ids)
+    try:
+        array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
+    except (TypeError, ValueError):
+        raise InvalidArgument(f"not integers in one dimension: {ids!r}") from None
     if array.size == 0:
         return _NO_IDS
     if array.ndim == 1 and array.dtype.kind == "u":

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any
+from typing import SupportsIndex
+
+import numpy as np
 
 from ..codes import Operation
-from ..errors import InvalidArgument, ProtocolError
-from ..wire import MODEL, IDs, Parameter, Request, as_ids
+from ..errors import InvalidArgument, LimitExceeded, ProtocolError
+from ..wire import MAX_COOLDOWN_MS, MODEL, IDs, Parameter, Request, as_ids
 from ._process import BoundToProcess
 from ._sequence import Sequence
 from ._target import Target
 from ._transport import Transport, connect
 
 __all__ = ["Client"]
+
+_DAY_S = 86_400.0
 
 
 class Client(BoundToProcess):
@@ -43,10 +49,11 @@ class Client(BoundToProcess):
         transport: Transport | None = None,
     ) -> None:
         super().__init__()
-        self._transport = transport or connect(url)
         self._model = model
-        self._timeout = timeout
+        self._timeout = _seconds("timeout", timeout, _DAY_S)
+        self._closed = False
         self._targets: dict[str, Target] = {}
+        self._transport = transport or connect(url)
 
     def __repr__(self) -> str:
         return f"<cidalloc Client of {self._model} at {self._transport.url}>"
@@ -64,8 +71,9 @@ class Client(BoundToProcess):
         self.close()
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections. What is held stays held: close sequences first."""
         self._check_fork()
+        self._closed = True
         self._transport.close()
 
     def acquire(self) -> int:
@@ -84,19 +92,24 @@ class Client(BoundToProcess):
             LimitExceeded: more than one request may take.
             Exhausted: the pool cannot give so many now.
         """
+        count = _integer("count", count)
         ids = self._call(Operation.NEW, count=count)
         if len(ids) != count:
             raise ProtocolError(f"asked for {count} IDs, got {len(ids)}")
         return ids
 
-    def release(self, cid: int, *, ended: bool = False, cooldown: float = 0.0) -> None:
+    def release(self, cid: int, *, ended: bool = False, cooldown: float | None = None) -> None:
         """Give an ID back.
+
+        If the manager does not answer, it may have been done: trying again could take the ID from
+        its next holder.
 
         Args:
             cid: the ID.
             ended: END was sent and answered with success, on every model it was used on.
             cooldown: otherwise, seconds after which Triton has certainly forgotten the
                 sequence: its model's idle time, plus the longest time that a request may take.
+                If it is not said, the manager takes a time of its own, two minutes by default.
 
         Raises:
             OutOfRange: not an ID of the pool.
@@ -105,7 +118,7 @@ class Client(BoundToProcess):
         self.release_many([cid], ended=ended, cooldown=cooldown)
 
     def release_many(
-        self, cids: Iterable[int], *, ended: bool = False, cooldown: float = 0.0
+        self, cids: Iterable[int], *, ended: bool = False, cooldown: float | None = None
     ) -> None:
         """Give IDs back, all or none; as `release`.
 
@@ -113,11 +126,11 @@ class Client(BoundToProcess):
             Duplicate: the same ID twice.
             OutOfRange, NotHeld: one of them cannot be given back.
         """
-        ids = as_ids(cids)
-        if not 0 <= cooldown < 1e9:
-            raise InvalidArgument(f"cooldown={cooldown!r} is not a time in seconds")
-        # Rounded up: never a shorter time than was asked for.
-        self._call(Operation.DELETE, ids, ended=ended, cooldown_ms=-int(-cooldown * 1000 // 1))
+        parameters: dict[str, Parameter] = {"ended": bool(ended)}
+        if cooldown is not None:
+            seconds = _seconds("cooldown", cooldown, MAX_COOLDOWN_MS / 1000, low=0.0)
+            parameters["cooldown_ms"] = math.ceil(seconds * 1000)  # never shorter than asked for
+        self._call(Operation.DELETE, as_ids(cids), **parameters)
 
     def active(self) -> int:
         """Return how many IDs are held, by all clients."""
@@ -144,10 +157,16 @@ class Client(BoundToProcess):
                 the manager's pool, or streaming over HTTP is asked for.
             Exhausted: the pool cannot give an ID now.
         """
-        self._check_fork()
+        timeout = _seconds("timeout", timeout, _DAY_S)
+        self._check_open()
         target = self._targets.get(model)
         if target is None:
             target = Target.from_config(self._transport.model_config(model, self._timeout))
+            if target.idle_s > MAX_COOLDOWN_MS / 1000 - _DAY_S:
+                raise InvalidArgument(
+                    f"model {model} keeps idle sequences for {target.idle_s} s: longer than an ID"
+                    " can cool"
+                )
             self._targets[model] = target
         cid = self.acquire()
         if cid > target.highest_cid:
@@ -162,13 +181,33 @@ class Client(BoundToProcess):
             self.release(cid, ended=True)
             raise
 
-    @property
-    def triton(self) -> Any:
-        """The tritonclient client that this client uses; in HTTP each thread has its own."""
-        self._check_fork()
-        return self._transport.triton(self._timeout)
-
     def _call(self, operation: Operation, ids: IDs | None = None, **parameters: Parameter) -> IDs:
-        self._check_fork()
+        self._check_open()
         request = Request(operation, as_ids([]) if ids is None else ids, parameters)
         return self._transport.call(self._model, request, self._timeout)
+
+    def _check_open(self) -> None:
+        self._check_fork()
+        if self._closed:
+            raise InvalidArgument(f"{self!r} is closed")
+
+
+def _integer(name: str, value: object) -> int:
+    if isinstance(value, bool | np.bool_) or not isinstance(value, SupportsIndex):
+        raise InvalidArgument(f"{name}={value!r} is not an integer")
+    number = operator.index(value)
+    if number < 1:
+        raise InvalidArgument(f"{name}={number} is less than 1")
+    if number >= 2**63:
+        raise LimitExceeded(f"{name}={number} is more than any pool has")
+    return number
+
+
+def _seconds(name: str, value: object, high: float, low: float = 1e-6) -> float:
+    try:
+        seconds = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if isinstance(value, str | bytes | bool) or not low <= seconds <= high:
+        raise InvalidArgument(f"{name}={value!r} is not a time of {low:g} to {high:g} seconds")
+    return seconds

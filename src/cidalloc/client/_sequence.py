@@ -6,20 +6,30 @@ import concurrent.futures
 import itertools
 import logging
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
-from tritonclient.grpc import InferenceServerClient as GrpcClient
+from tritonclient.utils import InferenceServerException
 
-from ..errors import CidError, InvalidArgument, Unavailable
+from ..errors import InvalidArgument, Unavailable
 from ._process import BoundToProcess
 from ._target import Target
-from ._transport import Transport
+from ._transport import Transport, unreachable
 
 __all__ = ["Sequence"]
+
+# How long a block that ends with an exception waits for a server that does not answer, in seconds.
+_HURRY_S = 2.0
+_SET_BY_US = {
+    "sequence_id",
+    "sequence_start",
+    "sequence_end",
+    "request_id",
+    "timeout",
+    "client_timeout",
+}
 
 _log = logging.getLogger("cidalloc.client")
 
@@ -27,8 +37,9 @@ _log = logging.getLogger("cidalloc.client")
 class Sequence(BoundToProcess):
     """A sequence with an ID of its own; made by `Client.sequence`, used with ``with``.
 
-    START goes with the first request. When the block ends the ID goes back: at once if END was
-    answered and nothing is unanswered; else it cools until Triton has certainly forgotten it.
+    START goes with the first request. When the block ends the ID goes back: it may soon be used
+    again if END was answered, nothing is unanswered and nothing failed; else it cools until Triton
+    has certainly forgotten the sequence.
     """
 
     def __init__(
@@ -50,9 +61,12 @@ class Sequence(BoundToProcess):
         sender = _StreamSender if streaming else _UnarySender
         self._sender: _StreamSender | _UnarySender = sender(transport, self._patience)
         self._lock = threading.Lock()
+        self._sent = False  # a request may have reached Triton
+        self._answered = False  # one has
         self._unanswered = 0
-        self._sent = self._answered = self._failed = self._ended = False
-        self._closed = self._released = False
+        self._certain = True  # how every other request ended is known
+        self._ended = False
+        self._closed = False
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "ended" if self._ended else "open"
@@ -81,7 +95,7 @@ class Sequence(BoundToProcess):
 
         Raises:
             InvalidArgument: the sequence has ended, or an argument is one that it sets itself.
-            Unavailable: no answer within the sequence's ``timeout``.
+            Unavailable: no answer, within the sequence's ``timeout`` or at all.
             tritonclient.utils.InferenceServerException: what Triton answered.
         """
         future = self._submit(inputs, end, options, self._sender.infer)
@@ -101,29 +115,36 @@ class Sequence(BoundToProcess):
     def flags(self, *, end: bool = False) -> dict[str, Any]:
         """Return the arguments that make a request of your own part of this sequence.
 
-        They are ``sequence_id``, ``sequence_start`` and ``sequence_end``. Since the sequence
-        does not see the answer, its ID cools after use, as if END had not been answered.
+        They are ``sequence_id``, ``sequence_start``, ``sequence_end`` and ``timeout``. Since the
+        sequence does not see the answer, its ID cools after use, as if END had not been answered.
         """
         flags = self._next_flags(end)
         with self._lock:
-            self._failed = self._answered = True  # as far as can be known
             self._unanswered -= 1
+            self._answered = True  # for all that can be known
+            self._certain = False
         return flags
 
     def close(self) -> None:
-        """Wait for what is unanswered, and give the ID back.
+        """Wait for what is unanswered, and give the ID back. Closing again does nothing.
 
-        If that fails, closing again tries it again; otherwise closing again does nothing.
+        Raises:
+            Unavailable: the manager did not answer. Then the ID may have gone back, or not: trying
+                again could take it from its next holder.
         """
+        self._close(self._patience)
+
+    def _close(self, patience: float) -> None:
         self._check_fork()
-        if self._released:
-            return
-        self._closed = True
-        self._sender.close()
-        forgotten = not self._sent or (self._ended and not self._failed and not self._unanswered)
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._sender.close(patience)
+        with self._lock:
+            settled = self._ended and self._certain and not self._unanswered
         cooldown = self._target.idle_s + self._timeout
-        self._release(self._cid, ended=forgotten, cooldown=cooldown)
-        self._released = True
+        self._release(self._cid, ended=settled or not self._sent, cooldown=cooldown)
 
     def __enter__(self) -> Sequence:
         return self
@@ -134,11 +155,12 @@ class Sequence(BoundToProcess):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
+        if error is None:
             self.close()
-        except CidError as failure:
-            if error is None:
-                raise
+            return
+        try:
+            self._close(_HURRY_S)
+        except Exception as failure:
             # What went wrong in the block matters more.
             _log.warning("could not give back correlation ID %d: %s", self._cid, failure)
 
@@ -149,11 +171,9 @@ class Sequence(BoundToProcess):
         options: dict[str, Any],
         send: Callable[..., Future[Any]],
     ) -> Future[Any]:
-        self._check_fork()
-        taken = {"sequence_id", "sequence_start", "sequence_end", "request_id"} & options.keys()
+        taken = _SET_BY_US & options.keys()
         if taken:
             raise InvalidArgument(f"the sequence sets {', '.join(sorted(taken))} by itself")
-        options.setdefault("timeout", int(self._timeout * 1e6))
         flags = self._next_flags(end)
         try:
             future = send(self.model, inputs, **flags, **options)
@@ -168,6 +188,7 @@ class Sequence(BoundToProcess):
         return future
 
     def _next_flags(self, end: bool) -> dict[str, Any]:
+        self._check_fork()
         with self._lock:
             if self._closed or self._ended:
                 raise InvalidArgument(f"{self!r} takes no more requests: open a new one")
@@ -175,20 +196,23 @@ class Sequence(BoundToProcess):
             self._unanswered += 1
             self._sent = True
             self._ended = end
-        return {"sequence_id": self._cid, "sequence_start": start, "sequence_end": end}
+        # Without the timeout a request could wait in Triton for ever, and come to life when the ID
+        # is somebody else's.
+        return {
+            "sequence_id": self._cid,
+            "sequence_start": start,
+            "sequence_end": end,
+            "timeout": int(self._timeout * 1e6),
+        }
 
     def _settle(self, end: bool, error: BaseException | None) -> None:
-        """Note how a request ended.
-
-        One that failed may yet be on its way, or have been applied: only a new END after it
-        could tell, and the ID cools anyway.
-        """
+        """Note how a request ended; one that failed may have been applied, or be on its way yet."""
         with self._lock:
             self._unanswered -= 1
             if error is None:
                 self._answered = True
             else:
-                self._failed = True
+                self._certain = False
                 self._ended = self._ended and not end
 
 
@@ -199,10 +223,13 @@ class _UnarySender:
         self._transport = transport
         self._patience = patience
         self._worker: ThreadPoolExecutor | None = None
+        self._queue: set[Future[Any]] = set()
 
     def _send(self, model: str, inputs: list[Any], options: dict[str, Any]) -> Any:
-        options = {**self._transport.deadline(self._patience), **options}
-        return self._transport.triton(self._patience).infer(model, inputs, **options)
+        try:
+            return self._transport.infer(self._patience, model, inputs, **options)
+        except Exception as error:
+            raise unreachable(error, self._transport.url) or error from error
 
     def infer(self, model: str, inputs: list[Any], **options: Any) -> Future[Any]:
         if self._worker is not None:
@@ -217,28 +244,27 @@ class _UnarySender:
     def async_infer(self, model: str, inputs: list[Any], **options: Any) -> Future[Any]:
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, "cidalloc-sequence")
-        return self._worker.submit(self._send, model, inputs, options)
+        future = self._worker.submit(self._send, model, inputs, options)
+        self._queue.add(future)
+        future.add_done_callback(self._queue.discard)
+        return future
 
-    def close(self) -> None:
+    def close(self, patience: float) -> None:
+        """Give what is unanswered so many seconds, and drop what has not been sent by then."""
         if self._worker is not None:
-            self._worker.shutdown()
+            concurrent.futures.wait(set(self._queue), patience)
+            self._worker.shutdown(wait=False, cancel_futures=True)
 
 
 class _StreamSender:
     """A gRPC stream; its answers are told apart by their request IDs."""
 
     def __init__(self, transport: Transport, patience: float) -> None:
-        triton = transport.open_triton(patience)
-        if not isinstance(triton, GrpcClient):
-            triton.close()
-            raise InvalidArgument(f"streaming needs gRPC, and {transport.url} is HTTP")
-        self._triton = triton
-        self._patience = patience
+        self._url = transport.url
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._waiting: dict[str, Future[Any]] = {}
-        self._last_sent = 0.0
-        triton.start_stream(self._receive)
+        self._triton = transport.open_stream(self._receive)
 
     def infer(self, model: str, inputs: list[Any], **options: Any) -> Future[Any]:
         number = str(next(self._numbers))
@@ -246,12 +272,15 @@ class _StreamSender:
         future.set_running_or_notify_cancel()  # it is as good as sent
         with self._lock:
             self._waiting[number] = future
-            self._last_sent = time.monotonic()
         try:
             self._triton.async_stream_infer(model, inputs, request_id=number, **options)
-        except BaseException:
+        except BaseException as error:
             with self._lock:
                 self._waiting.pop(number, None)
+            if isinstance(error, InferenceServerException) and "valid state" in str(error):
+                raise Unavailable(
+                    f"the stream to {self._url} broke: open a new sequence"
+                ) from error
             raise
         return future
 
@@ -269,13 +298,18 @@ class _StreamSender:
             if error is None:
                 each.set_result(result)
             else:
-                each.set_exception(error)
+                each.set_exception(unreachable(error, self._url) or error)
 
-    def close(self) -> None:
-        """Give what is unanswered its time, then cut it off."""
+    def close(self, patience: float) -> None:
+        """Give what is unanswered so many seconds, then cut it off."""
         with self._lock:
             waiting = list(self._waiting.values())
-            left = self._last_sent + self._patience - time.monotonic()
-        concurrent.futures.wait(waiting, max(0.0, left))
-        self._triton.stop_stream(cancel_requests=bool(self._waiting))
+        concurrent.futures.wait(waiting, patience)
+        # In order first: tritonclient leaves a thread behind when it cancels a stream. But a server
+        # that has stopped never closes its side; with nothing unanswered, nothing is lost by that.
+        stop = threading.Thread(target=self._triton.stop_stream, daemon=True)
+        stop.start()
+        stop.join(0 if self._waiting else _HURRY_S)
+        if stop.is_alive():
+            self._triton.stop_stream(cancel_requests=True)
         self._triton.close()

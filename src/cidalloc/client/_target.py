@@ -38,7 +38,8 @@ class Target:
         """Read a configuration as Triton gives it (as JSON; gRPC's has strings for int64).
 
         Raises:
-            InvalidArgument: the model keeps no sequences, or takes only strings as IDs.
+            InvalidArgument: the model keeps no sequences, takes only strings as IDs, or is
+                decoupled.
         """
         name = config.get("name", "")
         batching = config.get("sequence_batching")
@@ -46,6 +47,11 @@ class Target:
             raise InvalidArgument(
                 f"model {name} has no sequence_batching in its configuration: Triton keeps no"
                 " sequences for it, and needs no correlation IDs"
+            )
+        if config.get("model_transaction_policy", {}).get("decoupled"):
+            raise InvalidArgument(
+                f"model {name} is decoupled: its requests have any number of answers, which a"
+                " sequence cannot tell apart yet; acquire an ID and send the requests by yourself"
             )
         idle_us = int(batching.get("max_sequence_idle_microseconds", 0)) or 1_000_000
         highest = _HIGHEST["TYPE_UINT64"]

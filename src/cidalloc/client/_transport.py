@@ -6,8 +6,11 @@ A transport is the client's only way to the outside, so it is also where tests p
 from __future__ import annotations
 
 import http.client
+import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -20,7 +23,10 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from .. import wire
 from ..errors import CidError, InternalError, InvalidArgument, ProtocolError, Unavailable
 
-__all__ = ["GrpcTransport", "HttpTransport", "Transport", "connect", "translate"]
+__all__ = ["GrpcTransport", "HttpTransport", "Transport", "connect", "translate", "unreachable"]
+
+# No answer at all, and what tritonclient stumbles over when something else than Triton answers.
+_STRANGE = (OSError, ValueError, LookupError, AttributeError, TypeError)
 
 
 class Transport(Protocol):
@@ -38,18 +44,15 @@ class Transport(Protocol):
     def model_config(self, model: str, timeout: float) -> Mapping[str, Any]:
         """Return a model's configuration as the JSON that Triton makes of it."""
 
-    def open_triton(self, timeout: float) -> Any:
-        """Return a new tritonclient client of the same server; the caller closes it."""
+    def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
+        """Call tritonclient's ``infer`` with a limit of ``limit`` seconds."""
 
-    def triton(self, timeout: float) -> Any:
-        """Return a tritonclient client of the same server, which stays this transport's.
+    def open_stream(self, callback: Callable[..., None]) -> Any:
+        """Return a new tritonclient client with a started gRPC stream; the caller closes it.
 
-        Where tritonclient knows a time limit per connection only, ``timeout`` is that, in
-        seconds; where it knows one per request, it is what `deadline` says.
+        Raises:
+            InvalidArgument: this is not gRPC.
         """
-
-    def deadline(self, timeout: float) -> dict[str, Any]:
-        """Return the arguments of ``infer`` that limit a request to ``timeout`` seconds."""
 
     def close(self) -> None:
         """Close all connections."""
@@ -61,13 +64,7 @@ class _TritonTransport:
     module: Any  # of tritonclient
     url: str
 
-    def open_triton(self, timeout: float) -> Any:
-        raise NotImplementedError
-
-    def triton(self, timeout: float) -> Any:
-        raise NotImplementedError
-
-    def deadline(self, timeout: float) -> dict[str, Any]:
+    def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
         raise NotImplementedError
 
     def call(self, model: str, request: wire.Request, timeout: float) -> wire.IDs:
@@ -77,9 +74,9 @@ class _TritonTransport:
             tensor = self.module.InferInput(name, list(array.shape), kind)
             inputs.append(tensor.set_data_from_numpy(array))
         outputs = [self.module.InferRequestedOutput(wire.OUTPUT)]
-        options = {"parameters": dict(request.parameters), **self.deadline(timeout)}
         with self._translating(model):
-            result = self.triton(timeout).infer(model, inputs, outputs=outputs, **options)
+            parameters = dict(request.parameters)
+            result = self.infer(timeout, model, inputs, outputs=outputs, parameters=parameters)
         try:
             output = result.as_numpy(wire.OUTPUT)
         except ValueError:  # bytes that do not fit the shape
@@ -93,7 +90,7 @@ class _TritonTransport:
     def _translating(self, model: str) -> Iterator[None]:
         try:
             yield
-        except (InferenceServerException, http.client.HTTPException, OSError) as error:
+        except (InferenceServerException, http.client.HTTPException, *_STRANGE) as error:
             raise translate(error, model, self.url) from error
 
 
@@ -104,68 +101,93 @@ class GrpcTransport(_TritonTransport):
 
     def __init__(self, url: str, *, ssl: bool = False) -> None:
         self.url = url
-        self._where = _host_and_port(url, 443 if ssl else 8001)
-        self._ssl = ssl
-        self._triton = self.open_triton(0)
+        where = _host_and_port(url, 443 if ssl else 8001)
+        self._open = partial(tritonclient.grpc.InferenceServerClient, where, ssl=ssl)
+        self._triton = self._open()
 
-    def open_triton(self, timeout: float) -> Any:
-        return tritonclient.grpc.InferenceServerClient(self._where, ssl=self._ssl)
+    def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
+        return self._triton.infer(model, inputs, client_timeout=limit, **options)
 
-    def triton(self, timeout: float) -> Any:
-        return self._triton
-
-    def deadline(self, timeout: float) -> dict[str, Any]:
-        return {"client_timeout": timeout}
+    def open_stream(self, callback: Callable[..., None]) -> Any:
+        triton = self._open()
+        triton.start_stream(callback)
+        return triton
 
     def model_config(self, model: str, timeout: float) -> Mapping[str, Any]:
         with self._translating(model):
             answer = self._triton.get_model_config(model, as_json=True, client_timeout=timeout)
-        config: Mapping[str, Any] = answer["config"]
+            config: Mapping[str, Any] = answer["config"]
         return config
 
     def close(self) -> None:
         self._triton.close()
 
 
-class _PerThread(threading.local):
-    def __init__(self) -> None:
-        self.opened: dict[float, Any] = {}
-
-
 class HttpTransport(_TritonTransport):
-    """HTTP; every thread has connections of its own, since tritonclient ties them to theirs."""
+    """HTTP; the requests of all threads go through a few threads that live on.
+
+    tritonclient's HTTP client runs on gevent, which ties it to its thread, and gives every thread
+    an event loop with file descriptors that it never takes back.
+    """
 
     module = tritonclient.http
 
     def __init__(self, url: str, *, ssl: bool = False) -> None:
         self.url = url
-        self._where = _host_and_port(url, 443 if ssl else 8000)
-        self._ssl = ssl
-        self._local = _PerThread()
+        where = _host_and_port(url, 443 if ssl else 8000)
+        self._open = partial(tritonclient.http.InferenceServerClient, where, ssl=ssl)
+        self.closed = False
 
-    def open_triton(self, timeout: float) -> Any:
-        return tritonclient.http.InferenceServerClient(
-            self._where, ssl=self._ssl, connection_timeout=timeout, network_timeout=timeout
-        )
+    def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
+        return self._run(limit, lambda triton: triton.infer(model, inputs, **options))
 
-    def triton(self, timeout: float) -> Any:
-        opened = self._local.opened
-        if timeout not in opened:
-            opened[timeout] = self.open_triton(timeout)
-        return opened[timeout]
-
-    def deadline(self, timeout: float) -> dict[str, Any]:
-        return {}
+    def open_stream(self, callback: Callable[..., None]) -> Any:
+        raise InvalidArgument(f"streaming needs gRPC, and {self.url} is HTTP")
 
     def model_config(self, model: str, timeout: float) -> Mapping[str, Any]:
         with self._translating(model):
-            config: Mapping[str, Any] = self.triton(timeout).get_model_config(model)
+            config: Mapping[str, Any] = self._run(
+                timeout, lambda triton: triton.get_model_config(model)
+            )
+            if not isinstance(config, dict):
+                raise TypeError("a model configuration that is no JSON object")
         return config
 
+    def _run(self, timeout: float, work: Callable[[Any], Any]) -> Any:
+        def job() -> Any:
+            for key in [key for key in _http.opened if key[0].closed]:
+                _http.opened.pop(key).close()
+            key = (self, timeout)
+            if key not in _http.opened:
+                # tritonclient knows a limit per connection only.
+                _http.opened[key] = self._open(connection_timeout=timeout, network_timeout=timeout)
+            return work(_http.opened[key])
+
+        return _http_threads.submit(job).result()
+
     def close(self) -> None:
-        # The connections of other threads close when those threads end.
-        while self._local.opened:
-            self._local.opened.popitem()[1].close()
+        # Each thread closes its connections with its next request.
+        self.closed = True
+
+
+class _Http(threading.local):
+    """The HTTP clients of one of the threads, by transport and time limit."""
+
+    def __init__(self) -> None:
+        self.opened: dict[tuple[HttpTransport, float], Any] = {}
+
+
+def _start_http_threads() -> None:
+    """Make the pool of threads; in a forked child again, since threads stay with the parent."""
+    global _http_threads
+    _http_threads = ThreadPoolExecutor(_HTTP_AT_ONCE, "cidalloc-http")
+
+
+_HTTP_AT_ONCE = 32  # requests of this process; threads are started as they are needed
+_http = _Http()
+_http_threads: ThreadPoolExecutor
+_start_http_threads()
+os.register_at_fork(after_in_child=_start_http_threads)
 
 
 _SCHEMES: dict[str, Callable[[str], Transport]] = {
@@ -192,7 +214,7 @@ def connect(url: str) -> Transport:
 def _host_and_port(url: str, default_port: int) -> str:
     try:
         parts = urlsplit(url)
-        port = parts.port or default_port
+        port = default_port if parts.port is None else parts.port
     except ValueError as error:
         raise InvalidArgument(f"{url!r}: {error}") from None
     if not parts.hostname or parts.path.strip("/") or parts.query or parts.username:
@@ -201,19 +223,39 @@ def _host_and_port(url: str, default_port: int) -> str:
     return f"{host}:{port}"
 
 
+def unreachable(error: BaseException, url: str) -> Unavailable | None:
+    """Return our error if ``error`` means that no answer came; None if it is one of Triton's."""
+    if isinstance(error, InferenceServerException):
+        text, status = error.message() or "", error.status()
+        late = status == "StatusCode.DEADLINE_EXCEEDED" or text == _HTTP_TIMEOUT
+        away = status == "StatusCode.UNAVAILABLE" and _GRPC_AWAY.search(text)
+        return Unavailable(f"no answer from {url}: {text}") if late or away else None
+    if isinstance(error, OSError | http.client.HTTPException):
+        return Unavailable(f"no answer from {url}: {error or type(error).__name__}")
+    return None
+
+
+# What tritonclient says, without a status, when geventhttpclient timed out.
+_HTTP_TIMEOUT = "failed to obtain inference response"
+# What gRPC itself, and not the server, says with the status UNAVAILABLE.
+_GRPC_AWAY = re.compile(
+    "failed to connect|connection|socket|GOAWAY|keepalive|DNS|name resolution|Broken pipe", re.I
+)
+
+
 def translate(error: Exception, model: str, url: str) -> CidError:
     """Return our error for a failure that tritonclient, its sockets or Triton reported."""
+    away = unreachable(error, url)
+    if away is not None:
+        return away
     if not isinstance(error, InferenceServerException):
-        return Unavailable(f"no answer from {url}: {error or type(error).__name__}")
+        return ProtocolError(f"model {model} at {url} answers unlike Triton: {error!r}")
     text, status = error.message() or "", error.status()
     ours = wire.parse_error(text)
     if ours is not None:
         return ours
     if "unknown model" in text.lower():
-        return Unavailable(
-            f"{url} serves no model {model}: 'cidalloc model' writes the manager into a model"
-            " repository"
-        )
+        return Unavailable(f"{url} serves no model {model}")
     if status in _UNAVAILABLE or "is not healthy" in text or "not ready" in text:
         return Unavailable(f"no answer from {url}: {text}")
     if status in _INVALID:
@@ -223,7 +265,7 @@ def translate(error: Exception, model: str, url: str) -> CidError:
     return ProtocolError(f"unexpected answer from {url}: {error}")
 
 
-# The status of gRPC, of HTTP, and, where tritonclient gave up by itself, none.
-_UNAVAILABLE = ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED", "503", "504", "502", None)
+# The status of gRPC, and of HTTP.
+_UNAVAILABLE = ("StatusCode.UNAVAILABLE", "503", "504", "502")
 _INVALID = ("StatusCode.INVALID_ARGUMENT", "400")
 _INTERNAL = ("StatusCode.INTERNAL", "StatusCode.UNKNOWN", "500")

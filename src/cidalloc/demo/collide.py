@@ -92,7 +92,9 @@ def _client(
 
         for step, value in enumerate(values):
             for _ in turns():
-                status, total, _ = send(value, start=step == 0)
+                status, total, words = send(value, start=step == 0)
+                if step == 0 and status != 200:
+                    raise Unavailable(f"no sequence can start on {MODEL}: {words}")
                 lane.statuses.append(status)
                 lane.sums.append(total)
         for _ in turns():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -38,8 +39,10 @@ def export(
     Raises:
         InvalidArgument: the model is there already, or the name or version is none.
     """
-    if not name or name != Path(name).name or name.startswith("."):
-        raise InvalidArgument(f"{name!r} cannot be a model's name: it names a folder")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise InvalidArgument(
+            f"{name!r} cannot be a model's name: letters, digits, '_', '-' and '.' can"
+        )
     if type(version) is not int or version < 1:
         raise InvalidArgument(f"{version!r} cannot be a model's version: it is 1 or more")
     folder = Path(repository) / name
@@ -64,11 +67,25 @@ def settings_from(config: Mapping[str, Any]) -> Settings:
         InvalidArgument: a parameter is unknown or out of bounds, or the configuration would
             make more than one manager; the message names what to change in config.pbtxt.
     """
-    instances = sum(int(group.get("count", 1)) for group in config.get("instance_group", [{}]))
+    instances = sum(
+        int(group.get("count", 1)) * max(1, len(group.get("gpus", ())))
+        for group in config.get("instance_group", [{}])
+    )
     if instances != 1:
         raise InvalidArgument(
             f"instance_group has {instances} instances: each would hand out the same IDs; set one"
             " group with count: 1"
+        )
+    policy = config.get("version_policy", {})
+    versions = policy.get("specific", {}).get("versions", [1])
+    if (
+        "all" in policy
+        or len(versions) > 1
+        or int(policy.get("latest", {}).get("num_versions", 1)) > 1
+    ):
+        raise InvalidArgument(
+            "version_policy lets several versions run: each would hand out the same IDs; leave it"
+            " out"
         )
     if int(config.get("max_batch_size", 0)) < 1:
         raise InvalidArgument(

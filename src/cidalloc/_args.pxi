@@ -1,0 +1,133 @@
+# What callers give, as C values. _alloc.pyx includes this file.
+
+from cpython.buffer cimport (PyBUF_FORMAT, PyBUF_ND, PyBUF_WRITABLE, PyBuffer_Release,
+                             PyObject_CheckBuffer, PyObject_GetBuffer)
+from cpython.long cimport PyLong_CheckExact
+from cpython.number cimport PyNumber_Index
+from cpython.sequence cimport PySequence_Check
+from libc.stdint cimport uintptr_t
+
+cdef extern from *:
+    """
+    /* The value of a positive int of one digit, without a call; some others may be read, too. */
+    static inline int small_int(PyObject *x, int64_t *value) {
+    #if PY_VERSION_HEX >= 0x030C0000
+        #define HAS_ONE_DIGIT(x) PyUnstable_Long_IsCompact((PyLongObject *)x)
+        #define DIGIT(x) PyUnstable_Long_CompactValue((PyLongObject *)x)
+    #else
+        #define HAS_ONE_DIGIT(x) (Py_SIZE(x) == 1)
+        #define DIGIT(x) ((PyLongObject *)x)->ob_digit[0]
+    #endif
+        if (__builtin_expect(!PyLong_CheckExact(x) || !HAS_ONE_DIGIT(x), 0)) return 0;
+        *value = DIGIT(x);
+        return 1;
+    }
+    """
+    bint small_int(object x, int64_t *value) noexcept
+
+cdef extern from "Python.h":
+    long long PyLong_AsLongLongAndOverflow(object x, int *overflow) except? -1
+
+
+cdef object zero = 0    # what a caller left out: needs no reading
+
+cdef enum:  # what read_int found
+    FITS = 0
+    TOO_LARGE = 1
+    NO_INT = 2
+
+
+cdef int read_int(object x, int64_t *value) except -1:
+    cdef int overflow = 0
+    if small_int(x, value):
+        return FITS
+    if not PyLong_CheckExact(x):
+        if isinstance(x, (bool, np.bool_)):
+            return NO_INT
+        try:
+            x = PyNumber_Index(x)
+        except TypeError:
+            return NO_INT
+    value[0] = PyLong_AsLongLongAndOverflow(x, &overflow)
+    return TOO_LARGE if overflow else FITS
+
+
+cdef int64_t as_int(object x, int64_t low, int64_t high, const char *name) except? -1:
+    cdef int64_t value = 0
+    cdef int kind = read_int(x, &value)
+    if kind == NO_INT:
+        raise error_for(INVALID_ARGUMENT, f"{name.decode()} must be an int, not {type(x).__name__}")
+    if kind == TOO_LARGE or not low <= value <= high:
+        raise error_for(INVALID_ARGUMENT, f"{name.decode()} must be between {low} and {high}")
+    return value
+
+
+cdef inline int64_t as_time(object x, const char *name) except? -1:
+    return 0 if likely(x is zero) else as_int(x, INT64_MIN, INT64_MAX, name)
+
+
+cdef inline uint32_t as_owner(object x) except? 0xFFFFFFFF:
+    return 0 if likely(x is zero) else <uint32_t>as_int(x, 0, MAX_OWNERS - 1, "owner")
+
+
+cdef uint32_t as_shift(object block) except? 0xFFFFFFFF:
+    cdef int64_t width = as_int(block, 1, 64, "block")
+    if width & (width - 1):
+        raise error_for(INVALID_ARGUMENT, "block must be 1, 2, 4, 8, 16, 32 or 64")
+    return high_bit(width)
+
+
+cdef int64_t as_capacity(object x) except? 0:
+    return as_int(x, 1, <int64_t>1 << 38, "capacity")
+
+
+cdef int64_t as_cid(object x, object where="") except? 0:
+    # 0 stands for whatever does not fit: no pool has it.
+    cdef int64_t value = 0
+    cdef int kind = read_int(x, &value)
+    if kind == NO_INT:
+        raise error_for(INVALID_ARGUMENT,
+                        f"a correlation ID is an int, not {type(x).__name__}{where}")
+    return value if kind == FITS else 0
+
+
+cdef bint view_ids(object array, Py_buffer *view, int flags) except -1:
+    # Open a view of an aligned one-dimensional C-contiguous uint64 array; False if it is not one.
+    try:
+        PyObject_GetBuffer(array, view, flags | PyBUF_FORMAT | PyBUF_ND)
+    except (BufferError, TypeError, ValueError):
+        return False
+    if (view.ndim == 1 and view.itemsize == 8 and view.format != NULL
+            and view.format[0] in b"LQ" and view.format[1] == 0 and not <uintptr_t>view.buf & 7):
+        return True
+    PyBuffer_Release(view)
+    return False
+
+
+cdef int view_memory(object buffer, Py_buffer *view, uint64_t size) except -1:
+    # Open a view of memory for blocks.
+    try:
+        PyObject_GetBuffer(buffer, view, PyBUF_WRITABLE)
+    except (BufferError, TypeError, ValueError):
+        raise error_for(INVALID_ARGUMENT, "buffer must be writable and contiguous") from None
+    if <uint64_t>view.len < size or <uintptr_t>view.buf & 7:
+        PyBuffer_Release(view)
+        raise error_for(INVALID_ARGUMENT, f"buffer must have {size} bytes, and be 8-byte aligned")
+    return 0
+
+
+cdef object ids_array(object ids):
+    # Any other form of IDs as such an array. Numbers that fit no ID become 0, which no pool has.
+    if not PyObject_CheckBuffer(ids):
+        if not PySequence_Check(ids):
+            raise error_for(INVALID_ARGUMENT, f"IDs come as an array or a sequence of ints, "
+                                              f"not as {type(ids).__name__}")
+        ids = [max(as_cid(cid, f" at position {i}"), 0) for i, cid in enumerate(ids)]
+        return np.array(ids, np.uint64)
+    array = np.asarray(ids)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise error_for(INVALID_ARGUMENT, f"IDs come as a one-dimensional array of integers, "
+                                          f"not as {array.ndim}-dimensional {array.dtype}")
+    if array.dtype.kind == "i":
+        array = np.where(array < 0, 0, array)
+    return np.require(array, np.uint64, "CA")
