@@ -249,6 +249,9 @@ cdef inline int pool_release(Pool *pool, uint64_t cid, uint32_t owner,
     return OK
 
 
+cdef enum:
+    AHEAD = 12  # IDs: far enough for memory to answer, near enough to stay in the cache
+
 cdef struct Change:     # to a block, in a bulk release
     int64_t reuse_at    # before it was raised
     uint64_t raised     # that block
@@ -279,7 +282,12 @@ cdef int pool_release_many(Pool *pool, const uint64_t *cids, uint64_t n, uint32_
     cdef uint64_t *runs = <uint64_t *>(log + changes)   # an offset, and how many from there
     if log == NULL:
         return INTERNAL
+    # Random IDs lie in random blocks: fetch those that are wanted soon, if the records are too many
+    # for the first caches. A wrong ID does no harm: any address may be fetched.
+    cdef uint64_t fetched = n - AHEAD if n > AHEAD and pool.opened > 2048 else 0
     while i < n:
+        if i < fetched:
+            prefetch(&pool.blocks[(cids[i + AHEAD] - pool.base) >> pool.shift])
         cid = read_once(cids + i)
         block = find(pool, cid, &offset)
         if block == NULL or block.owner != owner:

@@ -11,6 +11,7 @@ cdef extern from *:
     #define low_bit(x) __builtin_ctzll(x)
     #define count_bits(x) ((uint64_t)__builtin_popcountll(x))
     #define read_once(p) __atomic_load_n(p, __ATOMIC_RELAXED)
+    #define prefetch(p) __builtin_prefetch(p, 1)
     #define keep_order() __atomic_signal_fence(__ATOMIC_SEQ_CST)
     static __attribute__((cold, noinline)) void new_peak(uint64_t *peak, int64_t *below) {
         *peak -= *below;
@@ -21,6 +22,7 @@ cdef extern from *:
         for (uint64_t i = 0; i < n; i++) out[i] = from + i;
     }
     """
+    void prefetch(const void *p) noexcept nogil
     int high_bit(uint64_t x) noexcept nogil
     int low_bit(uint64_t x) noexcept nogil
     uint64_t count_bits(uint64_t x) noexcept nogil
