@@ -202,6 +202,11 @@ class Histories(RuleBasedStateMachine):
         picked = (held * step)[::step][:size] if len(held) % step else held[:size]
         return data.draw(st.permutations(picked), "ids") if data.draw(st.booleans()) else picked
 
+    def teardown(self) -> None:
+        # Hypothesis keeps machines for a while, and a large pool takes 8 TiB of address space.
+        if hasattr(self, "pool"):
+            del self.pool
+
     @rule(passed=st.one_of(st.sampled_from([1, 5, 60, 3600]), st.integers(0, 300)))
     def time_passes(self, passed: int) -> None:
         self.now = self.at(passed)
