@@ -11,8 +11,8 @@ from loopback import Loopback
 
 from cidalloc import demo
 from cidalloc.client import Client
-from cidalloc.registry import Settings
 from cidalloc.server import TritonServer
+from cidalloc.settings import Settings
 from cidalloc.triton_model import export
 
 SMALL = Settings(

@@ -10,8 +10,8 @@ import numpy as np
 
 from cidalloc import wire
 from cidalloc.errors import CidError, ProtocolError
-from cidalloc.registry import Settings
 from cidalloc.service import Service, boottime_ms
+from cidalloc.settings import Settings
 
 
 class Loopback:
@@ -24,12 +24,13 @@ class Loopback:
 
     def call(self, model: str, request: wire.Request, timeout: float) -> wire.IDs:
         tensors = request.encode()
-        output = self.service.answer(
+        answer = self.service.answer(
             tensors[wire.CODE], tensors[wire.CORRELATION_ID], json.dumps(dict(request.parameters))
         )
-        if isinstance(output, CidError):
-            error = wire.parse_error(f"in ensemble 'x', {wire.error_text(output)}")
-            raise error or ProtocolError(f"no error in {output!r}")
+        if isinstance(answer, CidError):
+            error = wire.parse_error(f"in ensemble 'x', {wire.error_text(answer)}")
+            raise error or ProtocolError(f"no error in {answer!r}")
+        output, _ = answer
         assert output.dtype == np.uint64 and output.ndim == 2 and output.shape[0] == 1
         return output[0]
 

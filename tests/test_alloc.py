@@ -355,6 +355,6 @@ def test_the_codes_are_those_of_codes_py() -> None:
     block = re.search(r"cdef enum:  # The codes.*?\n\n", text, re.S)
     assert block
     found = dict(re.findall(r"(\w+) = (\d+)", block.group()))
-    assert len(found) == 9
+    assert len(found) == 10
     for name, number in found.items():
         assert Code[name] == int(number)

@@ -48,6 +48,8 @@ FORKED_CALLS: dict[str, Callable[[Allocator], object]] = {
             "peak",
             "high_water",
             "next_due",
+            "opened",
+            "ready",
         )
     },
 }

@@ -16,8 +16,8 @@ from loopback import Loopback
 from cidalloc import errors
 from cidalloc.client import Client
 from cidalloc.client._transport import GrpcTransport, HttpTransport, connect, translate
-from cidalloc.registry import Settings
 from cidalloc.server import TritonServer
+from cidalloc.settings import Settings
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_a_forked_child_has_no_client() -> None:
 import os, sys
 from cidalloc.client import Client
 from cidalloc.errors import Forked
-from cidalloc.registry import Settings
+from cidalloc.settings import Settings
 from loopback import Loopback
 
 client = Client(transport=Loopback(Settings(fresh=True)))

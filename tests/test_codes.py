@@ -8,7 +8,18 @@ import pytest
 from cidalloc import errors
 from cidalloc.codes import Code, Operation
 
-OPERATIONS = {"NEW": 0, "DELETE": 1, "ACTIVE": 2, "INACTIVE": 3, "PEAK": 4}
+OPERATIONS = {
+    "NEW": 0,
+    "DELETE": 1,
+    "ACTIVE": 2,
+    "INACTIVE": 3,
+    "PEAK": 4,
+    "OPEN": 5,
+    "RENEW": 6,
+    "CLOSE": 7,
+    "HELD": 8,
+    "STATUS": 9,
+}
 
 CODES = {
     "OK": 0,

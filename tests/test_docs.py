@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,6 +70,7 @@ def test_curl_of_the_protocol(triton: TritonServer, tmp_path: Path) -> None:
     """Every command in turn; what NEW gave goes back with the DELETE that follows it."""
     page = ROOT / "docs" / "protocol.md"
     commands = [block for block in blocks(page, "sh") if "curl" in block]
+    commands = [command for command in commands if "session" not in command]
     assert len(commands) == 4
     with Client(triton.grpc_url) as client:
         before = client.active()
@@ -85,6 +87,26 @@ def test_curl_of_the_protocol(triton: TritonServer, tmp_path: Path) -> None:
                 ids += output
         assert client.active() == before + len(ids)
         client.release_many(ids)
+
+
+def test_a_session_with_curl(triton: TritonServer, tmp_path: Path) -> None:
+    page = ROOT / "docs" / "protocol.md"
+    (script,) = [block for block in blocks(page, "sh") if "session=" in block]
+    printed = run_shell(script, triton, tmp_path)
+    opened, issued, held, closed = (each["OUTPUT"] for each in _objects(printed))
+    assert opened[0] == 1 and opened[2] == 60_000
+    assert len(issued) == 3 and held == sorted(issued)
+    assert closed == 3
+
+
+def _objects(text: str) -> list[dict[str, Any]]:
+    """Return the JSON objects that stand one after the other in a text."""
+    found, decoder, text = [], json.JSONDecoder(), text.strip()
+    while text:
+        value, end = decoder.raw_decode(text)
+        found.append(value)
+        text = text[end:].lstrip()
+    return found
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -120,8 +142,7 @@ def test_the_protocol_names_every_operation_and_code() -> None:
         assert re.search(rf"^\| {operation.value} \| {operation.name}\b", text, re.MULTILINE)
     rows = re.findall(r"^\| (\d+) \| ([A-Z_]+) \| \d{3}", text, re.MULTILINE)
     never_sent = {
-        *(Code.OK, Code.NOT_OWNER, Code.SESSION_UNKNOWN, Code.REPEATED, Code.UNAVAILABLE),
-        *(Code.REGISTRY_LOCKED, Code.REGISTRY_CORRUPT, Code.REGISTRY_MISMATCH, Code.PROTOCOL),
+        *(Code.OK, Code.REGISTRY_LOCKED, Code.REGISTRY_CORRUPT, Code.PROTOCOL),
         *(Code.SESSION_EXPIRED, Code.SEQUENCE_LOST, Code.FORKED),
     }
     named = {Code[name] for number, name in rows if Code[name].value == int(number)}

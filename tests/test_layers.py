@@ -14,15 +14,23 @@ SOURCE = Path(__file__).parent.parent / "src" / "cidalloc"
 LAYERS = [
     {"codes"},
     {"errors"},
-    {"_alloc", "wire"},
+    {"_alloc", "_mapping", "wire"},
+    {"_sessions", "settings"},
+    {"store"},
     {"registry"},
+    {"handover"},
     {"service", "server"},
     {"triton_model", "client"},
     {"demo"},
     {"cli"},
     {"__main__"},
 ]
-FORBIDDEN = {"client": {"_alloc", "registry", "service", "server"}}
+FORBIDDEN = {
+    "client": {
+        *("_alloc", "_mapping", "_sessions", "settings", "store"),
+        *("registry", "handover", "service", "server"),
+    }
+}
 
 
 def level(part: str) -> int:

@@ -17,7 +17,8 @@ PUBLIC = {
     "cidalloc": ["Allocator", "CidError", "Code", "__version__"],
     "cidalloc.client": ["Client", "Sequence"],
     "cidalloc.codes": ["Code", "Operation"],
-    "cidalloc.registry": ["Registry", "Settings"],
+    "cidalloc.registry": ["Grant", "Registry"],
+    "cidalloc.settings": ["MAX_SESSIONS", "Settings"],
     "cidalloc.service": ["Service", "boottime_ms"],
     "cidalloc.server": ["TritonServer"],
     "cidalloc.triton_model": ["export", "settings_from"],
@@ -41,6 +42,8 @@ def test_what_is_installed() -> None:
     for wanted in (
         "cidalloc/py.typed",
         "cidalloc/_alloc.pyi",
+        "cidalloc/_mapping.pyi",
+        "cidalloc/_sessions.pyi",
         "cidalloc/_alloc.pxd",
         "cidalloc/triton_model/config.pbtxt",
         "cidalloc/demo/models/simple_sequence/1/model.py",

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from cidalloc.errors import InvalidArgument, Unavailable
-from cidalloc.registry import Settings
 from cidalloc.server import TritonServer
+from cidalloc.settings import Settings
 from cidalloc.triton_model import export, settings_from
 
 CONFIG: dict[str, Any] = {

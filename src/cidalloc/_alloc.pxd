@@ -27,6 +27,7 @@ cdef enum:  # The codes of codes.py that the core returns.
     OUT_OF_RANGE = 4
     DUPLICATE = 5
     INVALID_ARGUMENT = 6
+    REGISTRY_CORRUPT = 12
     INTERNAL = 16
     FORKED = 19
 
@@ -75,6 +76,8 @@ cdef struct Pool:
     uint64_t limit      # capacity and those
     uint64_t count      # blocks
     uint64_t start      # the block that was opened first, from 0
+    uint64_t ready      # blocks that may be opened by now, of all; in the order of opening
+    uint64_t room       # IDs in those
     uint64_t mapped     # bytes of blocks to give back; 0 if they live in the caller's memory
     uint64_t opened     # blocks ever opened
     uint64_t high_water  # IDs in them
@@ -102,9 +105,25 @@ cdef uint64_t pool_size(uint64_t capacity, uint32_t shift) noexcept nogil
 
 # Make an empty pool. Its blocks live in `memory`, 8-byte aligned and all zero, or if that is NULL
 # in some of its own. INTERNAL if memory cannot be had, INVALID_ARGUMENT if it was not zero where
-# a look was taken: pool_free() then, too.
+# a look was taken and `used` does not allow for it: pool_free() then, too.
 cdef int pool_init(Pool *pool, uint64_t capacity, uint64_t first, uint32_t shift, uint64_t start,
-                   void *memory) noexcept nogil
+                   void *memory, bint used=*) noexcept nogil
+
+# Let `ready` blocks in all be opened, in the order of opening; after pool_init() all may be.
+cdef void pool_set_ready(Pool *pool, uint64_t ready) noexcept nogil
+
+# What an earlier pool left in memory, and who may still hold an ID of it.
+cdef struct Past:
+    const uint8_t *holds    # not 0 where the owner of that number may
+    uint64_t owners         # numbers in `holds`
+    int64_t latest          # a later reuse_at than this is damage
+    bint suspect            # some stores may be missing: believe only who holds what, and let every
+    int64_t reuse_at        # other ID of the ready blocks cool until then
+
+# Take over what an earlier pool of the same shape left in the memory of this one, which has issued
+# nothing yet. Its process may have died between any two stores. OK, or REGISTRY_CORRUPT if no pool
+# leaves such a state, and then nothing was written and `at` is the first block that shows it.
+cdef int pool_recover(Pool *pool, const Past *past, uint64_t *at) noexcept nogil
 
 # Give the memory back; a pool that is all zero is fine.
 cdef void pool_free(Pool *pool) noexcept nogil

@@ -13,6 +13,7 @@ from .errors import error_for
 
 include "_queue.pxi"
 include "_pool.pxi"
+include "_recover.pxi"
 include "_args.pxi"
 include "_audit.pxi"
 
@@ -104,6 +105,22 @@ cdef object refusal(const Pool *pool, int code, object cid, object where=""):
     return error_for(code, f"ID {cid}{where} stands twice in this call")
 
 
+cdef int recover(Pool *pool, object holders, int64_t latest, object reuse_at) except -1:
+    cdef const uint8_t[::1] holds = holders
+    cdef uint64_t at = 0
+    cdef Past past
+    past.holds, past.owners, past.latest = NULL, holds.shape[0], latest
+    if past.owners:
+        past.holds = &holds[0]
+    past.suspect = reuse_at is not None
+    past.reuse_at = as_time(reuse_at, "reuse_at") if past.suspect else 0
+    if pool_recover(pool, &past, &at):
+        raise error_for(REGISTRY_CORRUPT,
+                        f"the record of ID {pool.base + (at << pool.shift)} is damaged"
+                        if at else "the records of IDs are damaged")
+    return 0
+
+
 cdef class Allocator:
     """A pool of integer IDs, each held by one owner at a time and reused when it has cooled.
 
@@ -126,20 +143,38 @@ cdef class Allocator:
         buffer: memory to keep the blocks in, such as a bytearray or an mmap: writable, contiguous,
             8-byte aligned, at least `buffer_size(capacity, block)` bytes, all zero. The pool holds
             on to it; nobody else may write to it.
+        ready: blocks that may be opened so far, as `ready` below; all of them if it is left out.
+        holders: the buffer is not zero, but what an earlier pool of the same shape left in it,
+            whose process may have died at any instruction. Bytes with one for each owner, not 0 if
+            that one may still hold IDs.
+        latest: with `holders`, a `reuse_at` beyond this is damage.
+        reuse_at: with `holders`, some of the last stores may be missing, too, as after a power cut:
+            only who holds what is believed, of the owners in `holders`, and every other ID of the
+            ready blocks cools until this time.
+
+    Raises `RegistryCorrupt` for a buffer that no pool leaves behind, and does not write to it then.
     """
 
-    def __cinit__(self, capacity=(1 << 30) - 1, first=1, block=64, *, start=None, buffer=None):
+    def __cinit__(self, capacity=(1 << 30) - 1, first=1, block=64, *, start=None, buffer=None,
+                  ready=None, holders=None, latest=INT64_MAX, reuse_at=None):
         cdef uint32_t shift = as_shift(block)
         cdef int64_t n = as_capacity(capacity)
         cdef int64_t low = as_int(first, 1, INT64_MAX - (n - 1), "first")
         cdef int64_t at = low if start is None else as_int(start, low, low + (n - 1), "start")
         if buffer is not None:
             view_memory(buffer, &self.memory, pool_size(n, shift))
-        cdef int code = pool_init(&self.pool, n, low, shift, at, self.memory.buf)
+        cdef bint used = holders is not None
+        if used and buffer is None:
+            raise error_for(INVALID_ARGUMENT, "holders goes with a buffer that was used")
+        cdef int code = pool_init(&self.pool, n, low, shift, at, self.memory.buf, used)
         if code == INVALID_ARGUMENT:
             raise error_for(code, "buffer must be all zero: another pool may have used this one")
         if code:
             raise MemoryError("no address space for the pool; a smaller capacity needs less")
+        if ready is not None:
+            pool_set_ready(&self.pool, as_int(ready, 0, self.pool.count, "ready"))
+        if used:
+            recover(&self.pool, holders, as_time(latest, "latest"), reuse_at)
         pthread_mutex_init(&self.busy, NULL)
         self.forks = forks
 
@@ -388,6 +423,24 @@ cdef class Allocator:
     def high_water(self):
         """IDs in the blocks that were ever opened."""
         return alive(self).high_water
+
+    @property
+    def opened(self):
+        """Blocks that were ever opened."""
+        return alive(self).opened
+
+    @property
+    def ready(self):
+        """Blocks that may be opened so far, of all; it can only be raised.
+
+        Memory that is still to come, as that of a file which grows, is not touched before.
+        """
+        return alive(self).ready
+
+    @ready.setter
+    def ready(self, blocks):
+        cdef int64_t value = as_int(blocks, alive(self).ready, alive(self).count, "ready")
+        pool_set_ready(alive(self), value)
 
     @property
     def next_due(self):

@@ -53,5 +53,7 @@ cdef int audit(Pool *pool) except -1:
         assert chain == blocks and pool.owners[owner].current in chain | {0}, "owner's blocks"
         assert ids == pool.owners[owner].held, "owner's count"
     assert held == pool_held(pool) <= pool.peak and issued == pool.issued, "counts"
-    assert high_water == pool.high_water <= pool.capacity and pool.last <= pool.now, "totals"
+    assert pool.opened <= pool.ready <= pool.count, "opened"
+    assert high_water == pool.high_water <= pool.room <= pool.capacity, "totals"
+    assert pool.last <= pool.now, "time"
     return 0

@@ -98,27 +98,37 @@ cdef inline void see(Pool *pool, int64_t now) noexcept nogil:
         pool.now = now
 
 
+cdef inline uint64_t nth_block(const Pool *pool, uint64_t n) noexcept nogil:
+    # The block that is opened as the n-th, from 0.
+    cdef uint64_t place = pool.start + n
+    return 1 + (place if place < pool.count else place - pool.count)
+
+
+cdef inline uint64_t room_of(const Pool *pool, uint64_t at) noexcept nogil:
+    # How many IDs are in a block: the pool's last one may be short.
+    return min(<uint64_t>pool.mask + 1, pool.capacity - (at - 1 << pool.shift))
+
+
 cdef inline Block *open_block(Pool *pool, uint32_t owner) noexcept nogil:
     # Give the owner a block with room: one that is due, an idle one, a new one; NULL if none is.
-    cdef uint64_t place, at = dequeue(pool)
+    # Whose it is, is stored before any bit of it is set.
+    cdef uint64_t at = dequeue(pool)
     cdef Block *block
     if at:
         pool.blocks[at].bump = 0
     else:
         at = take_idle(pool)
     if not at:
-        if pool.opened == pool.count:
+        if pool.opened == pool.ready:
             return NULL
-        place = pool.start + pool.opened
-        if place >= pool.count:
-            place -= pool.count
-        at = place + 1
+        at = nth_block(pool, pool.opened)
         block = &pool.blocks[at]
-        block.end = min(<uint64_t>1 << pool.shift, pool.capacity - (place << pool.shift))
+        block.end = room_of(pool, at)
         block.reuse_at = pool.last
         pool.opened += 1
         pool.high_water += block.end
     link(pool, owner, at)
+    keep_order()
     return &pool.blocks[at]
 
 
@@ -170,7 +180,7 @@ cdef inline int pool_acquire(Pool *pool, uint32_t owner, int64_t now, uint64_t *
 
 cdef bint can_issue(Pool *pool, const Block *current, uint64_t n) noexcept nogil:
     # Cheapest first: only near the end of the pool is anything counted.
-    cdef uint64_t total = pool.capacity - pool.high_water
+    cdef uint64_t total = pool.room - pool.high_water
     if current.used:
         total += current.end - current.bump
     if total < n:

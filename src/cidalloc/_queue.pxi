@@ -55,8 +55,16 @@ cdef inline bint is_blank(const Block *block) noexcept nogil:
     return memcmp(block, &blank, sizeof(Block)) == 0
 
 
+cdef void pool_set_ready(Pool *pool, uint64_t ready) noexcept nogil:
+    cdef uint64_t whole = ready << pool.shift
+    pool.ready = ready
+    if ready + pool.start >= pool.count:    # the last block is among them, and may be a short one
+        whole -= (pool.count << pool.shift) - pool.capacity
+    pool.room = whole
+
+
 cdef int pool_init(Pool *pool, uint64_t capacity, uint64_t first, uint32_t shift, uint64_t start,
-                   void *memory) noexcept nogil:
+                   void *memory, bint used=False) noexcept nogil:
     cdef uint64_t width = <uint64_t>1 << shift
     memset(pool, 0, sizeof(Pool))
     pool.first, pool.capacity, pool.shift, pool.mask = first, capacity, shift, width - 1
@@ -69,7 +77,8 @@ cdef int pool_init(Pool *pool, uint64_t capacity, uint64_t first, uint32_t shift
     pool.owners = <Owner *>map_zeros(MAX_OWNERS * sizeof(Owner))
     if pool.blocks == NULL or pool.owners == NULL:
         return INTERNAL
-    if not is_blank(pool.blocks) or not is_blank(&pool.blocks[pool.start + 1]):
+    pool_set_ready(pool, pool.count)
+    if not used and not (is_blank(pool.blocks) and is_blank(&pool.blocks[pool.start + 1])):
         return INVALID_ARGUMENT
     return OK
 

@@ -24,8 +24,8 @@ from .demo.collide import Lane, collide
 from .demo.sequences import FIRST, expected_sums, run_two_sequences
 from .demo.stress import stress as run_stress
 from .errors import CidError, InvalidArgument, Unavailable
-from .registry import Settings
 from .server import TritonServer
+from .settings import Settings
 from .triton_model import export
 
 __all__ = ["main", "run"]

@@ -21,7 +21,17 @@ class Operation(IntEnum):
     INACTIVE = 3
     """How many IDs have been given back and not been issued again."""
     PEAK = 4
-    """The most IDs that were held at once."""
+    """The most IDs that were held at once since the manager was started."""
+    OPEN = 5
+    """Open a session."""
+    RENEW = 6
+    """Say that a session lives. NEW, DELETE and HELD with its token say so, too."""
+    CLOSE = 7
+    """End a session and give back what it holds."""
+    HELD = 8
+    """Which IDs a session holds."""
+    STATUS = 9
+    """How the manager is, as JSON in DETAIL."""
 
 
 @unique

@@ -1,134 +1,544 @@
-"""The registry: the pool of a manager and the rules by which its IDs come and go.
+"""The registry: a pool and its sessions, and the rules by which IDs come and go.
 
-It has no clock: every call that depends on time takes ``now``, in milliseconds.
+It has no clock: every call takes ``now``, in milliseconds since the machine was started. It does
+not take turns either: whoever has several threads sees to that. `docs/design.md` says what always
+holds, and why no fault can undo it.
 """
 
 from __future__ import annotations
 
-import random
+import hashlib
+from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import numpy as np
 
 from ._alloc import Allocator
-from .errors import Exhausted, InvalidArgument, LimitExceeded
+from ._sessions import Sessions
+from .errors import (
+    Duplicate,
+    Exhausted,
+    InvalidArgument,
+    LimitExceeded,
+    NotOwner,
+    RegistryCorrupt,
+    Repeated,
+    SessionUnknown,
+    Unavailable,
+)
+from .settings import Settings
+from .store import Kind, Shape, Store, Word
 from .wire import MAX_COOLDOWN_MS, IDs
 
-__all__ = ["Registry", "Settings"]
+__all__ = ["Grant", "Registry"]
+
+_SMALL = 2**24  # a pool of fewer IDs has no place where nobody is likely to be
+_SLICES = 8  # anonymous IDs of so much of their age share a session
+_LABEL_BYTES = 64
+_SHOWN = 100  # sessions in a status
+_NO_BOOT = bytes(16)
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """What an operator may choose.
+class Grant:
+    """What OPEN grants: the session's generation, and for how many milliseconds it lives."""
 
-    Args:
-        first: the lowest ID of the pool. The default pool, 2³⁰ … 2³¹-1, fits every type that a
-            model's CORRID control may have, and stays clear of the small numbers that
-            unmanaged clients pick by hand.
-        capacity: how many IDs the pool has.
-        cooldown_ms: the least time in milliseconds for which an ID that was given back is not
-            issued again: late and duplicated packets of its former user must have died out.
-        unended_cooldown_ms: the same for an ID that comes back without a word on END or on a time
-            that would do: long enough for most models to forget an idle sequence.
-        max_count: the most IDs that one request may take or give back.
-        fresh: there is no past: no ID of this pool was ever issued. Issuing then begins at
-            ``first``, otherwise at a random place, since a registry that has just started does
-            not know which IDs are still in use.
-
-    Raises:
-        InvalidArgument: a value out of its bounds; the message names it.
-    """
-
-    first: int = 2**30
-    capacity: int = 2**30
-    cooldown_ms: int = 5_000
-    unended_cooldown_ms: int = 120_000
-    max_count: int = 100_000
-    fresh: bool = False
-
-    def __post_init__(self) -> None:
-        for name, low, high in (
-            ("first", 1, 2**63 - 1),
-            ("capacity", 1, 2**38),
-            ("cooldown_ms", 0, MAX_COOLDOWN_MS),
-            ("unended_cooldown_ms", 0, MAX_COOLDOWN_MS),
-            ("max_count", 1, 1_000_000),
-        ):
-            value = getattr(self, name)
-            if type(value) is not int or not low <= value <= high:
-                raise InvalidArgument(f"{name}={value!r} is not an integer of {low} to {high}")
-        if type(self.fresh) is not bool:
-            raise InvalidArgument(f"fresh={self.fresh!r} is neither true nor false")
-        if self.first + self.capacity > 2**63:
-            raise InvalidArgument(
-                f"first={self.first} and capacity={self.capacity} reach beyond 2**63-1, the"
-                " highest ID that gRPC carries"
-            )
+    generation: int
+    ttl_ms: int
 
 
 class Registry:
-    """A pool under `Settings`, in memory."""
+    """A pool and its sessions under `Settings`, in memory.
 
-    def __init__(self, settings: Settings) -> None:
+    A session is named by its token, 16 bytes that its client made; the registry keeps only a
+    digest. Every call with a token that the registry knows renews the session's lease, but for
+    `open`. Changes carry ``seq``, which rises within a session: a change that was applied already,
+    or that comes after a later one, is refused, whatever the network did to it.
+
+    Args:
+        settings: what the operator chose.
+        now: the time.
+        store: where the records are; in memory if it is left out.
+        boot: the 16 bytes that tell this boot of the machine from others.
+
+    Any call may raise `Forked` in a child process, and `Unavailable` after `close`.
+    """
+
+    def __init__(
+        self, settings: Settings, now: int, store: Store | None = None, boot: bytes = _NO_BOOT
+    ) -> None:
         self.settings = settings
-        start = settings.first
-        if not settings.fresh:
-            start += random.SystemRandom().randrange(settings.capacity)
-        # Width 1: every ID for itself, so that nothing is pinned. The manager's cost is the
-        # round trip, not the allocator.
-        self.pool = Allocator(settings.capacity, settings.first, block=1, start=start)
+        self.expired = 0
+        self.released: Counter[str] = Counter()
+        self.acquired = 0
+        waiting = 0
+        if store is None:
+            store = Store.memory(shape_for(settings))
+            store.boot, waiting = boot, _waiting(settings)
+        self.store = store
+        shape, reuse_at = store.shape, None
+        if waiting:
+            reuse_at = now + waiting
+        elif store.boot != boot:
+            # The times are of another clock, and the last stores may be lost. Generations leap, so
+            # that none comes twice; then whatever a session may have had cools for long enough.
+            store.header[Word.GENERATION] = (store.header[Word.GENERATION] | 2**32 - 1) + 1
+            reuse_at = now + store.header[Word.HORIZON]
+        suspect = reuse_at is not None
+        try:
+            holders = Sessions.holders(
+                store.rows, store.ready_rows, store.header[Word.GENERATION], suspect
+            )
+            self.pool = Allocator(
+                shape.capacity,
+                shape.first,
+                shape.block,
+                start=shape.start,
+                buffer=store.blocks,
+                ready=store.ready_blocks,
+                holders=holders,
+                latest=now + MAX_COOLDOWN_MS,
+                reuse_at=reuse_at,
+            )
+        except RegistryCorrupt as error:
+            raise RegistryCorrupt(f"{store.path}: {error}") from None
+        self.sessions = Sessions(self.pool, store.rows, store.ready_rows)
+        self._horizon: int = store.header[Word.HORIZON]
+        self._now = self._opened_at = now
+        self._closed = False
+        for at in self.sessions.recover(holders, now, settings.grace_ms):
+            self._end(at, self.sessions.cooldown(at))
+        self._anonymous = [at for at in self.sessions.numbers() if self.sessions.anonymous(at)]
+        if suspect and not waiting:
+            store.sync()
+            store.boot = boot
 
-    def acquire(self, count: int, now: int) -> IDs:
-        """Issue ``count`` IDs, all or none.
+    @classmethod
+    def in_file(cls, path: Path, settings: Settings, now: int, boot: bytes) -> Registry:
+        """Return the registry in the file at `path`, which is made if it is not there.
+
+        Raises what `Store.open` does.
+        """
+        store = Store.open(path, shape_for(settings), boot=boot, waiting_ms=_waiting(settings))
+        try:
+            return cls(settings, now, store, boot)
+        except BaseException:
+            store.close()
+            raise
+
+    @classmethod
+    def look(cls, path: Path, now: int, boot: bytes) -> Registry:
+        """Return a copy in memory of the registry in a file, which is only read.
+
+        A manager may be writing the file; a look that falls into a change of it is repeated.
+        """
+        for attempt in range(5):
+            store = Store.look(path)
+            settings = Settings(
+                first=store.shape.first, capacity=store.shape.capacity, max_sessions=2**24 - 2
+            )
+            try:
+                return cls(settings, now, store, boot)
+            except RegistryCorrupt:
+                if attempt == 4:
+                    raise
+        raise AssertionError("not reached")
+
+    # ---- Sessions
+
+    def open(
+        self,
+        token: bytes,
+        now: int,
+        *,
+        ttl_ms: int,
+        cooldown_ms: int | None = None,
+        label: str = "",
+    ) -> Grant:
+        """Open a session, or return what was granted when this token opened it: no renewal.
+
+        Args:
+            token: 16 bytes, random.
+            now: the time.
+            ttl_ms: the session ends when nothing was heard of it for so long and the grace time.
+            cooldown_ms: for how long its IDs cool then, at least; see `acquire`.
+            label: what people see in a status: at most 64 bytes of UTF-8 that can be printed.
 
         Raises:
-            LimitExceeded: more than ``max_count``.
-            Exhausted: the pool cannot give so many now.
+            LimitExceeded: a time outside what the settings allow, or too many sessions.
+            InvalidArgument: a label that is none.
         """
-        if count > self.settings.max_count:
+        self._advance(now)
+        digest = self._digest(token)
+        at = self.sessions.find(digest)
+        if at:
+            return Grant(self.sessions.generation(at), self.sessions.ttl(at))
+        limits = self.settings
+        if not limits.min_ttl_ms <= ttl_ms <= limits.max_ttl_ms:
             raise LimitExceeded(
-                f"count={count} is more than one request may take: {self.settings.max_count}"
+                f"ttl_ms={ttl_ms} is not within {limits.min_ttl_ms} to {limits.max_ttl_ms}, the"
+                " settings min_ttl_ms and max_ttl_ms"
             )
-        try:
-            return self.pool.acquire_many(count, now=now)
-        except Exhausted:
-            raise Exhausted(self._why_exhausted(count, now)) from None
+        name = label.encode("utf-8", "surrogatepass")
+        if len(name) > _LABEL_BYTES or not label.isprintable():
+            raise InvalidArgument(
+                f"label={label!r} is not at most {_LABEL_BYTES} bytes of printable text"
+            )
+        if len(self.sessions) - len(self._anonymous) >= limits.max_sessions:
+            raise LimitExceeded(
+                f"{limits.max_sessions} sessions are open, as many as max_sessions allows"
+            )
+        cooldown = self._cooldown(cooldown_ms if cooldown_ms is not None else 0)
+        self._reckon(ttl_ms + limits.grace_ms + cooldown)
+        at = self._new_session(digest, ttl_ms, ttl_ms + limits.grace_ms, cooldown, name)
+        return Grant(self.sessions.generation(at), ttl_ms)
 
-    def _why_exhausted(self, count: int, now: int) -> str:
-        pool, due = self.pool, self.pool.next_due
-        when = "none is cooling" if due is None else f"the next is due in {(due - now) / 1e3:.1f} s"
-        return (
-            f"cannot issue {count} of {pool.capacity} IDs: {pool.active} are held,"
-            f" {pool.cooling} are cooling; {when}"
-        )
+    def renew(self, token: bytes, now: int) -> Grant:
+        """Renew a session's lease. Constant time.
+
+        Raises:
+            SessionUnknown: it was closed, has expired, or never was.
+        """
+        at = self._renewed(token, now)
+        return Grant(self.sessions.generation(at), self.sessions.ttl(at))
+
+    def close_session(self, token: bytes, now: int, *, ended: bool = False) -> int:
+        """End a session and return how many IDs it held; they cool as if it had expired.
+
+        Args:
+            token: the session's.
+            now: the time.
+            ended: nothing uses any of them, so only the least cooldown is due.
+
+        Raises:
+            SessionUnknown: it has ended already, or never was.
+        """
+        at = self._renewed(token, now)
+        cooldown = self.settings.cooldown_ms if ended else self.sessions.cooldown(at)
+        released = self._end(at, cooldown)
+        self.released["ended" if ended else "cooled"] += released
+        return released
+
+    def held(self, token: bytes, now: int, *, seq: int | None = None) -> IDs:
+        """Return the IDs that a session holds, in order. With ``seq``, none before may come later.
+
+        Raises:
+            SessionUnknown: no such session.
+            Repeated: ``seq`` is not above the last one.
+        """
+        at = self._renewed(token, now)
+        if seq is not None:
+            self._check_seq(at, seq)
+            self.sessions.set_seq(at, seq)
+        return np.sort(self.pool.held_by(at))
+
+    # ---- IDs
+
+    def acquire(
+        self,
+        count: int,
+        now: int,
+        *,
+        token: bytes | None = None,
+        seq: int = 0,
+        cooldown_ms: int | None = None,
+    ) -> IDs:
+        """Issue ``count`` IDs, all or none.
+
+        Args:
+            count: how many.
+            now: the time.
+            token: the session that will hold them; without one nobody does, and anybody may
+                release them.
+            seq: with a token: rises with each change of that session.
+            cooldown_ms: for how long, at least, all IDs of the session cool if it expires: after
+                that Triton has certainly forgotten these sequences. ``unended_cooldown_ms`` if it
+                is not said.
+
+        Raises:
+            SessionUnknown: no such session.
+            Repeated: ``seq`` is not above the last one.
+            LimitExceeded: more than a setting allows.
+            Exhausted: the pool cannot give so many now.
+            Unavailable: the disk is full.
+        """
+        limits = self.settings
+        at = self._renewed(token, now) if token is not None else self._anonymous_session(now)
+        if token is not None:
+            self._check_seq(at, seq)
+        if count > limits.max_count:
+            raise LimitExceeded(
+                f"count={count} is more than one request may take: max_count={limits.max_count}"
+            )
+        if token is None and self.anonymous + count > limits.max_anonymous:
+            raise LimitExceeded(
+                f"{self.anonymous} IDs are held without a session, and {count} more would be more"
+                f" than max_anonymous={limits.max_anonymous}: open a session"
+            )
+        if token is not None and self.pool.held_count(at) + count > limits.max_held:
+            raise LimitExceeded(
+                f"this session holds {self.pool.held_count(at)} IDs, and {count} more would be"
+                f" more than max_held={limits.max_held}"
+            )
+        if token is not None:
+            cooldown = self._cooldown(cooldown_ms)
+            if cooldown > self.sessions.cooldown(at):
+                self._reckon(self.sessions.ttl(at) + limits.grace_ms + cooldown)
+                self.sessions.raise_cooldown(at, cooldown)
+        ids = self._issue(count, at)
+        if token is not None:
+            self.sessions.set_seq(at, seq)
+        self.acquired += count
+        return ids
 
     def release(
-        self, ids: IDs, now: int, *, ended: bool = False, cooldown_ms: int | None = None
+        self,
+        ids: IDs,
+        now: int,
+        *,
+        token: bytes | None = None,
+        seq: int = 0,
+        ended: bool = False,
+        cooldown_ms: int | None = None,
     ) -> int:
         """Take ``ids`` back, all or none, and return how many they were.
 
         Args:
             ids: held IDs, each once.
-            now: the time in milliseconds.
+            now: the time.
+            token: the session that holds them; without one they are IDs that nobody's session does.
+            seq: with a token: rises with each change of that session.
             ended: every sequence's END was answered, so only the least cooldown is due.
-            cooldown_ms: else, the time in milliseconds after which Triton has certainly
-                forgotten these sequences; ``unended_cooldown_ms`` if it is not said.
+            cooldown_ms: else, the time after which Triton has certainly forgotten these sequences;
+                ``unended_cooldown_ms`` if it is not said.
 
         Raises:
             InvalidArgument: no IDs.
             LimitExceeded: more than ``max_count``, or too long a time.
-            OutOfRange, NotHeld, Duplicate: an ID that cannot be given back.
+            SessionUnknown: no such session.
+            Repeated: ``seq`` is not above the last one.
+            OutOfRange, NotHeld, NotOwner, Duplicate: an ID that cannot be given back.
         """
+        at = 0
+        if token is not None:
+            at = self._renewed(token, now)
+            self._check_seq(at, seq)
+        else:
+            self._advance(now)
         if len(ids) == 0:
             raise InvalidArgument("no correlation IDs to release: say which")
         if len(ids) > self.settings.max_count:
             raise LimitExceeded(
-                f"{len(ids)} IDs are more than one request may release: {self.settings.max_count}"
+                f"{len(ids)} IDs are more than one request may release:"
+                f" max_count={self.settings.max_count}"
             )
-        if cooldown_ms is None:
-            cooldown_ms = self.settings.unended_cooldown_ms
-        if cooldown_ms > MAX_COOLDOWN_MS:
-            raise LimitExceeded(f"cooldown_ms={cooldown_ms} is more than {MAX_COOLDOWN_MS}")
-        cooldown = self.settings.cooldown_ms
-        if not ended:
-            cooldown = max(cooldown, cooldown_ms)
-        self.pool.release_many(ids, reuse_at=now + cooldown)
+        cooldown = self._cooldown(cooldown_ms)
+        if ended:
+            cooldown = self.settings.cooldown_ms
+        self._reckon(cooldown)
+        if token is not None:
+            self.pool.release_many(ids, at, self._now + cooldown)
+            self.sessions.set_seq(at, seq)
+        else:
+            self._release_anonymous(ids, self._now + cooldown)
+        self.released["ended" if ended else "cooled"] += len(ids)
         return len(ids)
+
+    # ---- The whole
+
+    def tick(self, now: int) -> None:
+        """Let time pass: end the sessions whose lease has run out."""
+        self._advance(now)
+
+    @property
+    def anonymous(self) -> int:
+        """How many IDs are held without a session."""
+        return sum(self.pool.held_count(at) for at in self._anonymous)
+
+    @property
+    def uuid(self) -> UUID:
+        """The registry's identity, which it keeps for as long as its file."""
+        return self.store.uuid
+
+    def status(self, now: int) -> dict[str, Any]:
+        """Return what a person or a program wants to know, as it goes into JSON."""
+        self._advance(now)
+        pool, shape = self.pool, self.store.shape
+        cooling = pool.cooling
+        return {
+            "pool": {"first": shape.first, "capacity": shape.capacity, "block": shape.block},
+            "held": pool.active,
+            "cooling": cooling,
+            "free": shape.capacity - pool.active - cooling,
+            "inactive": pool.inactive,
+            "peak": pool.peak,
+            "high_water": pool.high_water,
+            "anonymous": self.anonymous,
+            "sessions": self.session_list(_SHOWN),
+            "sessions_total": len(self.sessions) - len(self._anonymous),
+            "sessions_expired": self.expired,
+            "uptime_s": (self._now - self._opened_at) / 1000,
+            "registry": str(self.uuid),
+            "file": str(self.store.path) if self.store.path else None,
+        }
+
+    def session_list(self, most: int) -> list[dict[str, Any]]:
+        """Return what is known of at most so many sessions; those with an owner come first."""
+        table, found = self.sessions, []
+        for at in table.numbers(most + len(self._anonymous)):
+            if not table.anonymous(at):
+                found.append(
+                    {
+                        "label": table.label(at),
+                        "held": self.pool.held_count(at),
+                        "age_s": (self._now - table.opened_at(at)) / 1000,
+                        "expires_in_s": (table.expires(at) - self._now) / 1000,
+                    }
+                )
+        return found[:most]
+
+    def close(self) -> None:
+        """Let go of the file: another process may write it from now on. Nothing is given back."""
+        if not self._closed:
+            self._closed = True
+            self.store.close()
+
+    def _check(self) -> None:
+        """Audit everything; raises AssertionError. Time in proportion to what was ever opened."""
+        self.pool._check()
+        held = sum(self.pool.held_count(at) for at in self.sessions.numbers())
+        assert held == self.pool.active, "somebody holds IDs who is no session"
+
+    # ---- Inside
+
+    def _advance(self, now: int) -> None:
+        if self._closed:
+            raise Unavailable("this registry is closed")
+        self._now = max(self._now, now)
+        while at := self.sessions.due(self._now):
+            anonymous = self.sessions.anonymous(at)
+            self.released["expired"] += self._end(at, self.sessions.cooldown(at))
+            self.expired += not anonymous
+            if anonymous:
+                self._anonymous.remove(at)
+
+    def _end(self, at: int, cooldown: int) -> int:
+        return self.sessions.end(at, self._now + max(cooldown, self.settings.cooldown_ms))
+
+    def _digest(self, token: bytes) -> bytes:
+        return hashlib.blake2b(token, digest_size=16, key=self.store.secret).digest()
+
+    def _renewed(self, token: bytes, now: int) -> int:
+        """Return the number of a session after its lease was renewed."""
+        self._advance(now)
+        at = self.sessions.find(self._digest(token))
+        if not at:
+            raise SessionUnknown(
+                "no such session: it was closed, has expired, or is one of another registry"
+            )
+        self.sessions.renew(at, self._now + self.sessions.ttl(at) + self.settings.grace_ms)
+        return at
+
+    def _check_seq(self, at: int, seq: int) -> None:
+        last = self.sessions.seq(at)
+        if seq <= last:
+            raise Repeated(f"seq={seq} is not above {last}, the last one that was applied")
+
+    def _cooldown(self, asked: int | None) -> int:
+        if asked is None:
+            asked = self.settings.unended_cooldown_ms
+        if asked > MAX_COOLDOWN_MS:
+            raise LimitExceeded(f"cooldown_ms={asked} is more than {MAX_COOLDOWN_MS}")
+        return max(asked, self.settings.cooldown_ms)
+
+    def _reckon(self, time_ms: int) -> None:
+        """Note on the disk for how long an ID may be in use from now on, before it is."""
+        if time_ms > self._horizon:
+            self._horizon = 1 << (time_ms - 1).bit_length()  # seldom, since each one is a sync
+            self.store.header[Word.HORIZON] = self._horizon
+            self.store.sync()
+
+    def _new_session(self, digest: bytes, ttl: int, lease: int, cooldown: int, label: bytes) -> int:
+        header = self.store.header
+        header[Word.GENERATION] += 1
+        arguments = (digest, header[Word.GENERATION], self._now + lease, ttl, cooldown)
+        at = self.sessions.open(*arguments, self._now, label)
+        if not at:
+            self.store.grow(Kind.ROWS, 1)
+            self.sessions.set_ready(self.store.ready_rows)
+            at = self.sessions.open(*arguments, self._now, label)
+        assert at, "a row for every session that the settings allow"
+        return at
+
+    def _anonymous_session(self, now: int) -> int:
+        """Return the session that holds what is taken without one at about this time."""
+        self._advance(now)
+        part = self.settings.anonymous_age_ms // _SLICES
+        if self._anonymous:
+            at = self._anonymous[-1]
+            if self.sessions.opened_at(at) + part > self._now:
+                return at
+        lease = self.settings.anonymous_age_ms + part
+        cooldown = self._cooldown(None)
+        at = self._new_session(b"", lease, lease, cooldown, b"")
+        self._anonymous.append(at)
+        return at
+
+    def _issue(self, count: int, at: int) -> IDs:
+        pool, full = self.pool, None
+        need = count // pool.block + 1
+        if pool.opened + need > pool.ready and pool.ready < self.store.shape.count:
+            try:
+                self.store.grow(Kind.BLOCKS, need)
+            except Unavailable as error:
+                full = error  # what was given back may do
+            pool.ready = self.store.ready_blocks
+        try:
+            return pool.acquire_many(count, at, self._now)
+        except Exhausted:
+            raise full or Exhausted(self._why_exhausted(count)) from None
+
+    def _why_exhausted(self, count: int) -> str:
+        pool, due = self.pool, self.pool.next_due
+        when = "none is cooling"
+        if due is not None:
+            when = f"the next is due in {max(due - self._now, 0) / 1e3:.1f} s"
+        return (
+            f"cannot issue {count} of {pool.capacity} IDs: {pool.active} are held,"
+            f" {pool.cooling} are cooling; {when}"
+        )
+
+    def _release_anonymous(self, ids: IDs, reuse_at: int) -> None:
+        owners = [self.pool.owner_of(cid) for cid in ids.tolist()]
+        for cid, owner in zip(ids.tolist(), owners, strict=True):
+            if owner not in self._anonymous:
+                raise NotOwner(f"ID {cid} belongs to a session, which alone releases it")
+        if len(set(owners)) == 1:
+            self.pool.release_many(ids, owners[0], reuse_at)
+            return
+        if len(np.unique(ids)) < len(ids):
+            raise Duplicate("an ID stands twice in this call")
+        for owner in set(owners):
+            part = np.array([owner == each for each in owners])
+            self.pool.release_many(ids[part], owner, reuse_at)
+
+
+def shape_for(settings: Settings) -> Shape:
+    """Return the pool for the settings, which begins at a random place if it has a past.
+
+    Its blocks have a width of 1: every ID for itself, so that nothing is pinned. The manager's cost
+    is the round trip, not the allocator.
+    """
+    if settings.fresh or settings.capacity < _SMALL:
+        return Shape(settings.first, settings.capacity, 1)
+    return Shape.anywhere(settings.first, settings.capacity, 1)
+
+
+def _waiting(settings: Settings) -> int:
+    """Return for how many milliseconds a new registry issues nothing."""
+    if settings.fresh or settings.capacity >= _SMALL:
+        return 0
+    return settings.max_ttl_ms + settings.grace_ms

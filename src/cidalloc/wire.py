@@ -25,6 +25,8 @@ __all__ = [
     "MAX_COOLDOWN_MS",
     "MODEL",
     "OUTPUT",
+    "PROTOCOL",
+    "TOKEN_BYTES",
     "IDs",
     "Parameter",
     "Request",
@@ -44,6 +46,10 @@ OUTPUT = "OUTPUT"
 DETAIL = "DETAIL"
 """Output, BYTES [1, 1]: text of the operations that answer with text; else empty."""
 
+PROTOCOL = 1
+"""The version of the protocol, which OPEN answers."""
+TOKEN_BYTES = 16
+"""What a session's token has; it travels as twice as many hexadecimal digits."""
 MAX_COOLDOWN_MS = 7 * 86_400_000
 """The longest cooldown that can be asked for. It also keeps times far from overflow."""
 
@@ -112,18 +118,47 @@ class Request:
             raise InvalidArgument("the request's parameters are not a JSON object")
         return cls(operation, ids, read)
 
-    def integer(self, name: str, default: int, low: int) -> int:
+    def integer(self, name: str, default: int, low: int, high: int | None = None) -> int:
         """Return the integer parameter ``name``, at least ``low``; ``default`` if it is absent.
 
         Raises:
-            InvalidArgument: it is of another type, or too small.
+            InvalidArgument: it is of another type, too small, or above ``high``.
         """
         value = self.parameters.get(name, default)
         if type(value) is not int:
             raise InvalidArgument(f"{name}={value!r} is not an integer")
         if value < low:
             raise InvalidArgument(f"{name}={value} is less than {low}")
+        if high is not None and value > high:
+            raise InvalidArgument(f"{name}={value} is more than {high}")
         return value
+
+    def text(self, name: str) -> str | None:
+        """Return the text parameter ``name``; None if it is absent.
+
+        Raises:
+            InvalidArgument: it is of another type.
+        """
+        value = self.parameters.get(name)
+        if value is not None and type(value) is not str:
+            raise InvalidArgument(f"{name} is not a text")
+        return value
+
+    @property
+    def token(self) -> bytes | None:
+        """The token of the session that the request is of, or None.
+
+        Raises:
+            InvalidArgument: it is none; the message does not show it.
+        """
+        text = self.text("session")
+        if text is None:
+            return None
+        if not _TOKEN.fullmatch(text):
+            raise InvalidArgument(
+                f"session is not {2 * TOKEN_BYTES} hexadecimal digits: make them at random"
+            )
+        return bytes.fromhex(text)
 
     def boolean(self, name: str) -> bool:
         """Return the boolean parameter ``name``; False if it is absent.
@@ -139,6 +174,7 @@ class Request:
 
 _OPERATIONS = {operation.value: operation for operation in Operation}
 
+_TOKEN = re.compile(rf"[0-9a-fA-F]{{{2 * TOKEN_BYTES}}}")
 _ERROR = re.compile(r"\[CIDALLOC (\d{1,9}) [A-Z_]+\] ?(.*)", re.DOTALL)
 
 

@@ -8,8 +8,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..registry import Settings
 from ..server import TritonServer
+from ..settings import Settings
 from ..triton_model import export
 
 __all__ = ["FRESH", "MODEL", "demo_server", "write_repository"]

@@ -14,6 +14,7 @@ import triton_python_backend_utils as pb_utils
 
 from cidalloc import wire
 from cidalloc.codes import Code
+from cidalloc.errors import CidError
 from cidalloc.service import Service
 from cidalloc.triton_model.config import settings_from
 
@@ -25,13 +26,15 @@ class TritonPythonModel:
         """Load: read the settings from the model's configuration."""
         config = json.loads(args["model_config"])
         _check_numpy()
-        self._service = Service(settings_from(config))
+        self._service = Service(settings_from(config), name=args["model_name"])
+        self._service.start()
         # How Triton shall report a code: as an HTTP and a gRPC status of its own. The backend
         # puts TritonError into pb_utils only after this module was imported.
         kinds = pb_utils.TritonError
         self._status = {
             Code.EXHAUSTED: kinds.UNAVAILABLE,
             Code.NOT_HELD: kinds.NOT_FOUND,
+            Code.SESSION_UNKNOWN: kinds.NOT_FOUND,
             Code.UNKNOWN_OPERATION: kinds.UNSUPPORTED,
             Code.UNAVAILABLE: kinds.UNAVAILABLE,
             Code.INTERNAL: kinds.INTERNAL,
@@ -39,21 +42,28 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer a batch of requests, each for itself."""
+        self._service.poll()
         return [self._respond(request) for request in requests]
+
+    def finalize(self) -> None:
+        """Unload: let a newer process have the registry. Triton does not always call this."""
+        self._service.close()
 
     def _respond(self, request: Any) -> Any:
         code = pb_utils.get_input_tensor_by_name(request, wire.CODE).as_numpy()
         ids = pb_utils.get_input_tensor_by_name(request, wire.CORRELATION_ID)
-        output = self._service.answer(
+        answer = self._service.answer(
             code, None if ids is None else ids.as_numpy(), request.parameters()
         )
-        if isinstance(output, np.ndarray):
+        if isinstance(answer, CidError):
+            status = self._status.get(answer.code, pb_utils.TritonError.INVALID_ARG)
             return pb_utils.InferenceResponse(
-                [pb_utils.Tensor(wire.OUTPUT, output), pb_utils.Tensor(wire.DETAIL, _NO_DETAIL)]
+                error=pb_utils.TritonError(wire.error_text(answer), status)
             )
-        status = self._status.get(output.code, pb_utils.TritonError.INVALID_ARG)
+        output, text = answer
+        detail = np.array([[text.encode()]], np.object_) if text else _NO_DETAIL
         return pb_utils.InferenceResponse(
-            error=pb_utils.TritonError(wire.error_text(output), status)
+            [pb_utils.Tensor(wire.OUTPUT, output), pb_utils.Tensor(wire.DETAIL, detail)]
         )
 
 

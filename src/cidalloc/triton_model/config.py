@@ -11,7 +11,7 @@ from string import Template
 from typing import Any
 
 from ..errors import InvalidArgument
-from ..registry import Settings
+from ..settings import Settings
 from ..wire import MODEL
 
 __all__ = ["export", "settings_from"]
@@ -91,7 +91,7 @@ def settings_from(config: Mapping[str, Any]) -> Settings:
         raise InvalidArgument(
             "max_batch_size must be 1 or more: the tensors have a batch dimension"
         )
-    values: dict[str, int | bool] = {}
+    values: dict[str, int | bool | str] = {}
     kinds = {each.name: type(each.default) for each in fields(Settings)}
     for name, value in config.get("parameters", {}).items():
         if name.isupper():
@@ -103,10 +103,14 @@ def settings_from(config: Mapping[str, Any]) -> Settings:
 
 
 def _as_text(value: object) -> str:
+    if isinstance(value, str):
+        return value.replace("\\", "\\\\").replace('"', '\\"')
     return str(value).lower()
 
 
-def _from_text(name: str, text: str, kind: type) -> int | bool:
+def _from_text(name: str, text: str, kind: type) -> int | bool | str:
+    if kind is str:
+        return text
     if kind is bool:
         if text not in ("true", "false"):
             raise InvalidArgument(f"parameter {name}={text!r} is neither true nor false")

@@ -1,0 +1,85 @@
+# What a pool makes of the memory that an earlier one left. _alloc.pyx includes this file.
+#
+# The truth is in `used`, `owner`, `reuse_at` and `end` of the blocks, and any prefix of the stores
+# that an operation makes leaves it sound:
+# - a block that was opened has its `end`, and those that were not are blank and come last;
+# - `owner` is stored before the first bit of `used`, so whose a held ID is, is always known;
+# - `reuse_at` is raised before a bit goes, so a free ID is never issued before its time;
+# - `bump` may be one store behind `used`, and then the highest bit tells.
+# Lists, counters and the queue are made anew.
+
+cdef bint is_sound(const Pool *pool, uint64_t at, const Past *past) noexcept nogil:
+    cdef const Block *block = &pool.blocks[at]
+    cdef uint64_t room = room_of(pool, at)
+    if (block.bump > room or block.seen > room or block.end not in (0, room)
+            or block.used & ~bits(room, at << pool.shift)):
+        return False
+    if past.suspect:
+        return True
+    if block.reuse_at > past.latest:
+        return False
+    return not block.used or (block.owner < past.owners and past.holds[block.owner] != 0)
+
+
+cdef int pool_recover(Pool *pool, const Past *past, uint64_t *at) noexcept nogil:
+    cdef uint64_t n, opened
+    # Look first, so that nothing is written to memory that is none of ours.
+    at[0] = 0
+    if not is_blank(pool.blocks):
+        return REGISTRY_CORRUPT
+    for opened in range(pool.ready):
+        at[0] = nth_block(pool, opened)
+        if not pool.blocks[at[0]].end and not past.suspect:
+            break
+        if not is_sound(pool, at[0], past):
+            return REGISTRY_CORRUPT
+    else:
+        opened = pool.ready
+    for n in range(opened, pool.ready):
+        at[0] = nth_block(pool, n)
+        if not is_blank(&pool.blocks[at[0]]):
+            return REGISTRY_CORRUPT
+    pool.opened = opened
+    for n in range(opened):
+        at[0] = nth_block(pool, n)
+        take_over(pool, at[0], past)
+    pool.peak = pool.peak - pool.below
+    pool.below = 0
+    return OK
+
+
+cdef inline void take_over(Pool *pool, uint64_t at, const Past *past) noexcept nogil:
+    cdef Block *block = &pool.blocks[at]
+    cdef Owner *own
+    cdef uint32_t owner = block.owner
+    cdef uint64_t above = block.used >> (at << pool.shift & 63)
+    if past.suspect:
+        block.end, block.reuse_at = room_of(pool, at), past.reuse_at
+        keep_order()
+        if owner >= past.owners or not past.holds[owner]:
+            above = block.used = 0
+    if above and block.bump <= high_bit(above):
+        block.bump = high_bit(above) + 1
+    if block.bump > block.seen:
+        block.seen = block.bump
+    pool.issued += block.seen
+    pool.high_water += block.end
+    if not above:
+        enqueue(pool, at)
+        return
+    own = &pool.owners[owner]
+    # The current block alone may have unused room. One that was is current again.
+    if block.bump < block.end and own.current and pool.blocks[own.current].bump < block.end:
+        block.bump = block.end
+    link_recovered(pool, own, at)
+    own.held += count_bits(block.used)
+    pool.below -= count_bits(block.used)
+
+
+cdef inline void link_recovered(Pool *pool, Owner *own, uint64_t at) noexcept nogil:
+    # As link(), but a block with room stays the current one.
+    cdef uint64_t current = own.current
+    cdef Block *block = &pool.blocks[at]
+    link(pool, block.owner, at)
+    if block.bump == block.end and current:
+        own.current = current

@@ -1,0 +1,561 @@
+"""Where a registry keeps its records: in memory, or in a file that outlives the process.
+
+The file is a header and extents, each in whole granules; an extent belongs to the pool's blocks or
+to the sessions, and grows that array by so much. Memory sees each array whole (`_mapping`): what
+the file does not have yet reads as zeros. The blocks lie in the file in the order in which they are
+opened, which begins anywhere in the pool, so that the file is as long as what was ever used.
+
+An extent is synced to the disk before it is used. So its end is three things at once: space that no
+full disk can take away, the mark above which no ID was ever issued, even if the last stores before
+a power cut are lost, and where a scan of the file may stop.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+import struct
+import uuid
+import weakref
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from pathlib import Path
+
+from ._mapping import Mapping
+from ._sessions import Sessions
+from .errors import InvalidArgument, RegistryCorrupt, RegistryLocked, RegistryMismatch, Unavailable
+from .settings import MAX_SESSIONS
+
+__all__ = [
+    "FORMAT",
+    "GRANULE",
+    "Claim",
+    "Kind",
+    "Shape",
+    "Store",
+    "Word",
+    "process_id",
+    "writer_of",
+]
+
+FORMAT = 1
+"""The version of the file's format."""
+GRANULE = 1 << 16
+"""Bytes: every part of the file begins at a multiple of it, whatever the page size is."""
+
+_MAGIC = int.from_bytes(b"CIDALLOC", "little")
+_RECORD = 32  # bytes of a block
+_PER_GRANULE = GRANULE // _RECORD
+_ROW = 128  # bytes of a session
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LOCK = 0  # the byte that the writer has locked
+_CLAIM = 1  # the one that a process locks which waits to be the writer
+
+
+class Word(IntEnum):
+    """What stands where in the header, in words of 64 bits. `SUM` is over those before it."""
+
+    MAGIC = 0
+    FORMAT = 1
+    UUID = 2  # two words
+    SECRET = 4  # two words: the key of the tokens' digests
+    FIRST = 6
+    CAPACITY = 7
+    BLOCK = 8
+    SPLIT = 9
+    SUM = 10
+    # From here on they change, each with one store.
+    BOOT = 12  # two words: of which boot the times are
+    GENERATION = 14  # the last one given to a session
+    HORIZON = 15  # milliseconds: no ID is in use for longer without a word to the registry
+    PID = 16  # the writer, and the process that started it
+    SERVER = 17
+    CLAIMANT = 18  # the same as SERVER, of who has locked the byte of claims
+    EXTENTS = 128  # granules << 1 | kind, until a 0
+    END = 1024
+
+
+class Kind(IntEnum):
+    """Whose an extent is."""
+
+    BLOCKS = 0
+    ROWS = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The pool of a file, and where in it issuing begins: at the block with the number `split`."""
+
+    first: int
+    capacity: int
+    block: int
+    split: int = 0
+
+    @property
+    def count(self) -> int:
+        """Blocks in the pool; they are numbered from 1 on."""
+        return (self.capacity - 1) // self.block + 1
+
+    @property
+    def start(self) -> int:
+        """The ID that is issued first."""
+        return self.first + (max(self.split, 1) - 1) * self.block
+
+    @property
+    def granules(self) -> int:
+        """The length of the blocks in memory."""
+        return (self.count + 1) * _RECORD // GRANULE + bool((self.count + 1) % _PER_GRANULE)
+
+    @property
+    def upper(self) -> int:
+        """Granules from the split on, which come first in the file."""
+        return self.granules - self.split // _PER_GRANULE
+
+    def place(self, granule: int) -> int:
+        """Return where in memory the file's n-th granule of blocks lies, in bytes."""
+        if granule < self.upper:
+            return self.split * _RECORD + granule * GRANULE
+        return (granule - self.upper) * GRANULE
+
+    def ready(self, granules: int) -> int:
+        """Return how many blocks are in the file's first so many granules of blocks."""
+        above = min(self.split + granules * _PER_GRANULE, self.count + 1) - max(self.split, 1)
+        if granules <= self.upper:
+            return max(above, 0)
+        return above + min((granules - self.upper) * _PER_GRANULE, self.split) - 1
+
+    @classmethod
+    def anywhere(cls, first: int, capacity: int, block: int) -> Shape:
+        """Return the shape of a pool that begins at a random place."""
+        shape = cls(first, capacity, block)
+        return replace(shape, split=secrets.randbelow(shape.granules) * _PER_GRANULE)
+
+
+class Store:
+    """The records of a registry. `memory` or `open` makes one.
+
+    Attributes:
+        shape: the pool.
+        header: the header's words; see `Word`.
+        blocks, rows: memory for an `Allocator` and a `Sessions`.
+        ready_blocks, ready_rows: how many records of them may be used so far; 0 is a row, too.
+        path: the file, if any.
+    """
+
+    def __init__(self, shape: Shape, header: memoryview, fd: int, path: Path | None) -> None:
+        self.shape = shape
+        self.header = header
+        self.path = path
+        self._fd = fd
+        self._private = False
+        self.blocks = Mapping(shape.granules * GRANULE)
+        self.rows = Mapping(Sessions.size(MAX_SESSIONS))
+        self._granules = {Kind.BLOCKS: 0, Kind.ROWS: 0}
+        self._totals = {Kind.BLOCKS: shape.granules, Kind.ROWS: len(self.rows) // GRANULE}
+        _stores.add(self)
+
+    # ---- How one comes into being
+
+    @classmethod
+    def memory(cls, shape: Shape) -> Store:
+        """Return a store in memory alone."""
+        store = cls(shape, memoryview(bytearray(Word.END * 8)).cast("Q"), -1, None)
+        _fill(store.header, shape)
+        for kind, total in store._totals.items():
+            store._put(kind, total, 0)
+        return store
+
+    @classmethod
+    def open(cls, path: Path, shape: Shape, *, boot: bytes, waiting_ms: int = 0) -> Store:
+        """Return the store in the file at `path`, which is made if it is not there.
+
+        Args:
+            path: the file; its folder must be there.
+            shape: the pool that it must have; `split` matters only if the file is made.
+            boot: the 16 bytes that tell this boot of the machine from others.
+            waiting_ms: if the file is made, for how long none of its IDs may be issued.
+
+        Raises:
+            RegistryLocked: another process writes it.
+            RegistryCorrupt: it is damaged, truncated, or something else.
+            RegistryMismatch: it is of another pool, or of another format.
+            InvalidArgument: the folder or file is not there, or not to be used.
+            Unavailable: the disk is full.
+        """
+        while True:
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                _create(path, shape, boot, waiting_ms)
+                continue
+            except OSError as error:
+                raise _unusable(path, error) from None
+            try:
+                _lock(fd, path)
+                if not _is_at(fd, path):
+                    os.close(fd)
+                    continue
+                return cls._opened(fd, path, shape)
+            except BaseException:
+                os.close(fd)
+                raise
+
+    @classmethod
+    def look(cls, path: Path) -> Store:
+        """Return a copy in memory of the store in a file, which is only read.
+
+        Raises as `open`, but for `RegistryLocked`.
+        """
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _unusable(path, error) from None
+        try:
+            return cls._opened(fd, path, None, private=True)
+        finally:
+            os.close(fd)
+
+    @classmethod
+    def _opened(cls, fd: int, path: Path, wanted: Shape | None, private: bool = False) -> Store:
+        size = os.fstat(fd).st_size
+        if size < GRANULE:
+            raise RegistryCorrupt(f"{path} is too short for a registry: {size} bytes")
+        header = _header_of(fd, private)
+        shape = _shape_of(header, path)
+        if wanted is not None and replace(wanted, split=shape.split) != shape:
+            raise RegistryMismatch(
+                f"{path} holds a pool with first={shape.first}, capacity={shape.capacity},"
+                f" block={shape.block}, and not first={wanted.first}, capacity={wanted.capacity},"
+                f" block={wanted.block}: change the settings back, or let it grow with"
+                f" 'cidalloc registry upgrade --capacity N {path}'"
+            )
+        store = cls(shape, header, -1 if private else fd, path)
+        store._private = private
+        offset = 1
+        for kind, granules in store.extents():
+            room = store._totals[kind] - store._granules[kind]
+            if kind is Kind.BLOCKS and store._granules[kind] < shape.upper:
+                room = shape.upper - store._granules[kind]
+            if not 0 < granules <= room:
+                raise RegistryCorrupt(f"{path}: the list of extents is damaged")
+            if (offset + granules) * GRANULE > size:
+                raise RegistryCorrupt(
+                    f"{path} is truncated: {size} bytes, and at least"
+                    f" {(offset + granules) * GRANULE} were in use"
+                )
+            store._put(kind, granules, offset, fd)
+            offset += granules
+        if not private:
+            header[Word.PID] = os.getpid()
+            header[Word.SERVER] = process_id(os.getppid())
+        return store
+
+    # ---- What it holds
+
+    @property
+    def ready_blocks(self) -> int:
+        """Blocks that may be opened so far."""
+        return self.shape.ready(self._granules[Kind.BLOCKS])
+
+    @property
+    def ready_rows(self) -> int:
+        """Rows of sessions that may be used so far, the one that is none included."""
+        return min(self._granules[Kind.ROWS] * (GRANULE // _ROW), MAX_SESSIONS + 1)
+
+    @property
+    def uuid(self) -> uuid.UUID:
+        """The registry's identity."""
+        return uuid.UUID(bytes=self.header[Word.UUID : Word.UUID + 2].tobytes())
+
+    @property
+    def secret(self) -> bytes:
+        """The key of the tokens' digests."""
+        return self.header[Word.SECRET : Word.SECRET + 2].tobytes()
+
+    @property
+    def boot(self) -> bytes:
+        """The boot of the machine whose clock the times are of."""
+        return self.header[Word.BOOT : Word.BOOT + 2].tobytes()
+
+    @boot.setter
+    def boot(self, boot: bytes) -> None:
+        # Both words must fit for the times to be believed, so it does not matter which comes first.
+        self.header[Word.BOOT], self.header[Word.BOOT + 1] = struct.unpack("=QQ", boot)
+
+    def extents(self) -> list[tuple[Kind, int]]:
+        """Return the extents of the file in their order: whose, and how many granules."""
+        words = self.header[Word.EXTENTS : Word.END].tolist()
+        return [(Kind(word & 1), word >> 1) for word in words[: words.index(0)]]
+
+    def grow(self, kind: Kind, records: int) -> None:
+        """Let so many more records of a kind be used, or as many as there can be.
+
+        Raises:
+            Unavailable: the disk is full.
+        """
+        size = _RECORD if kind is Kind.BLOCKS else _ROW
+        wanted = self._granules[kind] + (records * size) // GRANULE + 1
+        while self._granules[kind] < min(wanted, self._totals[kind]):
+            have = self._granules[kind]
+            # A quarter more each time, so that the list of extents stays short.
+            more = max(wanted - have, have // 4, 16 if kind is Kind.BLOCKS else 1)
+            limit = self._totals[kind]
+            if kind is Kind.BLOCKS and have < self.shape.upper:
+                limit = self.shape.upper
+            self._add(kind, min(more, limit - have))
+
+    def _add(self, kind: Kind, granules: int) -> None:
+        extents = self.extents()
+        offset = 1 + sum(each for _, each in extents)
+        try:
+            os.posix_fallocate(self._fd, offset * GRANULE, granules * GRANULE)
+            os.fsync(self._fd)
+        except OSError as error:
+            raise Unavailable(
+                f"{self.path} cannot grow by {granules * GRANULE >> 10} KiB: {error.strerror};"
+                " make room on its disk"
+            ) from None
+        self.header[Word.EXTENTS + len(extents)] = granules << 1 | kind
+        self.sync()
+        self._put(kind, granules, offset)
+
+    def _put(self, kind: Kind, granules: int, offset: int, fd: int = -1) -> None:
+        """Put an extent where it belongs in memory."""
+        fd = self._fd if fd < 0 else fd
+        have, more = self._granules[kind], granules
+        if kind is Kind.BLOCKS and have < self.shape.upper:
+            more = min(granules, self.shape.upper - have)
+        mapping = self.blocks if kind is Kind.BLOCKS else self.rows
+        place = self.shape.place(have) if kind is Kind.BLOCKS else have * GRANULE
+        if fd < 0:
+            mapping.put_memory(place, more * GRANULE)
+        else:
+            mapping.put_file(place, more * GRANULE, fd, offset * GRANULE, self._private)
+        self._granules[kind] += more
+        if more < granules:
+            self._put(kind, granules - more, offset + more, fd)
+
+    def sync(self) -> None:
+        """Wait until all that was stored is on the disk."""
+        if self._fd >= 0:
+            os.fsync(self._fd)
+
+    # ---- Who writes it
+
+    def claimed_by(self) -> int:
+        """Return the `process_id` of the server whose process waits to be the writer, or 0."""
+        if self._fd < 0 or _query(self._fd, _CLAIM):
+            return 0
+        return self.header[Word.CLAIMANT]
+
+    def close(self) -> None:
+        """Let another process write the file. Nobody may use the memory any more."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            self.header[Word.PID] = 0
+            # The mappings keep the file open, so closing it alone would not unlock it.
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, _LOCK))
+            os.close(fd)
+        _stores.discard(self)
+
+
+class Claim:
+    """The wish to be the writer of a file that another process writes.
+
+    The kernel forgets it when this process dies, and whoever has the file sees it at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._made = False
+
+    def make(self) -> None:
+        """Make it known, unless another process does so already."""
+        if not self._made and _try_lock(self._fd, _CLAIM):
+            self._made = True
+            word = struct.pack("=Q", process_id(os.getppid()))
+            os.pwrite(self._fd, word, Word.CLAIMANT * 8)
+
+    def close(self) -> None:
+        """Take it back."""
+        os.close(self._fd)
+
+
+def process_id(pid: int) -> int:
+    """Return a number of this process that no other one has had since the machine was started.
+
+    It is 0 if there is no such process.
+    """
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return int(after_name[19]) << 22 | pid  # when it was started, and at most 2**22 at a time
+
+
+# ---- Files
+
+
+def _fill(header: memoryview, shape: Shape) -> None:
+    """Write what never changes."""
+    header[Word.MAGIC], header[Word.FORMAT] = _MAGIC, FORMAT
+    for word in range(Word.SECRET, Word.SECRET + 2):
+        header[word] = secrets.randbits(64)
+    header[Word.UUID], header[Word.UUID + 1] = struct.unpack("=QQ", uuid.uuid4().bytes)
+    header[Word.FIRST], header[Word.CAPACITY] = shape.first, shape.capacity
+    header[Word.BLOCK], header[Word.SPLIT] = shape.block, shape.split
+    header[Word.SUM] = _sum(header)
+
+
+def _sum(header: memoryview) -> int:
+    digest = hashlib.blake2b(header[: Word.SUM].tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _shape_of(header: memoryview, path: Path) -> Shape:
+    if header[Word.MAGIC] != _MAGIC:
+        raise RegistryCorrupt(f"{path} is not a registry of cidalloc")
+    if header[Word.FORMAT] != FORMAT:
+        raise RegistryMismatch(
+            f"{path} has the format {header[Word.FORMAT]}, and this version of cidalloc writes"
+            f" {FORMAT}: use the version that made it, or a newer one"
+        )
+    shape = Shape(*header[Word.FIRST : Word.SUM].tolist())
+    sound = (
+        header[Word.SUM] == _sum(header)
+        and shape.block in (1, 2, 4, 8, 16, 32, 64)
+        and 0 < shape.capacity <= 2**38
+        and 0 < shape.first <= 2**63 - shape.capacity
+        and shape.split % _PER_GRANULE == 0
+        and shape.split <= shape.count
+        and header[Word.END - 1] == 0
+    )
+    if not sound:
+        raise RegistryCorrupt(f"{path}: its header is damaged")
+    return shape
+
+
+def _create(path: Path, shape: Shape, boot: bytes, waiting_ms: int) -> None:
+    """Make the file, unless another process is faster; whoever looks sees all of it or nothing."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise _unusable(path, error) from None
+    try:
+        os.posix_fallocate(fd, 0, GRANULE)
+        _begin(Store(shape, _header_of(fd), fd, draft), boot, waiting_ms)
+        with suppress(FileExistsError):
+            os.link(draft, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise error if isinstance(error, Unavailable) else _unusable(path, error) from None
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _begin(store: Store, boot: bytes, waiting_ms: int) -> None:
+    """Write the first header of a file."""
+    try:
+        _fill(store.header, store.shape)
+        if waiting_ms:
+            # As after a power cut: whatever may have been issued cools first.
+            store.header[Word.HORIZON] = waiting_ms
+            store.grow(Kind.BLOCKS, store.shape.count)
+        else:
+            store.boot = boot
+        store.sync()
+    finally:
+        store.close()
+
+
+def _header_of(fd: int, private: bool = False) -> memoryview:
+    mapping = Mapping(GRANULE)
+    mapping.put_file(0, GRANULE, fd, 0, private)
+    return memoryview(mapping).cast("Q")
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _unusable(path: Path, error: OSError) -> InvalidArgument | Unavailable:
+    if isinstance(error, FileNotFoundError):
+        return InvalidArgument(f"{path.parent} is not there: make that folder, or name another one")
+    if error.errno in _FULL:
+        return Unavailable(f"cannot make {path}: {error.strerror}; make room on its disk")
+    return InvalidArgument(
+        f"cannot use {path}: {error.strerror}; the server's user (uid {os.geteuid()}) must be able"
+        " to read and write the file and its folder"
+    )
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    """Tell whether a file was not replaced between opening and locking it."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+# ---- Locks: of the open file, so that one process cannot have it twice either
+
+
+def _flock(kind: int, byte: int) -> bytes:
+    return struct.pack("@hhqqi0q", kind, os.SEEK_SET, byte, 1, 0)
+
+
+def _try_lock(fd: int, byte: int) -> bool:
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK, byte))
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _query(fd: int, byte: int) -> bool:
+    """Tell whether nobody else has locked a byte."""
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte))
+    return bool(struct.unpack("@hhqqi0q", answer)[0] == fcntl.F_UNLCK)
+
+
+def _lock(fd: int, path: Path) -> None:
+    if not _try_lock(fd, _LOCK):
+        raise RegistryLocked(
+            f"process {writer_of(fd)[0]} writes {path}: a registry has one writer at a time; give"
+            " each server a state folder or a model name of its own"
+        )
+
+
+def writer_of(file: int | Path) -> tuple[int, int]:
+    """Return who writes a file: its process ID, and the `process_id` of its server."""
+    if isinstance(file, Path):
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return writer_of(fd)
+        finally:
+            os.close(fd)
+    pid, server = struct.unpack("=QQ", os.pread(file, 16, Word.PID * 8))
+    return pid, server
+
+
+# A child must not keep a file locked that its parent has let go.
+_stores: weakref.WeakSet[Store] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    for store in _stores:
+        if store._fd >= 0:
+            os.close(store._fd)
+            store._fd = -1
+
+
+os.register_at_fork(after_in_child=_close_in_child)
