@@ -109,26 +109,32 @@ cdef inline uint64_t room_of(const Pool *pool, uint64_t at) noexcept nogil:
     return min(<uint64_t>pool.mask + 1, pool.capacity - (at - 1 << pool.shift))
 
 
-cdef inline Block *open_block(Pool *pool, uint32_t owner) noexcept nogil:
-    # Give the owner a block with room: one that is due, an idle one, a new one; NULL if none is.
-    # Whose it is, is stored before any bit of it is set.
-    cdef uint64_t at = dequeue(pool)
+cdef uint64_t unqueued_block(Pool *pool) noexcept nogil:
+    # An idle block, or else one that was never used; 0 if there is none.
+    cdef uint64_t at = take_idle(pool)
     cdef Block *block
-    if at:
-        pool.blocks[at].bump = 0
-    else:
-        at = take_idle(pool)
-    if not at:
-        if pool.opened == pool.ready:
-            return NULL
+    if not at and pool.opened < pool.ready:
         at = nth_block(pool, pool.opened)
         block = &pool.blocks[at]
         block.end = room_of(pool, at)
         block.reuse_at = pool.last
         pool.opened += 1
         pool.high_water += block.end
+    return at
+
+
+cdef inline Block *open_block(Pool *pool, uint32_t owner) noexcept nogil:
+    # Give the owner a block with room: one that is due, an idle one, a new one; NULL if none is.
+    # Whose it is, is stored before any bit of it is set.
+    cdef uint64_t at = dequeue(pool)
+    if at:
+        pool.blocks[at].bump = 0
+    else:
+        at = unqueued_block(pool)
+        if not at:
+            return NULL
     link(pool, owner, at)
-    keep_order()
+    keep_order_of(&pool.blocks[at])
     return &pool.blocks[at]
 
 

@@ -13,6 +13,7 @@ cdef extern from *:
     #define read_once(p) __atomic_load_n(p, __ATOMIC_RELAXED)
     #define prefetch(p) __builtin_prefetch(p, 1)
     #define keep_order() __atomic_signal_fence(__ATOMIC_SEQ_CST)
+    #define keep_order_of(block) __asm__ volatile("" : "+m"(*(block)))
     static __attribute__((cold, noinline)) void new_peak(uint64_t *peak, int64_t *below) {
         *peak -= *below;
         *below = 0;
@@ -31,6 +32,7 @@ cdef extern from *:
     bint likely(bint x) noexcept nogil
     bint unlikely(bint x) noexcept nogil
     void keep_order() noexcept nogil    # no store moves across, in the machine code
+    void keep_order_of(Block *block) noexcept nogil     # the same, of stores to this block alone
     void count_up(uint64_t *out, uint64_t start, uint64_t n) noexcept nogil
 
 cdef extern from "<sys/mman.h>" nogil:
