@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,14 @@ def test_a_registry_without_a_past_starts_anywhere() -> None:
     starts = {int(small(capacity=2**24, fresh=False).acquire(1, 0)[0]) for _ in range(8)}
     assert len(starts) > 1
     assert all(1 <= start <= 2**24 for start in starts)
+
+
+def test_a_registry_touches_no_memory_before_it_is_needed() -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    registry = Registry(Settings(), now=0)
+    registry.open(bytes(16), 0, ttl_ms=10_000)
+    registry.acquire(1000, 0)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 5_000, "pages"
 
 
 def test_ended_ids_cool_for_the_least_time() -> None:

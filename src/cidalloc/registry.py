@@ -81,6 +81,7 @@ class Registry:
         self.store = store
         shape, reuse_at = store.shape, None
         if waiting:
+            store.grow(Kind.BLOCKS, shape.count)
             reuse_at = now + waiting
         elif store.boot != boot:
             # The times are of another clock, and the last stores may be lost. Generations leap, so

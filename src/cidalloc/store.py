@@ -165,8 +165,6 @@ class Store:
         """Return a store in memory alone."""
         store = cls(shape, memoryview(bytearray(Word.END * 8)).cast("Q"), -1, None)
         _fill(store.header, shape)
-        for kind, total in store._totals.items():
-            store._put(kind, total, 0)
         return store
 
     @classmethod
@@ -309,6 +307,9 @@ class Store:
             self._add(kind, min(more, limit - have))
 
     def _add(self, kind: Kind, granules: int) -> None:
+        if self.path is None:
+            self._put(kind, granules, 0)
+            return
         extents = self.extents()
         offset = 1 + sum(each for _, each in extents)
         try:
