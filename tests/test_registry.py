@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -124,6 +126,61 @@ def test_exhaustion_says_how_long_to_wait() -> None:
     registry.release(ids(2), 1_000, ended=True)
     with pytest.raises(Exhausted, match=r"1 are held, 1 are cooling; the next is due in 4\.2 s"):
         registry.acquire(1, 1_800)
+
+
+def test_a_status_knows_what_has_cooled_meanwhile() -> None:
+    registry = small()
+    registry.acquire(1, 0)
+    registry.release(ids(1), 0, ended=True)
+    assert registry.status(4_999)["cooling"] == 1
+    assert registry.status(5_000)["cooling"] == 0
+    assert registry.status(5_000)["free"] == 3
+
+
+BOOTS = [bytes([n] * 16) for n in range(1, 4)]
+
+
+def rebooted(path: Path, values: Settings, now: int, boot: int) -> Registry:
+    return Registry.in_file(path, values, now, BOOTS[boot])
+
+
+def test_a_reboot_cuts_no_cooldown_of_an_anonymous_id_short(tmp_path: Path) -> None:
+    values = Settings(first=1, capacity=1, anonymous_age_ms=1_000, fresh=True)
+    registry = rebooted(tmp_path / "r", values, 0, boot=0)
+    registry.acquire(1, 0)
+    registry.tick(10_000)  # it was taken back, and cools
+    assert len(registry.pool) == 0
+    registry.close()
+    registry = rebooted(tmp_path / "r", values, 0, boot=1)
+    with pytest.raises(Exhausted):
+        registry.acquire(1, values.unended_cooldown_ms - 1)
+
+
+def test_a_reboot_cuts_no_cooldown_short_that_was_made_longer(tmp_path: Path) -> None:
+    values = Settings(first=1, capacity=1, cooldown_ms=10, unended_cooldown_ms=10, fresh=True)
+    registry = rebooted(tmp_path / "r", values, 0, boot=0)
+    registry.acquire(1, 0)
+    registry.release(ids(1), 0, ended=True)
+    registry.close()
+    longer = replace(values, cooldown_ms=100_000)
+    registry = rebooted(tmp_path / "r", longer, 0, boot=1)
+    with pytest.raises(Exhausted):
+        registry.acquire(1, 99_999)
+    assert registry.acquire(1, 100_000).tolist() == [1]
+
+
+def test_an_anonymous_id_keeps_its_age_after_a_reboot(tmp_path: Path) -> None:
+    day = Settings().anonymous_age_ms
+    values = Settings(first=1, capacity=10, fresh=True)
+    registry = rebooted(tmp_path / "r", values, 30 * day, boot=0)
+    registry.acquire(1, 30 * day)
+    registry.close()
+    registry = rebooted(tmp_path / "r", values, 0, boot=1)
+    late = registry.acquire(1, day + 1000)
+    registry.tick(2 * day)
+    assert late[0] in registry.pool, "held for less than a day"
+    registry.tick(3 * day)
+    assert late[0] not in registry.pool
 
 
 def test_releasing_nothing_is_a_mistake() -> None:

@@ -80,19 +80,18 @@ class Registry:
             store.boot, waiting = boot, _waiting(settings)
         self.store = store
         shape, reuse_at = store.shape, None
+        generation = store.header[Word.GENERATION]
         if waiting:
             store.grow(Kind.BLOCKS, shape.count)
             reuse_at = now + waiting
         elif store.boot != boot:
             # The times are of another clock, and the last stores may be lost. Generations leap, so
             # that none comes twice; then whatever a session may have had cools for long enough.
-            store.header[Word.GENERATION] = (store.header[Word.GENERATION] | 2**32 - 1) + 1
-            reuse_at = now + store.header[Word.HORIZON]
+            generation = (generation | 2**32 - 1) + 1
+            reuse_at = now + max(store.header[Word.HORIZON], settings.cooldown_ms)
         suspect = reuse_at is not None
         try:
-            holders = Sessions.holders(
-                store.rows, store.ready_rows, store.header[Word.GENERATION], suspect
-            )
+            holders = Sessions.holders(store.rows, store.ready_rows, generation, suspect)
             self.pool = Allocator(
                 shape.capacity,
                 shape.first,
@@ -106,6 +105,7 @@ class Registry:
             )
         except RegistryCorrupt as error:
             raise RegistryCorrupt(f"{store.path}: {error}") from None
+        store.header[Word.GENERATION] = generation
         self.sessions = Sessions(self.pool, store.rows, store.ready_rows)
         self._horizon: int = store.header[Word.HORIZON]
         self._now = self._opened_at = now
@@ -368,6 +368,7 @@ class Registry:
         """Return what a person or a program wants to know, as it goes into JSON."""
         self._advance(now)
         pool, shape = self.pool, self.store.shape
+        pool.acquire_many(0, now=self._now)  # so that it knows the time
         cooling = pool.cooling
         return {
             "pool": {"first": shape.first, "capacity": shape.capacity, "block": shape.block},
@@ -477,13 +478,15 @@ class Registry:
     def _anonymous_session(self, now: int) -> int:
         """Return the session that holds what is taken without one at about this time."""
         self._advance(now)
-        part = self.settings.anonymous_age_ms // _SLICES
+        age = self.settings.anonymous_age_ms
         if self._anonymous:
             at = self._anonymous[-1]
-            if self.sessions.opened_at(at) + part > self._now:
+            # Not by when it was opened, which may have been before a reboot.
+            if self.sessions.expires(at) - self._now >= age:
                 return at
-        lease = self.settings.anonymous_age_ms + part
+        lease = age + age // _SLICES
         cooldown = self._cooldown(None)
+        self._reckon(cooldown)
         at = self._new_session(b"", lease, lease, cooldown, b"")
         self._anonymous.append(at)
         return at
