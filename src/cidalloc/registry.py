@@ -38,6 +38,7 @@ __all__ = ["Grant", "Registry"]
 _SMALL = 2**24  # a pool of fewer IDs has no place where nobody is likely to be
 _SLICES = 8  # anonymous IDs of so much of their age share a session
 _LABEL_BYTES = 64
+_LOOKS = 50  # at a file that somebody writes
 _SHOWN = 100  # sessions in a status
 _NO_BOOT = bytes(16)
 
@@ -107,6 +108,7 @@ class Registry:
             raise RegistryCorrupt(f"{store.path}: {error}") from None
         store.header[Word.GENERATION] = generation
         self.sessions = Sessions(self.pool, store.rows, store.ready_rows)
+        self._uuid = store.uuid  # a forked child has no header
         self._horizon: int = store.header[Word.HORIZON]
         self._now = self._opened_at = now
         self._closed = False
@@ -136,15 +138,18 @@ class Registry:
 
         A manager may be writing the file; a look that falls into a change of it is repeated.
         """
-        for attempt in range(5):
+        for attempt in range(_LOOKS):
             store = Store.look(path)
+            busy = store.header[Word.PID] != 0
+            if busy:
+                store.header[Word.GENERATION] |= 2**32 - 1  # sessions may be opened meanwhile
             settings = Settings(
                 first=store.shape.first, capacity=store.shape.capacity, max_sessions=2**24 - 2
             )
             try:
                 return cls(settings, now, store, boot)
             except RegistryCorrupt:
-                if attempt == 4:
+                if attempt == _LOOKS - 1 or not busy:
                     raise
         raise AssertionError("not reached")
 
@@ -362,7 +367,7 @@ class Registry:
     @property
     def uuid(self) -> UUID:
         """The registry's identity, which it keeps for as long as its file."""
-        return self.store.uuid
+        return self._uuid
 
     def status(self, now: int) -> dict[str, Any]:
         """Return what a person or a program wants to know, as it goes into JSON."""
