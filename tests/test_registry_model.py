@@ -342,7 +342,7 @@ class Histories(RuleBasedStateMachine):
             return set()
         known = {cid: self.due_of(cid) for cid in self.due}
         got = self.issued(call())
-        if not self.boots:
+        if not self.marked:  # else there are some that wait, though they were never issued
             self.ordered(got, known)
             self.most = max(self.most, len(self.held | got) + self.cooling())
         self.peak = max(self.peak, len(self.held | got))
@@ -481,7 +481,7 @@ class Histories(RuleBasedStateMachine):
             assert table.cooldown(at) == session.cooldown
         for cid in self.anonymous:
             assert table.anonymous(registry.pool.owner_of(cid))
-        if not self.boots:
+        if not self.marked:
             assert len(self.ever) <= self.most, "B: more IDs than were ever in use at once"
         status = registry.status(self.now)
         assert status["held"] == len(self.held)
