@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from cidalloc.errors import Exhausted, InvalidArgument, LimitExceeded, NotHeld
-from cidalloc.registry import Registry
+from cidalloc.errors import (
+    CidError,
+    Duplicate,
+    Exhausted,
+    InvalidArgument,
+    LimitExceeded,
+    NotHeld,
+    NotOwner,
+    OutOfRange,
+    SessionUnknown,
+    Unavailable,
+)
+from cidalloc.registry import Grant, Registry
 from cidalloc.settings import Settings
+from cidalloc.store import Word
 
 
 def small(**values: Any) -> Registry:
@@ -68,6 +82,14 @@ def test_a_registry_without_a_past_starts_anywhere() -> None:
     assert all(1 <= start <= 2**24 for start in starts)
 
 
+def test_a_registry_touches_no_memory_before_it_is_needed() -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    registry = Registry(Settings(), now=0)
+    registry.open(bytes(16), 0, ttl_ms=10_000)
+    registry.acquire(1000, 0)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 5_000, "pages"
+
+
 def test_ended_ids_cool_for_the_least_time() -> None:
     registry = small(capacity=1)
     registry.acquire(1, now=0)
@@ -117,61 +139,213 @@ def test_exhaustion_says_how_long_to_wait() -> None:
         registry.acquire(1, 1_800)
 
 
+def test_a_status_knows_what_has_cooled_meanwhile() -> None:
+    registry = small()
+    registry.acquire(1, 0)
+    registry.release(ids(1), 0, ended=True)
+    assert registry.status(4_999)["cooling"] == 1
+    assert registry.status(5_000)["cooling"] == 0
+    assert registry.status(5_000)["free"] == 3
+
+
+BOOTS = [bytes([n] * 16) for n in range(1, 4)]
+
+
+def rebooted(path: Path, values: Settings, now: int, boot: int) -> Registry:
+    return Registry.in_file(path, values, now, BOOTS[boot])
+
+
+def test_a_reboot_cuts_no_cooldown_of_an_anonymous_id_short(tmp_path: Path) -> None:
+    values = Settings(first=1, capacity=1, anonymous_age_ms=1_000, fresh=True)
+    registry = rebooted(tmp_path / "r", values, 0, boot=0)
+    registry.acquire(1, 0)
+    registry.tick(10_000)  # it was taken back, and cools
+    assert len(registry.pool) == 0
+    registry.close()
+    registry = rebooted(tmp_path / "r", values, 0, boot=1)
+    with pytest.raises(Exhausted):
+        registry.acquire(1, values.unended_cooldown_ms - 1)
+
+
+def test_a_reboot_cuts_no_cooldown_short_that_was_made_longer(tmp_path: Path) -> None:
+    values = Settings(first=1, capacity=1, cooldown_ms=10, unended_cooldown_ms=10, fresh=True)
+    registry = rebooted(tmp_path / "r", values, 0, boot=0)
+    registry.acquire(1, 0)
+    registry.release(ids(1), 0, ended=True)
+    registry.close()
+    longer = replace(values, cooldown_ms=100_000)
+    registry = rebooted(tmp_path / "r", longer, 0, boot=1)
+    with pytest.raises(Exhausted):
+        registry.acquire(1, 99_999)
+    assert registry.acquire(1, 100_000).tolist() == [1]
+
+
+def test_an_anonymous_id_keeps_its_age_after_a_reboot(tmp_path: Path) -> None:
+    day = Settings().anonymous_age_ms
+    values = Settings(first=1, capacity=10, fresh=True)
+    registry = rebooted(tmp_path / "r", values, 30 * day, boot=0)
+    registry.acquire(1, 30 * day)
+    registry.close()
+    registry = rebooted(tmp_path / "r", values, 0, boot=1)
+    late = registry.acquire(1, day + 1000)
+    registry.tick(2 * day)
+    assert late[0] in registry.pool, "held for less than a day"
+    registry.tick(3 * day)
+    assert late[0] not in registry.pool
+
+
+A, B = b"a" * 16, b"b" * 16
+
+
+def test_what_open_grants() -> None:
+    registry = small()
+    assert registry.open(A, 0, ttl_ms=5_000) == Grant(1, 5_000)
+    assert registry.open(A, 9, ttl_ms=9_000) == Grant(1, 5_000), "it lives"
+    assert registry.open(B, 0, ttl_ms=2_000) == Grant(2, 2_000)
+    assert registry.renew(B, 0) == Grant(2, 2_000)
+    registry.close_session(A, 0)
+    assert registry.open(A, 0, ttl_ms=9_000) == Grant(3, 9_000)
+
+
+def test_open_renews_nothing_and_all_else_does() -> None:
+    registry = small(grace_ms=1_000, capacity=100)
+    calls: list[Callable[[int], object]] = [
+        lambda now: registry.renew(A, now),
+        lambda now: registry.held(A, now),
+        lambda now: registry.acquire(1, now, token=A, seq=now),
+        lambda now: registry.release(ids(), now, token=A, seq=now),
+        lambda now: registry.acquire(10**9, now, token=A, seq=now),
+        lambda now: registry.acquire(1, now, token=A, seq=1),
+        lambda now: registry.release(ids(99), now, token=A, seq=now),
+    ]
+    registry.open(A, 0, ttl_ms=5_000)
+    now = 0
+    for call in calls:
+        now += 6_000
+        with suppress(CidError):
+            call(now)
+    for _ in range(2):
+        now += 3_000
+        assert registry.open(A, now, ttl_ms=5_000) == Grant(1, 5_000)
+    with pytest.raises(SessionUnknown):
+        registry.renew(A, now + 128)
+    assert registry.expired == 1 and registry.released["expired"] == 1
+
+
+def test_a_session_that_expires_lets_its_ids_cool_as_long_as_it_said() -> None:
+    registry = small(capacity=2, grace_ms=0)
+    registry.open(A, 0, ttl_ms=1_000, cooldown_ms=7_000)
+    registry.acquire(1, 0, token=A, seq=1, cooldown_ms=30_000)
+    registry.acquire(1, 0, token=A, seq=2, cooldown_ms=0)
+    registry.tick(1_100)
+    assert len(registry.pool) == 0
+    with pytest.raises(Exhausted, match=r"0 are held, 2 are cooling; the next is due in 1\.0 s"):
+        registry.acquire(1, 30_100)
+    assert len(registry.acquire(2, 31_100)) == 2
+
+
+def test_limits_say_which_setting_they_are() -> None:
+    registry = small(capacity=100, max_sessions=1, max_held=5, max_anonymous=3, max_count=6)
+    for ttl in (0, 999, 600_001, -5):
+        with pytest.raises(LimitExceeded, match=f"ttl_ms={ttl} is not within 1000 to 600000"):
+            registry.open(A, 0, ttl_ms=ttl)
+    registry.open(A, 0, ttl_ms=1_000)
+    with pytest.raises(LimitExceeded, match="1 sessions are open, as many as max_sessions allows"):
+        registry.open(B, 0, ttl_ms=1_000)
+    registry.acquire(4, 0, token=A, seq=1)
+    with pytest.raises(
+        LimitExceeded, match="holds 4 IDs, and 2 more would be more than max_held=5"
+    ):
+        registry.acquire(2, 0, token=A, seq=2)
+    with pytest.raises(LimitExceeded, match=r"count=7 is more than .* max_count=6"):
+        registry.acquire(7, 0, token=A, seq=2)
+    registry.acquire(2, 0)
+    with pytest.raises(LimitExceeded, match=r"2 IDs are held without a session, and 2 more .*=3"):
+        registry.acquire(2, 0)
+    registry.acquire(1, 0, token=A, seq=2)
+    assert registry.pool.active == 7, "what was refused took no seq and no ID"
+
+
+@pytest.mark.parametrize("label", ["x" * 65, "ü" * 33, "a\n", "\0", "\ud800", "\x7f"])
+def test_a_label_that_is_none(label: str) -> None:
+    registry = small()
+    with pytest.raises(InvalidArgument, match="not at most 64 bytes of printable text"):
+        registry.open(A, 0, ttl_ms=1_000, label=label)
+    assert registry.status(0)["sessions_total"] == 0
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_small_pool_without_a_past_waits(tmp_path: Path, in_file: bool) -> None:
+    values = Settings(first=1, capacity=3, max_ttl_ms=20_000, grace_ms=5_000)
+    registry = rebooted(tmp_path / "r", values, 7, 0) if in_file else Registry(values, 7)
+    with pytest.raises(Exhausted, match=r"0 are held, 3 are cooling; the next is due in 25\.0 s"):
+        registry.acquire(1, 7)
+    if in_file:
+        registry.close()
+        registry = rebooted(tmp_path / "r", values, 20_000, 0)
+    with pytest.raises(Exhausted, match="3 are cooling"):
+        registry.acquire(1, 25_006)
+    assert registry.acquire(3, 25_007).tolist() == [1, 2, 3]
+
+
+def test_after_a_reboot_fresh_ids_come_from_above_the_mark(tmp_path: Path) -> None:
+    values = Settings(first=1, capacity=10**6, fresh=True)
+    registry = rebooted(tmp_path / "r", values, 0, 0)
+    registry.open(A, 0, ttl_ms=60_000)
+    registry.acquire(10, 0, token=A, seq=1, cooldown_ms=100_000)
+    anonymous = registry.acquire(1, 0)
+    mark, horizon = registry.pool.ready, registry.store.header[Word.HORIZON]
+    assert 170_000 <= horizon < 2 * 170_000
+    registry.close()
+    registry = rebooted(tmp_path / "r", values, 5, 1)
+    with pytest.raises(SessionUnknown):
+        registry.renew(A, 5)
+    assert registry.pool.held_count(registry.pool.owner_of(int(anonymous[0]))) == 1
+    assert registry.open(A, 5, ttl_ms=1_000).generation == 2**32 + 1
+    assert registry.acquire(3, 5).tolist() == [mark + 1, mark + 2, mark + 3]
+    assert min(registry.acquire(1, 4 + horizon)) > mark
+    assert max(registry.acquire(1, 5 + horizon)) <= mark
+
+
+def test_anonymous_ids_are_taken_back_in_slices() -> None:
+    registry = small(capacity=100, anonymous_age_ms=8_000, max_anonymous=50, unended_cooldown_ms=0)
+    taken = {now: int(registry.acquire(1, now)[0]) for now in range(0, 8_001, 500)}
+    assert registry.anonymous == len(taken)
+    assert len(registry.sessions) <= 9
+    assert registry.status(8_000)["sessions_total"] == 0
+    for now in range(8_000, 20_000, 100):
+        registry.tick(now)
+        for since, cid in taken.items():
+            if cid in registry.pool:
+                assert now <= since + 9_000 + 128
+            else:
+                assert now > since + 8_000
+    assert registry.anonymous == len(registry.sessions) == 0
+    assert registry.expired == 0, "none of them was a session"
+
+
+def test_anonymous_ids_of_several_slices_go_back_together_or_not_at_all() -> None:
+    registry = small(capacity=10, anonymous_age_ms=8_000)
+    one, two = registry.acquire(2, 0), registry.acquire(2, 5_000)
+    registry.open(A, 5_000, ttl_ms=5_000)
+    mine = registry.acquire(1, 5_000, token=A, seq=1)
+    for wrong, error in ((ids(10), NotHeld), (ids(11), OutOfRange), (mine, NotOwner),
+                         (one[:1], Duplicate), (two[:1], Duplicate)):  # fmt: skip
+        with pytest.raises(error):
+            registry.release(np.concatenate([one, two, wrong]), 5_000)
+        assert registry.anonymous == 4
+    assert registry.release(np.concatenate([two[:1], one, two[1:]]), 5_000) == 4
+    assert registry.anonymous == 0 and registry.pool.active == 1
+
+
+def test_a_registry_that_is_closed() -> None:
+    registry = small()
+    registry.close()
+    with pytest.raises(Unavailable, match="closed"):
+        registry.acquire(1, 0)
+    registry.close()
+
+
 def test_releasing_nothing_is_a_mistake() -> None:
     with pytest.raises(InvalidArgument, match="say which"):
         small().release(ids(), 0)
-
-
-class RegistryMachine(RuleBasedStateMachine):
-    """The registry against a dict of IDs and the times from which they may be issued."""
-
-    COOLDOWN = 50
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.registry = small(capacity=5, cooldown_ms=self.COOLDOWN)
-        self.due = dict.fromkeys(range(1, 6), 0)
-        self.held: set[int] = set()
-        self.now = 0
-
-    @rule(passed=st.integers(0, 120))
-    def time_passes(self, passed: int) -> None:
-        self.now += passed
-
-    @rule(count=st.integers(1, 6))
-    def acquire(self, count: int) -> None:
-        may = {cid for cid, due in self.due.items() if due <= self.now} - self.held
-        if count > len(may):
-            with pytest.raises(Exhausted):
-                self.registry.acquire(count, self.now)
-            return
-        got = set(self.registry.acquire(count, self.now).tolist())
-        assert len(got) == count
-        assert got <= may
-        self.held |= got
-
-    @precondition(lambda self: self.held)
-    @rule(data=st.data(), ended=st.booleans(), cooldown=st.integers(0, 200))
-    def release(self, data: st.DataObject, ended: bool, cooldown: int) -> None:
-        some = data.draw(st.lists(st.sampled_from(sorted(self.held)), min_size=1, unique=True))
-        done = self.registry.release(ids(*some), self.now, ended=ended, cooldown_ms=cooldown)
-        assert done == len(some)
-        self.held -= set(some)
-        wait = self.COOLDOWN if ended else max(self.COOLDOWN, cooldown)
-        self.due.update(dict.fromkeys(some, self.now + wait))
-
-    @precondition(lambda self: len(self.held) < 5)
-    @rule(data=st.data())
-    def release_what_is_not_held(self, data: st.DataObject) -> None:
-        cid = data.draw(st.sampled_from(sorted(set(self.due) - self.held)))
-        with pytest.raises(NotHeld):
-            self.registry.release(ids(*self.held, cid), self.now)
-
-    @invariant()
-    def counts(self) -> None:
-        assert self.registry.pool.active == len(self.held)
-        assert all(cid in self.registry.pool for cid in self.held)
-
-
-RegistryMachine.TestCase.settings = hypothesis_settings(max_examples=60, deadline=None)
-TestRegistryMachine = RegistryMachine.TestCase

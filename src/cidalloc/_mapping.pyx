@@ -60,15 +60,11 @@ cdef class Mapping:
         if mprotect(self.base + place, length, PROT_READ | PROT_WRITE):
             fail()
 
-    def put_file(self, uint64_t place, uint64_t length, int fd, uint64_t offset,
-                 bint private=False):
-        """Put `length` bytes of a file from `offset` on at `place`; all in bytes, whole pages.
-
-        With `private` the file needs to be readable only, and nothing that is written reaches it.
-        """
+    def put_file(self, uint64_t place, uint64_t length, int fd, uint64_t offset):
+        """Put `length` bytes of a file from `offset` on at `place`; all in bytes, whole pages."""
         self.check(place, length)
-        got = mmap(self.base + place, length, PROT_READ | PROT_WRITE,
-                   MAP_FIXED | (MAP_PRIVATE | MAP_NORESERVE if private else MAP_SHARED), fd, offset)
+        got = mmap(self.base + place, length, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_SHARED, fd,
+                   offset)
         if got == MAP_FAILED:
             fail()
         madvise(self.base + place, length, MADV_DONTFORK)

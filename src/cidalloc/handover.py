@@ -94,18 +94,20 @@ class Holder:
         return self._registry
 
     def poll(self) -> None:
-        """Look whether the file is to be let go, or can be had."""
+        """Look whether the file is to be let go, or can be had; else let time pass in it."""
         if self._claim is not None:
             self._claim.make()
             self._try_take()
-        elif self._registry is not None and self._path is not None:
-            claimant = self._registry.store.claimed_by()
+        elif self._registry is not None:
+            claimant = self._registry.store.claimed_by()  # of none, if it is in memory
             if claimant and (claimant == self._server or os.getppid() != self._parent):
                 _log.info("handing %s over to a newer process", self._path)
                 self._registry.close()
                 self._registry = None
                 self._let_go_at = self._clock()
                 self._trouble = "a newer process has the registry"
+            else:
+                self._registry.tick(self._clock())
 
     def close(self) -> None:
         """Let go of the file for good."""

@@ -38,6 +38,7 @@ __all__ = ["Grant", "Registry"]
 _SMALL = 2**24  # a pool of fewer IDs has no place where nobody is likely to be
 _SLICES = 8  # anonymous IDs of so much of their age share a session
 _LABEL_BYTES = 64
+_LOOKS = 50  # at a file that somebody writes
 _SHOWN = 100  # sessions in a status
 _NO_BOOT = bytes(16)
 
@@ -80,18 +81,18 @@ class Registry:
             store.boot, waiting = boot, _waiting(settings)
         self.store = store
         shape, reuse_at = store.shape, None
+        generation = store.header[Word.GENERATION]
         if waiting:
+            store.grow(Kind.BLOCKS, shape.count)
             reuse_at = now + waiting
         elif store.boot != boot:
             # The times are of another clock, and the last stores may be lost. Generations leap, so
             # that none comes twice; then whatever a session may have had cools for long enough.
-            store.header[Word.GENERATION] = (store.header[Word.GENERATION] | 2**32 - 1) + 1
-            reuse_at = now + store.header[Word.HORIZON]
+            generation = (generation | 2**32 - 1) + 1
+            reuse_at = now + max(store.header[Word.HORIZON], settings.cooldown_ms)
         suspect = reuse_at is not None
         try:
-            holders = Sessions.holders(
-                store.rows, store.ready_rows, store.header[Word.GENERATION], suspect
-            )
+            holders = Sessions.holders(store.rows, store.ready_rows, generation, suspect)
             self.pool = Allocator(
                 shape.capacity,
                 shape.first,
@@ -105,7 +106,9 @@ class Registry:
             )
         except RegistryCorrupt as error:
             raise RegistryCorrupt(f"{store.path}: {error}") from None
+        store.header[Word.GENERATION] = generation
         self.sessions = Sessions(self.pool, store.rows, store.ready_rows)
+        self._uuid = store.uuid  # a forked child has no header
         self._horizon: int = store.header[Word.HORIZON]
         self._now = self._opened_at = now
         self._closed = False
@@ -135,15 +138,18 @@ class Registry:
 
         A manager may be writing the file; a look that falls into a change of it is repeated.
         """
-        for attempt in range(5):
+        for attempt in range(_LOOKS):
             store = Store.look(path)
+            busy = store.header[Word.PID] != 0
+            if busy:
+                store.header[Word.GENERATION] |= 2**32 - 1  # sessions may be opened meanwhile
             settings = Settings(
                 first=store.shape.first, capacity=store.shape.capacity, max_sessions=2**24 - 2
             )
             try:
                 return cls(settings, now, store, boot)
             except RegistryCorrupt:
-                if attempt == 4:
+                if attempt == _LOOKS - 1 or not busy:
                     raise
         raise AssertionError("not reached")
 
@@ -361,12 +367,13 @@ class Registry:
     @property
     def uuid(self) -> UUID:
         """The registry's identity, which it keeps for as long as its file."""
-        return self.store.uuid
+        return self._uuid
 
     def status(self, now: int) -> dict[str, Any]:
         """Return what a person or a program wants to know, as it goes into JSON."""
         self._advance(now)
         pool, shape = self.pool, self.store.shape
+        pool.acquire_many(0, now=self._now)  # so that it knows the time
         cooling = pool.cooling
         return {
             "pool": {"first": shape.first, "capacity": shape.capacity, "block": shape.block},
@@ -476,13 +483,15 @@ class Registry:
     def _anonymous_session(self, now: int) -> int:
         """Return the session that holds what is taken without one at about this time."""
         self._advance(now)
-        part = self.settings.anonymous_age_ms // _SLICES
+        age = self.settings.anonymous_age_ms
         if self._anonymous:
             at = self._anonymous[-1]
-            if self.sessions.opened_at(at) + part > self._now:
+            # Not by when it was opened, which may have been before a reboot.
+            if self.sessions.expires(at) - self._now >= age:
                 return at
-        lease = self.settings.anonymous_age_ms + part
+        lease = age + age // _SLICES
         cooldown = self._cooldown(None)
+        self._reckon(cooldown)
         at = self._new_session(b"", lease, lease, cooldown, b"")
         self._anonymous.append(at)
         return at

@@ -17,9 +17,11 @@ import fcntl
 import hashlib
 import os
 import secrets
+import stat
 import struct
 import uuid
 import weakref
+import zlib
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -75,7 +77,7 @@ class Word(IntEnum):
     PID = 16  # the writer, and the process that started it
     SERVER = 17
     CLAIMANT = 18  # the same as SERVER, of who has locked the byte of claims
-    EXTENTS = 128  # granules << 1 | kind, until a 0
+    EXTENTS = 128  # granules << 1 | kind, and a checksum above, until a 0
     END = 1024
 
 
@@ -151,7 +153,6 @@ class Store:
         self.header = header
         self.path = path
         self._fd = fd
-        self._private = False
         self.blocks = Mapping(shape.granules * GRANULE)
         self.rows = Mapping(Sessions.size(MAX_SESSIONS))
         self._granules = {Kind.BLOCKS: 0, Kind.ROWS: 0}
@@ -165,8 +166,6 @@ class Store:
         """Return a store in memory alone."""
         store = cls(shape, memoryview(bytearray(Word.END * 8)).cast("Q"), -1, None)
         _fill(store.header, shape)
-        for kind, total in store._totals.items():
-            store._put(kind, total, 0)
         return store
 
     @classmethod
@@ -201,7 +200,7 @@ class Store:
                     continue
                 return cls._opened(fd, path, shape)
             except BaseException:
-                os.close(fd)
+                _unlock_and_close(fd, _LOCK)
                 raise
 
     @classmethod
@@ -211,7 +210,9 @@ class Store:
         Raises as `open`, but for `RegistryLocked`.
         """
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            raise InvalidArgument(f"there is no registry at {path}") from None
         except OSError as error:
             raise _unusable(path, error) from None
         try:
@@ -221,10 +222,13 @@ class Store:
 
     @classmethod
     def _opened(cls, fd: int, path: Path, wanted: Shape | None, private: bool = False) -> Store:
-        size = os.fstat(fd).st_size
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise InvalidArgument(f"cannot use {path}: it is not a file")
+        size = status.st_size
         if size < GRANULE:
             raise RegistryCorrupt(f"{path} is too short for a registry: {size} bytes")
-        header = _header_of(fd, private)
+        header = _copy_of(fd) if private else _header_of(fd)
         shape = _shape_of(header, path)
         if wanted is not None and replace(wanted, split=shape.split) != shape:
             raise RegistryMismatch(
@@ -234,7 +238,6 @@ class Store:
                 f" 'cidalloc registry upgrade --capacity N {path}'"
             )
         store = cls(shape, header, -1 if private else fd, path)
-        store._private = private
         offset = 1
         for kind, granules in store.extents():
             room = store._totals[kind] - store._granules[kind]
@@ -247,7 +250,7 @@ class Store:
                     f"{path} is truncated: {size} bytes, and at least"
                     f" {(offset + granules) * GRANULE} were in use"
                 )
-            store._put(kind, granules, offset, fd)
+            store._put(kind, granules, offset, fd if private else -1)
             offset += granules
         if not private:
             header[Word.PID] = os.getpid()
@@ -289,7 +292,13 @@ class Store:
     def extents(self) -> list[tuple[Kind, int]]:
         """Return the extents of the file in their order: whose, and how many granules."""
         words = self.header[Word.EXTENTS : Word.END].tolist()
-        return [(Kind(word & 1), word >> 1) for word in words[: words.index(0)]]
+        found = []
+        for n, word in enumerate(words[: words.index(0)]):
+            kind, granules = Kind(word & 1), (word & 2**32 - 1) >> 1
+            if word != _extent(n, kind, granules):
+                raise RegistryCorrupt(f"{self.path}: the list of extents is damaged")
+            found.append((kind, granules))
+        return found
 
     def grow(self, kind: Kind, records: int) -> None:
         """Let so many more records of a kind be used, or as many as there can be.
@@ -309,6 +318,9 @@ class Store:
             self._add(kind, min(more, limit - have))
 
     def _add(self, kind: Kind, granules: int) -> None:
+        if self.path is None:
+            self._put(kind, granules, 0)
+            return
         extents = self.extents()
         offset = 1 + sum(each for _, each in extents)
         try:
@@ -319,22 +331,23 @@ class Store:
                 f"{self.path} cannot grow by {granules * GRANULE >> 10} KiB: {error.strerror};"
                 " make room on its disk"
             ) from None
-        self.header[Word.EXTENTS + len(extents)] = granules << 1 | kind
+        self.header[Word.EXTENTS + len(extents)] = _extent(len(extents), kind, granules)
         self.sync()
         self._put(kind, granules, offset)
 
     def _put(self, kind: Kind, granules: int, offset: int, fd: int = -1) -> None:
-        """Put an extent where it belongs in memory."""
-        fd = self._fd if fd < 0 else fd
+        """Put an extent where it belongs in memory; a copy of it, if it is that of another file."""
         have, more = self._granules[kind], granules
         if kind is Kind.BLOCKS and have < self.shape.upper:
             more = min(granules, self.shape.upper - have)
         mapping = self.blocks if kind is Kind.BLOCKS else self.rows
         place = self.shape.place(have) if kind is Kind.BLOCKS else have * GRANULE
-        if fd < 0:
-            mapping.put_memory(place, more * GRANULE)
+        if self._fd >= 0:
+            mapping.put_file(place, more * GRANULE, self._fd, offset * GRANULE)
         else:
-            mapping.put_file(place, more * GRANULE, fd, offset * GRANULE, self._private)
+            mapping.put_memory(place, more * GRANULE)
+            if fd >= 0:
+                _read(fd, memoryview(mapping)[place : place + more * GRANULE], offset * GRANULE)
         self._granules[kind] += more
         if more < granules:
             self._put(kind, granules - more, offset + more, fd)
@@ -357,9 +370,7 @@ class Store:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             self.header[Word.PID] = 0
-            # The mappings keep the file open, so closing it alone would not unlock it.
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, _LOCK))
-            os.close(fd)
+            _unlock_and_close(fd, _LOCK)
         _stores.discard(self)
 
 
@@ -382,7 +393,7 @@ class Claim:
 
     def close(self) -> None:
         """Take it back."""
-        os.close(self._fd)
+        _unlock_and_close(self._fd, _CLAIM)
 
 
 def process_id(pid: int) -> int:
@@ -416,6 +427,11 @@ def _sum(header: memoryview) -> int:
     return int.from_bytes(digest, "little")
 
 
+def _extent(n: int, kind: Kind, granules: int) -> int:
+    word = granules << 1 | kind
+    return word | zlib.crc32(struct.pack("=QQ", n, word)) << 32
+
+
 def _shape_of(header: memoryview, path: Path) -> Shape:
     if header[Word.MAGIC] != _MAGIC:
         raise RegistryCorrupt(f"{path} is not a registry of cidalloc")
@@ -447,10 +463,17 @@ def _create(path: Path, shape: Shape, boot: bytes, waiting_ms: int) -> None:
     except OSError as error:
         raise _unusable(path, error) from None
     try:
-        os.posix_fallocate(fd, 0, GRANULE)
-        _begin(Store(shape, _header_of(fd), fd, draft), boot, waiting_ms)
+        try:
+            os.posix_fallocate(fd, 0, GRANULE)
+            store = Store(shape, _header_of(fd), fd, path)
+        except BaseException:
+            os.close(fd)
+            raise
+        _begin(store, boot, waiting_ms)
         with suppress(FileExistsError):
             os.link(draft, path)
+        if path.is_symlink() and not path.exists():
+            raise InvalidArgument(f"cannot use {path}: it is a link to a file that is not there")
         _sync_folder(path.parent)
     except OSError as error:
         raise error if isinstance(error, Unavailable) else _unusable(path, error) from None
@@ -473,10 +496,21 @@ def _begin(store: Store, boot: bytes, waiting_ms: int) -> None:
         store.close()
 
 
-def _header_of(fd: int, private: bool = False) -> memoryview:
+def _header_of(fd: int) -> memoryview:
     mapping = Mapping(GRANULE)
-    mapping.put_file(0, GRANULE, fd, 0, private)
+    mapping.put_file(0, GRANULE, fd, 0)
     return memoryview(mapping).cast("Q")
+
+
+def _copy_of(fd: int) -> memoryview:
+    header = memoryview(bytearray(Word.END * 8))
+    _read(fd, header, 0)
+    return header.cast("Q")
+
+
+def _read(fd: int, memory: memoryview, offset: int) -> None:
+    while memory and (n := os.preadv(fd, [memory], offset)):
+        memory, offset = memory[n:], offset + n
 
 
 def _sync_folder(folder: Path) -> None:
@@ -519,6 +553,12 @@ def _try_lock(fd: int, byte: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _unlock_and_close(fd: int, byte: int) -> None:
+    # A mapping or a forked child may keep the file open, so closing it alone would not unlock it.
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, byte))
+    os.close(fd)
 
 
 def _query(fd: int, byte: int) -> bool:

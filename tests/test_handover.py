@@ -1,0 +1,300 @@
+"""Tests how the registry's file goes from one process to the next; time is passed in."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cidalloc.errors import InvalidArgument, RegistryLocked, RegistryMismatch, Unavailable
+from cidalloc.handover import Holder, boot_id
+from cidalloc.settings import Settings
+from cidalloc.store import Claim, Word, process_id, writer_of
+
+
+class Clock:
+    """A clock that stands until it is moved."""
+
+    now = 1_000
+
+    def __call__(self) -> int:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def values(tmp_path: Path) -> Settings:
+    return Settings(first=10, capacity=50, state=str(tmp_path), fresh=True)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "m.cidalloc"
+
+
+def holder(values: Settings, clock: Clock, **how: Any) -> Holder:
+    return Holder(values, "m", clock, **how)
+
+
+def away(holder: Holder, words: str) -> None:
+    with pytest.raises(Unavailable, match=f"{words}.*; try again"):
+        holder.registry()
+
+
+def gone() -> int:
+    """The number of a process that has ended."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        number = process_id(process.pid)
+        process.kill()
+    return number
+
+
+OTHER = """if True:
+    import sys, time
+    from cidalloc.handover import Holder
+    from cidalloc.settings import Settings
+    values = Settings(first=10, capacity=50, state=sys.argv[1], fresh=True)
+    holder = Holder(values, "m", lambda: 1_000)
+    print("waits" if holder.waits else "has it", flush=True)
+    while holder.waits:
+        holder.poll()
+        time.sleep(0.005)
+    print(*holder.registry().acquire(1, 1_000), flush=True)
+    sys.stdin.readline()
+    holder.poll()
+    print("waits" if holder.waits else "polled", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", OTHER, str(tmp_path)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        process.kill()
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    assert process.stdout
+    return process.stdout.readline().strip()
+
+
+def test_the_boot_has_a_name() -> None:
+    assert len(boot_id()) == 16 and boot_id() == boot_id() != bytes(16)
+
+
+def test_a_registry_in_memory_needs_no_handover(clock: Clock) -> None:
+    one = Holder(Settings(first=10, capacity=5, fresh=True), "m", clock)
+    two = Holder(Settings(first=10, capacity=5, fresh=True), "m", clock)
+    for each in (one, two):
+        each.poll()
+        assert not each.waits
+        assert each.registry().acquire(1, 0).tolist() == [10]
+    one.close()
+    away(one, "this process has ended its work")
+
+
+def test_the_file_is_named_by_the_manager(values: Settings, clock: Clock, path: Path) -> None:
+    one = holder(values, clock)
+    assert os.listdir(values.state) == ["m.cidalloc"]
+    assert writer_of(path) == (os.getpid(), process_id(os.getppid()))
+    one.poll()
+    assert one.registry().acquire(1, 0).tolist() == [10], "nobody else wants it"
+    one.close()
+    assert writer_of(path)[0] == 0
+    one.close()
+
+
+def test_the_new_one_waits_and_gets_it_when_the_old_one_polls(
+    values: Settings, clock: Clock
+) -> None:
+    old = holder(values, clock)
+    held = old.registry().acquire(3, 1_000)
+    new = holder(values, clock)
+    assert new.waits
+    new.poll()
+    away(new, f"process {os.getpid()} writes")
+    assert old.registry().pool.active == 3, "it serves until it looks"
+    before = old.registry()
+    old.poll()
+    away(old, "a newer process has the registry")
+    with pytest.raises(Unavailable, match="closed"):
+        before.acquire(1, 1_000)
+    away(new, "")
+    new.poll()
+    assert not new.waits
+    assert set(held.tolist()) <= set(range(10, 60)) and new.registry().pool.active == 3
+    old.poll()
+    new.poll()
+    assert new.registry().acquire(1, 1_000).tolist() == [13]
+    away(old, "a newer process")
+
+
+def test_of_two_that_wait_one_gets_it(values: Settings, clock: Clock) -> None:
+    old, *waiting = (holder(values, clock) for _ in range(3))
+    old.poll()
+    for each in waiting:
+        each.poll()
+    assert [each.waits for each in waiting] == [False, True]
+    waiting[1].poll()
+    waiting[0].poll()
+    away(waiting[0], "a newer process")
+    waiting[1].poll()
+    assert waiting[1].registry().pool.active == 0
+
+
+def test_the_old_one_takes_it_back_if_nobody_came(values: Settings, clock: Clock) -> None:
+    old, new = holder(values, clock), holder(values, clock)
+    old.poll()
+    new.close()
+    clock.now += 2_999
+    away(old, "a newer process has the registry")
+    clock.now += 1
+    assert old.registry().acquire(1, clock.now).tolist() == [10]
+    old.poll()
+    assert old.registry().pool.active == 1
+
+
+def test_the_old_one_asks_again_and_again(values: Settings, clock: Clock) -> None:
+    old, new = holder(values, clock), holder(values, clock)
+    old.poll()
+    new.poll()
+    for _ in range(3):
+        clock.now += 3_000
+        away(old, f"process {os.getpid()} writes")
+    new.close()
+    clock.now += 2_999
+    away(old, "writes")
+    clock.now += 1
+    assert old.registry().pool.active == 0
+
+
+def test_one_that_has_ended_its_work_takes_nothing_back(values: Settings, clock: Clock) -> None:
+    old, new = holder(values, clock), holder(values, clock)
+    old.poll()
+    old.close()
+    new.close()
+    clock.now += 10_000
+    away(old, "this process has ended its work")
+    away(new, "this process has ended its work")
+
+
+def test_one_that_waits_no_more_is_no_reason_to_let_go(values: Settings, clock: Clock) -> None:
+    old, new = holder(values, clock), holder(values, clock)
+    assert new.waits
+    new.close()
+    old.poll()
+    assert old.registry().pool.active == 0
+
+
+def test_a_process_of_another_server_is_refused(values: Settings, clock: Clock) -> None:
+    old = holder(values, clock)
+    with pytest.raises(RegistryLocked, match=f"process {os.getpid()} writes .*state folder"):
+        holder(values, clock, server=gone())
+    assert old.registry().store.claimed_by() == 0, "and leaves no wish behind"
+    old.poll()
+    assert old.registry().pool.active == 0
+
+
+def test_a_process_of_a_dead_server_is_waited_for(values: Settings, clock: Clock) -> None:
+    old = holder(values, clock)
+    for server in (gone(), 0):
+        old.registry().store.header[Word.SERVER] = server
+        new = holder(values, clock, server=12345)
+        assert new.waits
+        new.close()
+
+
+def test_a_strangers_wish_is_none_of_ours(values: Settings, clock: Clock, path: Path) -> None:
+    old = holder(values, clock, server=gone())
+    claim = Claim(path)
+    claim.make()
+    old.poll()
+    assert old.registry().pool.active == 0, "we still have our own server"
+    claim.close()
+
+
+def test_trouble_with_the_file_is_told(
+    values: Settings, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = holder(values, clock)
+    wider = Settings(first=10, capacity=51, state=values.state, fresh=True)
+    new = holder(wider, clock)
+    assert new.waits, "for what it cannot have"
+    old.poll()
+    for _ in range(3):
+        new.poll()
+        away(new, "holds a pool with first=10, capacity=50")
+    assert caplog.text.count("cannot take over") == 1, "once"
+    clock.now += 3_000
+    new.close()
+    assert old.registry().pool.active == 0
+    old.close()
+    with pytest.raises(RegistryMismatch):
+        holder(wider, clock)
+
+
+def test_a_folder_that_is_not_there(values: Settings, clock: Clock) -> None:
+    with pytest.raises(InvalidArgument, match="make that folder"):
+        Holder(Settings(state="/nowhere/at/all", fresh=True), "m", clock)
+
+
+def test_between_processes(
+    values: Settings, clock: Clock, other: subprocess.Popen[str], path: Path
+) -> None:
+    assert (said(other), said(other)) == ("has it", "10")
+    server = process_id(os.getpid())  # which is the parent of the other one, but not ours
+    with pytest.raises(RegistryLocked, match=f"process {other.pid} writes"):
+        holder(values, clock)
+    mine = holder(values, clock, server=server)
+    assert mine.waits
+    away(mine, f"process {other.pid} writes")
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    mine.poll()
+    assert mine.registry().acquire(1, 1_000).tolist() == [11], "and what the dead one held is held"
+    assert writer_of(path)[0] == os.getpid()
+
+
+def test_one_that_died_while_it_waited_is_forgotten(
+    values: Settings, clock: Clock, path: Path
+) -> None:
+    mine = holder(values, clock, server=process_id(os.getpid()))
+    mine.registry().store.header[Word.SERVER] = process_id(os.getpid())
+    command = [sys.executable, "-c", OTHER, values.state]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as other:
+        assert said(other) == "waits"
+        assert mine.registry().store.claimed_by() == process_id(os.getpid())
+        other.kill()
+        other.wait()
+    assert mine.registry().store.claimed_by() == 0
+    mine.poll()
+    assert mine.registry().pool.active == 0
+
+
+def test_a_process_that_waits_gets_it(values: Settings, clock: Clock) -> None:
+    mine = holder(values, clock, server=process_id(os.getpid()))
+    mine.registry().store.header[Word.SERVER] = process_id(os.getpid())
+    mine.registry().acquire(2, 1_000)
+    command = [sys.executable, "-c", OTHER, values.state]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as other:
+        assert said(other) == "waits"
+        mine.poll()
+        away(mine, "a newer process")
+        assert said(other) == "12"
+        other.kill()
+    clock.now += 3_000
+    assert mine.registry().pool.active == 3, "it died, and we are still asked"
