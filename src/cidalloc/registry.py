@@ -490,7 +490,8 @@ class Registry:
     def _issue(self, count: int, at: int) -> IDs:
         pool, full = self.pool, None
         need = count // pool.block + 1
-        if pool.opened + need > pool.ready and pool.ready < self.store.shape.count:
+        # Once more if it came to the end of the pool, to go on at its beginning.
+        while not full and pool.opened + need > pool.ready and pool.ready < self.store.shape.count:
             try:
                 self.store.grow(Kind.BLOCKS, need)
             except Unavailable as error:
