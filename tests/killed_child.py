@@ -13,6 +13,7 @@ import random
 import sys
 import time
 import traceback
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class Child:
     def step(self) -> None:
         draw, every = self.chance.random(), sum(map(len, self.ids.values()))
         name = self.chance.choice([*self.ids])
-        if draw < 0.08 and len(self.ids) < 12 or len(self.ids) < 3:
+        if len(self.ids) < (12 if draw < 0.08 else 3):
             self.opened += 1
             ttl = self.chance.choice([MORTAL, 600_000])
             self.do("open", name=f"{self.seed} {self.opened}", ttl=ttl)
@@ -90,7 +91,7 @@ class Child:
             count = self.chance.choice([1, 1, 2, len(mine)])
             ids = self.chance.sample(mine, min(count, len(mine)))
             if self.chance.random() < 0.1:  # refused at the end, and all is undone
-                ids.append(self.chance.choice([ids[0], 10**9, *sum(self.ids.values(), [])]))
+                ids.append(self.chance.choice([ids[0], 10**9, *chain(*self.ids.values())]))
             ended, cooldown = self.chance.random() < 0.5, self.chance.choice([3, 15, 40])
             self.do("release", name=name, ids=ids, ended=ended, cooldown=cooldown)
 
