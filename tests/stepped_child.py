@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from crash import BOOT, NEXT_BOOT, TTL, UNENDED, reopen, settings, token
+from crash import BOOT, ENDED, NEXT_BOOT, TTL, UNENDED, reopen, settings, token
 
 from cidalloc.errors import CidError
 from cidalloc.registry import Registry
@@ -51,6 +51,10 @@ class World:
                 seq=next(SEQS),
                 ended=ended,
             )
+
+    def number(self, name: str) -> int:
+        registry = self.registry
+        return registry.sessions.find(registry._digest(token(name)))
 
     def of(self, name: str) -> bytes | None:
         return token(name) if name else None
@@ -131,6 +135,13 @@ SCENARIOS: dict[str, Scenario] = {
         10,
     ),
     "release one": Scenario(lambda w: w.release("a", 2, ended=True), _three, 3),
+    # A registry takes and gives back many at a time; the pool knows a way for one, too.
+    "acquire one of the pool": Scenario(
+        lambda w: w.registry.pool.acquire(w.number("a"), w.time), _some_free, 3
+    ),
+    "release one to the pool": Scenario(
+        lambda w: w.registry.pool.release(2, w.number("a"), w.time + ENDED), _three, 3
+    ),
     "release many": Scenario(lambda w: w.release("a", 3, 1), _three, 4),
     "release all": Scenario(lambda w: w.release("a", 1, 2, 3), _three, 3),
     "release a foreign one": Scenario(

@@ -140,11 +140,12 @@ class Model:
         if what == "open" and (found := _find(registry, at_it)):
             self.opened(at_it, registry.sessions.generation(found), facts["ttl"], facts["now"])
         if what == "acquire" and at_it in self.sessions:
-            session = self.sessions[at_it]  # its cooldown may be the higher one: never the lower
+            session = self.sessions[at_it]  # its cooldown may have been raised
             found = _find(registry, at_it)
             if found:
                 noted = registry.sessions.cooldown(found)
                 assert session.cooldown <= noted <= max(session.cooldown, facts["cooldown"])
+                session.cooldown = noted
         everybody = 0
         for name in [*self.sessions]:
             at = _find(registry, name)
@@ -178,8 +179,7 @@ class Model:
             assert len(more) <= facts["count"]
             self.issued(name, [*more], facts["now"])
             if name and more:
-                session = self.sessions[name]
-                session.cooldown = max(session.cooldown, facts["cooldown"])
+                assert self.sessions[name].cooldown >= facts["cooldown"]
         else:
             assert not more, f"{name!r} holds {more}, which it was not given"
         if what == "release":

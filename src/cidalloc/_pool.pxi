@@ -124,6 +124,7 @@ cdef inline Block *open_block(Pool *pool, uint32_t owner) noexcept nogil:
         at = nth_block(pool, pool.opened)
         block = &pool.blocks[at]
         block.end = room_of(pool, at)
+        keep_order()    # by this one the block is known to be in use
         block.reuse_at = pool.last
         pool.opened += 1
         pool.high_water += block.end

@@ -100,7 +100,7 @@ class Registry:
                 buffer=store.blocks,
                 ready=store.ready_blocks,
                 holders=holders,
-                latest=now + MAX_COOLDOWN_MS,
+                latest=now + max(MAX_COOLDOWN_MS, store.header[Word.HORIZON]),
                 reuse_at=reuse_at,
             )
         except RegistryCorrupt as error:
@@ -457,9 +457,10 @@ class Registry:
     def _reckon(self, time_ms: int) -> None:
         """Note on the disk for how long an ID may be in use from now on, before it is."""
         if time_ms > self._horizon:
-            self._horizon = 1 << (time_ms - 1).bit_length()  # seldom, since each one is a sync
-            self.store.header[Word.HORIZON] = self._horizon
+            horizon = 1 << (time_ms - 1).bit_length()  # seldom, since each one is a sync
+            self.store.header[Word.HORIZON] = horizon
             self.store.sync()
+            self._horizon = horizon
 
     def _new_session(self, digest: bytes, ttl: int, lease: int, cooldown: int, label: bytes) -> int:
         header = self.store.header
@@ -483,6 +484,9 @@ class Registry:
                 return at
         lease = self.settings.anonymous_age_ms + part
         cooldown = self._cooldown(None)
+        # Nobody knows for how long these are in use. If a power cut makes us forget one, it cools
+        # for no shorter than if it had been a session's.
+        self._reckon(self.settings.max_ttl_ms + self.settings.grace_ms + cooldown)
         at = self._new_session(b"", lease, lease, cooldown, b"")
         self._anonymous.append(at)
         return at

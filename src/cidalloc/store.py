@@ -310,17 +310,18 @@ class Store:
 
     def _add(self, kind: Kind, granules: int) -> None:
         extents = self.extents()
-        offset = 1 + sum(each for _, each in extents)
+        offset, word = 1 + sum(each for _, each in extents), Word.EXTENTS + len(extents)
         try:
             os.posix_fallocate(self._fd, offset * GRANULE, granules * GRANULE)
             os.fsync(self._fd)
+            self.header[word] = granules << 1 | kind
+            os.fsync(self._fd)
         except OSError as error:
+            self.header[word] = 0  # or the next one would not be where it is said to be
             raise Unavailable(
                 f"{self.path} cannot grow by {granules * GRANULE >> 10} KiB: {error.strerror};"
                 " make room on its disk"
             ) from None
-        self.header[Word.EXTENTS + len(extents)] = granules << 1 | kind
-        self.sync()
         self._put(kind, granules, offset)
 
     def _put(self, kind: Kind, granules: int, offset: int, fd: int = -1) -> None:
