@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from stepped_child import FORBIDDEN
 
 from cidalloc.store import GRANULE, Word
 
@@ -90,14 +91,16 @@ class Tracee:
     def trace(self, request: int, data: object = None) -> None:
         if _libc.ptrace(request, self.pid, None, ctypes.c_void_p(data)):  # type: ignore[arg-type]
             reason = os.strerror(ctypes.get_errno())
-            pytest.fail(f"this test has to trace a child, and may not (ptrace: {reason})")
+            pytest.fail(f"this test has to trace a child, and ptrace says: {reason}")
 
     def wait(self) -> int:
         """Return the signal at which it stopped."""
         _, status = os.waitpid(self.process.pid, 0)
         self.stops += 1
         if not os.WIFSTOPPED(status):
-            pytest.fail(f"the child ended with the status {status}")
+            code = os.waitstatus_to_exitcode(status)
+            assert code != FORBIDDEN, "this test has to trace a child, and ptrace is forbidden here"
+            pytest.fail(f"the child exited with {code}")
         return os.WSTOPSIG(status)
 
     def go(self) -> None:
