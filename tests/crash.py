@@ -141,8 +141,8 @@ def judge(state: Facts, before: Facts, after: Facts, under_way: dict[int, int]) 
         assert seq in (before.seqs.get(generation), after.seqs.get(generation))
         if seq == after.seqs.get(generation) != before.seqs.get(generation, 0):
             assert state.holds == after.holds, "seq is noted before the effect"
-        if session.anonymous is False:
-            assert state.horizon >= session.ttl + GRACE + session.cooldown, "horizon"
+        longest = min(session.ttl, TTL) + GRACE + session.cooldown
+        assert state.horizon >= longest, "a session before the horizon is noted"
 
 
 def judge_reboot(path: Path, shape: Shape, state: Facts, boot: bytes = NEXT_BOOT) -> None:

@@ -155,6 +155,10 @@ SCENARIOS: dict[str, Scenario] = {
     "release one twice": Scenario(
         lambda w: w.release("a", 3, 1, 2, 1), _three, 6, under_way=_back(1, 2, 3)
     ),
+    "open the first": Scenario(lambda w: w.open("a"), snapshots=8, widths=(1,)),
+    "take the first without a session": Scenario(
+        lambda w: w.acquire("", 1), snapshots=12, widths=(1,)
+    ),
     "open": Scenario(lambda w: w.open("c"), _three, 4, widths=(1,)),
     "open where one was": Scenario(
         lambda w: w.open("c"),
