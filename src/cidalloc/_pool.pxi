@@ -117,6 +117,7 @@ cdef uint64_t unqueued_block(Pool *pool) noexcept nogil:
         at = nth_block(pool, pool.opened)
         block = &pool.blocks[at]
         block.end = room_of(pool, at)
+        keep_order()    # by this one the block is known to be in use
         block.reuse_at = pool.last
         pool.opened += 1
         pool.high_water += block.end

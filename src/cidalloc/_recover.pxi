@@ -58,7 +58,9 @@ cdef inline void take_over(Pool *pool, uint64_t at, const Past *past) noexcept n
         keep_order()
         if owner >= past.owners or not past.holds[owner]:
             above = block.used = 0
-    if above and block.bump <= high_bit(above):
+    if above and past.suspect:
+        block.bump = block.end      # whatever else is in it may have been issued, and has to cool
+    elif above and block.bump <= high_bit(above):
         block.bump = high_bit(above) + 1
     if block.bump > block.seen:
         block.seen = block.bump

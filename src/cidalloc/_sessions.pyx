@@ -182,6 +182,8 @@ cdef class Sessions:
                 self.hang(at, now)
                 self.chain(at)
             else:
+                if row.opened_at > now:     # by the clock of another boot
+                    row.opened_at = now
                 self.start(at, now + row.ttl + grace)
         return ending
 

@@ -101,7 +101,7 @@ class Registry:
                 buffer=store.blocks,
                 ready=store.ready_blocks,
                 holders=holders,
-                latest=now + MAX_COOLDOWN_MS,
+                latest=now + max(MAX_COOLDOWN_MS, store.header[Word.HORIZON]),
                 reuse_at=reuse_at,
             )
         except RegistryCorrupt as error:
@@ -464,9 +464,10 @@ class Registry:
     def _reckon(self, time_ms: int) -> None:
         """Note on the disk for how long an ID may be in use from now on, before it is."""
         if time_ms > self._horizon:
-            self._horizon = 1 << (time_ms - 1).bit_length()  # seldom, since each one is a sync
-            self.store.header[Word.HORIZON] = self._horizon
+            horizon = 1 << (time_ms - 1).bit_length()  # seldom, since each one is a sync
+            self.store.header[Word.HORIZON] = horizon
             self.store.sync()
+            self._horizon = horizon
 
     def _new_session(self, digest: bytes, ttl: int, lease: int, cooldown: int, label: bytes) -> int:
         header = self.store.header
@@ -491,7 +492,9 @@ class Registry:
                 return at
         lease = age + age // _SLICES
         cooldown = self._cooldown(None)
-        self._reckon(cooldown)
+        # Nobody knows for how long these are in use. If a power cut makes us forget one, it cools
+        # for no shorter than if it had been a session's.
+        self._reckon(self.settings.max_ttl_ms + self.settings.grace_ms + cooldown)
         at = self._new_session(b"", lease, lease, cooldown, b"")
         self._anonymous.append(at)
         return at
@@ -499,7 +502,8 @@ class Registry:
     def _issue(self, count: int, at: int) -> IDs:
         pool, full = self.pool, None
         need = count // pool.block + 1
-        if pool.opened + need > pool.ready and pool.ready < self.store.shape.count:
+        # Once more if it came to the end of the pool, to go on at its beginning.
+        while not full and pool.opened + need > pool.ready and pool.ready < self.store.shape.count:
             try:
                 self.store.grow(Kind.BLOCKS, need)
             except Unavailable as error:

@@ -53,6 +53,7 @@ _MAGIC = int.from_bytes(b"CIDALLOC", "little")
 _RECORD = 32  # bytes of a block
 _PER_GRANULE = GRANULE // _RECORD
 _ROW = 128  # bytes of a session
+_ETERNITY_MS = 2**50  # no time in the header is as long
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOCK = 0  # the byte that the writer has locked
 _CLAIM = 1  # the one that a process locks which waits to be the writer
@@ -322,17 +323,18 @@ class Store:
             self._put(kind, granules, 0)
             return
         extents = self.extents()
-        offset = 1 + sum(each for _, each in extents)
+        offset, word = 1 + sum(each for _, each in extents), Word.EXTENTS + len(extents)
         try:
             os.posix_fallocate(self._fd, offset * GRANULE, granules * GRANULE)
             os.fsync(self._fd)
+            self.header[word] = _extent(len(extents), kind, granules)
+            os.fsync(self._fd)
         except OSError as error:
+            self.header[word] = 0  # or the next one would not be where it is said to be
             raise Unavailable(
                 f"{self.path} cannot grow by {granules * GRANULE >> 10} KiB: {error.strerror};"
                 " make room on its disk"
             ) from None
-        self.header[Word.EXTENTS + len(extents)] = _extent(len(extents), kind, granules)
-        self.sync()
         self._put(kind, granules, offset)
 
     def _put(self, kind: Kind, granules: int, offset: int, fd: int = -1) -> None:
@@ -448,6 +450,7 @@ def _shape_of(header: memoryview, path: Path) -> Shape:
         and 0 < shape.first <= 2**63 - shape.capacity
         and shape.split % _PER_GRANULE == 0
         and shape.split <= shape.count
+        and header[Word.HORIZON] < _ETERNITY_MS
         and header[Word.END - 1] == 0
     )
     if not sound:

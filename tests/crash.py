@@ -1,0 +1,162 @@
+"""What a crash may leave of a registry: reads a file as the next process would, and judges it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from cidalloc.errors import Exhausted
+from cidalloc.registry import Registry
+from cidalloc.settings import Settings
+from cidalloc.store import Shape, Store, Word
+
+BOOT, NEXT_BOOT, LAST_BOOT = (bytes([n]) * 16 for n in (1, 2, 3))
+ENDED, UNENDED, GRACE, TTL = 50, 100, 1_000, 600_000
+"""The times of `settings`."""
+NEVER = 2**62
+MOST = 300  # IDs that a look at what is free takes at a time
+
+
+def settings(shape: Shape, fresh: bool = True) -> Settings:
+    return Settings(
+        first=shape.first,
+        capacity=shape.capacity,
+        cooldown_ms=ENDED,
+        unended_cooldown_ms=UNENDED,
+        grace_ms=GRACE,
+        max_ttl_ms=TTL,
+        fresh=fresh,
+    )
+
+
+def token(name: str) -> bytes:
+    return name.encode().ljust(16, b".")
+
+
+def reopen(path: Path, shape: Shape, now: int, boot: bytes = BOOT) -> Registry:
+    """As `Registry.in_file`, but for any shape."""
+    store = Store.open(path, shape, boot=boot)
+    try:
+        return Registry(settings(shape), now, store, boot)
+    except BaseException:
+        store.close()
+        raise
+
+
+class Session(NamedTuple):
+    ttl: int
+    cooldown: int
+    label: str
+    anonymous: bool
+    opened_at: int
+
+
+@dataclass
+class Facts:
+    """What a registry knows. Sessions go by their generation, which no two ever share."""
+
+    holds: dict[int, int] = field(default_factory=dict)  # an ID, and whose it is
+    sessions: dict[int, Session] = field(default_factory=dict)
+    seqs: dict[int, int] = field(default_factory=dict)
+    first: dict[int, int] = field(default_factory=dict)  # at which time a free ID was issued
+    generation: int = 0  # the first one given to a new session
+    horizon: int = 0
+
+    def held_by(self, generation: int) -> set[int]:
+        return {cid for cid, holder in self.holds.items() if holder == generation}
+
+
+def facts_of(path: Path, shape: Shape, now: int, times: list[int], boot: bytes = BOOT) -> Facts:
+    """Reopen a file, see what it holds, and then take all that can be had at each of `times`."""
+    registry = reopen(path, shape, now, boot)
+    try:
+        registry._check()
+        table, facts = registry.sessions, Facts()
+        facts.horizon = registry.store.header[Word.HORIZON]
+        for at in table.numbers():
+            generation = table.generation(at)
+            assert generation not in facts.sessions, "a generation came twice"
+            assert table.expires(at) == now + table.ttl(at) + GRACE, "not its whole time again"
+            facts.sessions[generation] = Session(
+                table.ttl(at),
+                table.cooldown(at),
+                table.label(at),
+                table.anonymous(at),
+                table.opened_at(at),
+            )
+            facts.seqs[generation] = table.seq(at)
+            for cid in registry.pool.held_by(at).tolist():
+                assert cid not in facts.holds, "an ID with two holders"
+                facts.holds[cid] = generation
+        for time in times:
+            registry.tick(time)
+            grant = registry.open(token(f"look {time}"), time, ttl_ms=TTL)
+            facts.generation = facts.generation or grant.generation
+            for at in table.numbers():
+                for cid in _all_free(registry, at):
+                    assert cid not in facts.holds, "a held ID was issued"
+                    facts.first.setdefault(cid, time)
+        registry._check()
+        for cid, generation in facts.holds.items():
+            assert table.generation(registry.pool.owner_of(cid)) == generation, "a new holder"
+        return facts
+    finally:
+        registry.close()
+
+
+def _all_free(registry: Registry, at: int) -> list[int]:
+    got: list[int] = []
+    while len(got) < MOST:
+        try:
+            got += registry._issue(1, at).tolist()
+        except Exhausted:
+            break
+    return got
+
+
+def judge(state: Facts, before: Facts, after: Facts, under_way: dict[int, int]) -> None:
+    """Check that a state may lie between two others.
+
+    `under_way` are IDs that are given back meanwhile, and from when on they may be issued, though
+    that may be undone in the end.
+    """
+    for cid, holder in state.holds.items():
+        assert holder in (before.holds.get(cid), after.holds.get(cid)), f"{cid} is not theirs"
+    for cid, holder in before.holds.items():
+        if after.holds.get(cid) == holder and cid not in under_way:
+            assert state.holds.get(cid) == holder, f"the hold of {cid} is lost"
+    for cid, time in state.first.items():
+        due = min(facts.first.get(cid, NEVER) for facts in (before, after))
+        assert time >= min(due, under_way.get(cid, NEVER)), f"{cid} is issued too early"
+    assert {*before.sessions} & {*after.sessions} <= {*state.sessions}, "a session is lost"
+    for generation, session in state.sessions.items():
+        was, will = before.sessions.get(generation), after.sessions.get(generation)
+        assert session in (was, will), "a session that never was like that"
+        if will is None:
+            assert state.held_by(generation) == before.held_by(generation), "half alive"
+        if will and state.held_by(generation) - before.held_by(generation):
+            assert session.cooldown >= will.cooldown, "IDs before their cooldown is noted"
+        seq = state.seqs[generation]
+        assert seq in (before.seqs.get(generation), after.seqs.get(generation))
+        if seq == after.seqs.get(generation) != before.seqs.get(generation, 0):
+            assert state.holds == after.holds, "seq is noted before the effect"
+        longest = min(session.ttl, TTL) + GRACE + session.cooldown
+        assert state.horizon >= longest, "a session before the horizon is noted"
+
+
+def judge_reboot(path: Path, shape: Shape, state: Facts, boot: bytes = NEXT_BOOT) -> None:
+    """Check what another boot of the machine makes of a file of which no store was lost."""
+    store = Store.look(path)
+    ready = store.ready_blocks * shape.block
+    horizon = store.header[Word.HORIZON]
+    now = 7
+    facts = facts_of(path, shape, now, [now, now + horizon - 1, now + horizon], boot)
+    anonymous = {key for key, session in state.sessions.items() if session.anonymous}
+    kept = {cid: holder for cid, holder in state.holds.items() if holder in anonymous}
+    assert facts.holds == kept, "what is held without a session, and nothing else"
+    assert {*facts.sessions} == anonymous
+    assert facts.generation > max(state.sessions, default=0) | 2**32 - 1, "generations leap"
+    for cid, time in facts.first.items():
+        if (cid - shape.start) % shape.capacity < ready:
+            assert time >= now + horizon, f"{cid} was below the mark"

@@ -1,0 +1,254 @@
+"""Does one thing after another to registries, under a tracer: see test_registry_stores.py.
+
+Reads the name of a scenario, the width of blocks and a path from each line; gets the file ready,
+stops, does it, stops again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from crash import BOOT, ENDED, NEXT_BOOT, TTL, UNENDED, reopen, settings, token
+
+from cidalloc.errors import CidError
+from cidalloc.registry import Registry
+from cidalloc.store import Shape
+
+FORBIDDEN = 77
+"""What it exits with if it may not be traced."""
+NOW = 10_000
+"""When the thing is done; everything before it is at 0."""
+SEQS = iter(range(1, 10**9))
+
+
+class World:
+    """A registry and what was done to it."""
+
+    def __init__(self, path: Path, shape: Shape) -> None:
+        self.registry = reopen(path, shape, 0)
+        self.time = 0
+
+    def open(self, name: str, ttl: int = TTL) -> None:
+        self.registry.open(token(name), self.time, ttl_ms=ttl, label=name)
+
+    def acquire(self, name: str, count: int, cooldown: int | None = None) -> None:
+        self.registry.acquire(
+            count, self.time, token=self.of(name), seq=next(SEQS), cooldown_ms=cooldown
+        )
+
+    def release(self, name: str, *ids: int, ended: bool = False) -> None:
+        with suppress(CidError):
+            self.registry.release(
+                np.array(ids, np.uint64),
+                self.time,
+                token=self.of(name),
+                seq=next(SEQS),
+                ended=ended,
+            )
+
+    def number(self, name: str) -> int:
+        registry = self.registry
+        return registry.sessions.find(registry._digest(token(name)))
+
+    def of(self, name: str) -> bytes | None:
+        return token(name) if name else None
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Something to be done, and what was done before."""
+
+    act: Callable[[World], object]
+    prepare: Callable[[World], object] = lambda world: None
+    snapshots: int = 2  # so many states at least must have been seen
+    shape: Shape | None = None
+    widths: tuple[int, ...] = (1, 64)
+    under_way: dict[int, int] = field(default_factory=dict)
+
+    def shape_of(self, width: int) -> Shape:
+        return self.shape or Shape(1, 6 if width == 1 else 192, width)
+
+
+def _three(world: World) -> None:
+    """Two sessions with three IDs each, 1-3 and 4-6, or with their blocks of 64."""
+    for name in "ab":
+        world.open(name)
+        world.acquire(name, 3)
+
+
+def _some_free(world: World) -> None:
+    """No ID is new, and some are due."""
+    _three(world)
+    world.open("c")
+    if world.registry.pool.block == 64:
+        world.acquire("c", 64)
+        world.release("c", *range(129, 193), ended=True)
+        return
+    world.release("a", 2, ended=True)
+    world.release("b", 4)
+    world.release("b", 5)
+
+
+def _everything(world: World) -> None:
+    """Sessions with and without IDs, IDs without a session, free ones and cooling ones."""
+    world.open("a")
+    world.acquire("a", 3)
+    world.open("idle")
+    world.acquire("", 1)
+    world.open("b")
+    world.acquire("b", 2)
+    world.release("b", *world.registry.held(token("b"), 0).tolist()[:1])
+
+
+def _without(world: World) -> None:
+    _three(world)
+    world.release("a", 1, ended=True)
+    world.time = NOW - 1
+    world.acquire("", 1)
+
+
+def _back(*ids: int, after: int = UNENDED) -> dict[int, int]:
+    return dict.fromkeys(ids, NOW + after)
+
+
+MIDDLE = "close amid others"
+"""What the next process finds that is stepped through itself."""
+EIGHT = Shape(1, 8, 1)
+UPPER = Shape(1, 2048 + 9, 1, split=2048)  # ten blocks, and then the file grows
+
+SCENARIOS: dict[str, Scenario] = {
+    "acquire the first": Scenario(lambda w: w.acquire("a", 1), lambda w: w.open("a"), 5),
+    "acquire a new one": Scenario(
+        lambda w: w.acquire("a", 1), lambda w: (w.open("a"), w.acquire("a", 1)), 3
+    ),
+    "acquire a used one": Scenario(lambda w: w.acquire("a", 1), _some_free, 4),
+    "acquire many": Scenario(lambda w: w.acquire("c", 3), _some_free, 4),
+    "acquire many new": Scenario(
+        lambda w: w.acquire("a", 150 if w.registry.pool.block == 64 else 4),
+        lambda w: w.open("a"),
+        10,
+    ),
+    "release one": Scenario(lambda w: w.release("a", 2, ended=True), _three, 3),
+    # A registry takes and gives back many at a time; the pool knows a way for one, too.
+    "acquire one of the pool": Scenario(
+        lambda w: w.registry.pool.acquire(w.number("a"), w.time), _some_free, 3
+    ),
+    "release one to the pool": Scenario(
+        lambda w: w.registry.pool.release(2, w.number("a"), w.time + ENDED), _three, 3
+    ),
+    "release many": Scenario(lambda w: w.release("a", 3, 1), _three, 4),
+    "release all": Scenario(lambda w: w.release("a", 1, 2, 3), _three, 3),
+    "release a foreign one": Scenario(
+        lambda w: w.release("a", 1, 3, 4 if w.registry.pool.block == 1 else 65),
+        _three,
+        6,
+        under_way=_back(1, 3),
+    ),
+    "release one twice": Scenario(
+        lambda w: w.release("a", 3, 1, 2, 1), _three, 6, under_way=_back(1, 2, 3)
+    ),
+    "open the first": Scenario(lambda w: w.open("a"), snapshots=8, widths=(1,)),
+    "take the first without a session": Scenario(
+        lambda w: w.acquire("", 1), snapshots=12, widths=(1,)
+    ),
+    "open": Scenario(lambda w: w.open("c"), _three, 4, widths=(1,)),
+    "open where one was": Scenario(
+        lambda w: w.open("c"),
+        lambda w: (_three(w), w.registry.close_session(token("a"), 0)),
+        5,
+        widths=(1,),
+    ),
+    "renew": Scenario(lambda w: w.registry.renew(token("a"), w.time), _three, 1, widths=(1,)),
+    "close": Scenario(lambda w: w.registry.close_session(token("a"), w.time), _three, 5),
+    "close an ended one": Scenario(
+        lambda w: w.registry.close_session(token("a"), w.time, ended=True),
+        lambda w: (_three(w), w.release("a", 2)),
+        5,
+        widths=(1,),
+    ),
+    MIDDLE: Scenario(lambda w: w.registry.close_session(token("a"), w.time), _everything, 5),
+    "expire": Scenario(
+        lambda w: w.registry.tick(w.time),
+        lambda w: (_three(w), w.open("c", 5_000), w.acquire("c", 2, 300)),
+        6,
+        shape=EIGHT,
+        widths=(1,),
+    ),
+    "acquire without a session": Scenario(lambda w: w.acquire("", 2), _three, 8, EIGHT, (1,)),
+    "acquire one more without": Scenario(lambda w: w.acquire("", 1), _without, 3, EIGHT, (1,)),
+    "release without a session": Scenario(lambda w: w.release("", 1), _without, 3, EIGHT, (1,)),
+    "raise the cooldown": Scenario(
+        lambda w: w.acquire("a", 1, 10**7), lambda w: w.open("a"), 5, widths=(1,)
+    ),
+    "grow by blocks": Scenario(
+        lambda w: w.acquire("a", 12), lambda w: w.open("a"), 20, shape=UPPER, widths=(1,)
+    ),
+    "grow by blocks below": Scenario(
+        lambda w: w.acquire("a", 2),
+        lambda w: (w.open("a"), w.acquire("a", 9)),
+        7,
+        shape=UPPER,
+        widths=(1,),
+    ),
+    "grow by rows": Scenario(
+        lambda w: w.open("z"),
+        lambda w: [w.open(f"{i}") for i in range(511)],
+        7,
+        shape=Shape(1, 6, 1),
+        widths=(1,),
+    ),
+}
+
+
+WARM = Shape(1, 6, 1)
+"""Of the files that `make` makes, too."""
+
+
+def steps(name: str, width: int, path: Path) -> Iterator[None]:
+    """Do it, with a pause before, one after, and one when all is over."""
+    scenario = SCENARIOS.get(name)
+    if scenario:
+        world = World(path, scenario.shape_of(width))
+        scenario.prepare(world)
+        world.time = NOW
+        yield
+        scenario.act(world)
+        yield
+        world.registry.close()
+        yield
+        return
+    # Whatever Python does but once is not what is looked at.
+    for _ in range(3):
+        Registry.in_file(path.with_name("other"), settings(WARM), NOW, BOOT).close()
+        path.with_name("other").unlink()
+    yield
+    if name.startswith("make"):
+        registry = Registry.in_file(path, settings(WARM, fresh=name == "make"), NOW, BOOT)
+    else:
+        boot = BOOT if name == "reopen" else NEXT_BOOT
+        registry = reopen(path, SCENARIOS[MIDDLE].shape_of(width), NOW, boot)
+    yield
+    registry.close()
+    yield
+
+
+def main() -> None:
+    if ctypes.CDLL(None).ptrace(0, 0, None, None):  # trace me
+        sys.exit(FORBIDDEN)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    for line in sys.stdin:
+        name, width, path = line.rstrip("\n").split("\t")
+        for _ in steps(name, int(width), Path(path)):
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""Cuts the power: of what was stored since the last sync, any page or sector may be missing.
+
+CIDALLOC_CUTS says how often, CIDALLOC_SEED from which seed on.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import struct
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from crash import BOOT, GRACE, NEXT_BOOT, TTL, UNENDED, settings, token
+
+from cidalloc.errors import Exhausted, SessionUnknown, Unavailable
+from cidalloc.registry import Registry
+from cidalloc.store import Shape, Store, Word
+
+CUTS = int(os.environ.get("CIDALLOC_CUTS", "120"))
+SEED = int(os.environ.get("CIDALLOC_SEED", time.time_ns() % 10**6))
+A_FILE = 10  # cuts of it, more or less
+SHAPE = Shape(1, 2048 + 40, 1, split=2048)  # 41 IDs, and then the file grows
+SETTINGS = replace(settings(SHAPE), anonymous_age_ms=10**6)
+VERSIONS = 6  # of the file since the last sync, among which a page on the disk may be
+
+
+class Disk:
+    """A file, and what of it is on the disk for certain."""
+
+    def __init__(self, path: Path, chance: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.path, self.chance = path, chance
+        self.versions = [b""]
+        fsync = os.fsync
+
+        def synced(fd: int) -> None:
+            fsync(fd)
+            # A file that is being made has another name, and is whole when it gets its own.
+            if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
+                self.versions = [path.read_bytes()]
+
+        monkeypatch.setattr(os, "fsync", synced)
+
+    def note(self) -> None:
+        """Some page may reach the disk as it is now."""
+        if len(self.versions) < VERSIONS:
+            self.versions.append(self.path.read_bytes())
+        elif self.chance.random() < 0.2:
+            self.versions[self.chance.randrange(1, VERSIONS)] = self.path.read_bytes()
+
+    def cut(self) -> None:
+        """Put each page or sector back to what it was at some time since the last sync."""
+        versions = [*self.versions, self.path.read_bytes()]
+        data = bytearray(self.chance.choice([versions[0], versions[-1]]))
+        size = self.chance.choice([512, 4096])
+        old = self.chance.random()
+        for place in range(0, len(data), size):
+            some = versions[0] if self.chance.random() < old else self.chance.choice(versions)
+            data[place : place + size] = some[place : place + size].ljust(size, b"\0")
+        self.path.write_bytes(data)
+        self.versions = [bytes(data)]
+
+
+class World:
+    """A registry, and for how long each ID may be in use from now on."""
+
+    def __init__(self, path: Path, chance: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.chance = chance
+        self.boots = self.number = self.generation = 0
+        self.now = chance.choice([0, 10**9])
+        self.in_use: dict[int, int] = {}  # until when, at least, an ID must not be issued
+        self.sessions: dict[str, list[int]] = {}
+        self.cooldowns: dict[str, int] = {}
+        self.path = path
+        Store.open(path, SHAPE, boot=self.boot).close()
+        self.disk = Disk(path, chance, monkeypatch)
+        self.disk.versions = [path.read_bytes()]
+        self.registry = self.opened()
+
+    @property
+    def boot(self) -> bytes:
+        return self.boots.to_bytes(16, "little")
+
+    def opened(self) -> Registry:
+        return Registry.in_file(self.path, SETTINGS, self.now, self.boot)
+
+    def step(self) -> None:
+        chance, registry = self.chance, self.registry
+        self.now += chance.choice([0, 1, 10, 60, 200] * 40 + [10**6])
+        draw, self.number = chance.random(), self.number + 1
+        name = chance.choice(["", *self.sessions])
+        key: dict[str, Any] = {"token": token(name), "seq": self.number} if name else {}
+        try:
+            if draw < 0.15:
+                name = f"{self.number}"
+                grant = registry.open(token(name), self.now, ttl_ms=chance.choice([1_000, TTL]))
+                assert grant.generation > self.generation, "a generation came twice"
+                self.generation = grant.generation
+                self.sessions[name], self.cooldowns[name] = [], SETTINGS.cooldown_ms
+            elif draw < 0.2 and name:
+                registry.close_session(token(name), self.now)
+                self.cool(self.sessions.pop(name), self.cooldowns[name])
+            elif draw < 0.7:
+                cooldown = chance.choice([UNENDED, 7_000, 3 * 10**6])
+                ids = registry.acquire(
+                    chance.choice([1, 3, 15]), self.now, cooldown_ms=cooldown, **key
+                ).tolist()
+                for cid in ids:
+                    assert self.in_use.get(cid, 0) <= self.now, f"{cid} is issued too early"
+                    self.in_use[cid] = self.now
+                if name:
+                    self.sessions[name] += ids
+                    self.cooldowns[name] = max(cooldown, self.cooldowns[name])
+                else:
+                    # Nobody knows for how long, but not shorter than a session.
+                    self.cool(ids, SETTINGS.max_ttl_ms + GRACE + UNENDED)
+            elif name and (mine := self.sessions[name]):
+                some = [mine.pop() for _ in range(chance.randint(1, len(mine)))]
+                registry.release(np.array(some, np.uint64), self.now, **key)
+                self.cool(some, UNENDED)
+        except Exhausted:
+            pass
+        except SessionUnknown:
+            self.cool(self.sessions.pop(name), 0)
+
+    def cool(self, ids: list[int], after: int) -> None:
+        for cid in ids:
+            self.in_use[cid] = self.now + after
+
+    def cut(self) -> None:
+        """Cut the power, and look what the next boot makes of it."""
+        for name, ids in self.sessions.items():
+            at = self.registry.sessions.find(self.registry._digest(token(name)))
+            if at:
+                left = self.registry.sessions.ttl(at) + GRACE + self.cooldowns[name]
+                self.cool(ids, left)
+        self.registry.close()
+        self.disk.cut()
+        then, self.now = self.now, self.chance.choice([0, 5, self.now])
+        self.in_use = {cid: until - then + self.now for cid, until in self.in_use.items()}
+        self.sessions = {}
+        self.boots += 1
+        kept, ready = surviving(self.path)
+        for cid in self.in_use:
+            assert (cid - SHAPE.start) % SHAPE.capacity < ready, f"{cid} is above the mark"
+        if self.chance.random() < 0.5:  # the power goes again, before anything was done
+            registry = self.opened()
+            self.disk.note()
+            registry.close()
+            if self.chance.random() < 0.5:
+                self.disk.cut()
+                self.boots += 1
+                kept, ready = surviving(self.path)
+        self.registry = registry = self.opened()
+        registry._check()
+        horizon = registry.store.header[Word.HORIZON]
+        held = {
+            cid for at in registry.sessions.numbers() for cid in registry.pool.held_by(at).tolist()
+        }
+        assert held == kept, "what is held without a session, and nothing else"
+        assert len(registry.sessions) == len(registry._anonymous)
+        for cid in range(SHAPE.first, SHAPE.first + SHAPE.capacity):
+            if (cid - SHAPE.start) % SHAPE.capacity < ready:
+                self.in_use[cid] = max(self.in_use.get(cid, 0), self.now + horizon)
+
+
+def surviving(path: Path) -> tuple[set[int], int]:
+    """Return the IDs whose records say that they are held without a session; and the ready ones."""
+    store = Store.look(path)
+    rows = memoryview(store.rows)
+    found = set()
+    for at in range(1, SHAPE.capacity + 1):
+        used, _, link = struct.unpack_from("=QqQ", memoryview(store.blocks), at * 32)
+        life, anonymous = (
+            struct.unpack_from("=Q", rows, (link >> 40) * 128 + n)[0] for n in (0, 56)
+        )
+        if used and anonymous and life & 3 == 1:
+            found.add(SHAPE.first + at - 1)
+    return found, store.ready_blocks
+
+
+def test_power_cuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = grown = files = 0
+    world: World | None = None
+    for number in range(CUTS):
+        seed = SEED + number
+        chance = random.Random(seed)
+        if world is None or chance.random() < 1 / A_FILE:
+            if world:
+                world.registry.close()
+            with monkeypatch.context():
+                world, files = World(tmp_path / f"{seed}", chance, monkeypatch), files + 1
+        world.chance = world.disk.chance = chance
+        try:
+            for _ in range(chance.choice([0, 5, 60])):
+                world.step()
+                world.disk.note()
+            world.cut()
+        except Exception as error:
+            raise AssertionError(f"cut {number}, CIDALLOC_SEED={seed}") from error
+        kept += world.registry.pool.active
+        grown += world.registry.pool.ready > 41
+    print(f"{CUTS} cuts, {files} files; {kept} IDs without a session were kept")
+    assert kept
+    assert grown
+
+
+# ---- Each found by the above, or by reading
+
+
+def lost(path: Path, shape: Shape, act: Any) -> bytes:
+    """Return what is on the disk for certain when `act` has been done to a new registry."""
+    on_disk: list[bytes] = []
+    fsync = os.fsync
+
+    def synced(fd: int) -> None:
+        fsync(fd)
+        on_disk.append(path.read_bytes() if path.exists() else b"")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", synced)
+        registry = Registry.in_file(path, settings(shape), 0, BOOT)
+        act(registry)
+        registry.close()
+    return on_disk[-1]
+
+
+def test_ids_without_a_session_cool_after_a_power_cut(tmp_path: Path) -> None:
+    shape = Shape(1, 3, 1)
+    path = tmp_path / "it"
+    path.write_bytes(lost(path, shape, lambda registry: registry.acquire(1, 0)))
+    registry = Registry.in_file(path, settings(shape), 0, NEXT_BOOT)
+    assert registry.pool.active == 0, "that ID was lost"
+    with pytest.raises(Exhausted):
+        registry.acquire(1, TTL + GRACE + UNENDED - 1)
+    registry.close()
+
+
+def test_ids_without_a_session_have_their_whole_age_after_a_reboot(tmp_path: Path) -> None:
+    shape = Shape(1, 8, 1)
+    path, age = tmp_path / "it", settings(shape).anonymous_age_ms
+    registry = Registry.in_file(path, settings(shape), 10**10, BOOT)
+    registry.acquire(1, 10**10)
+    registry.close()
+    registry = Registry.in_file(path, settings(shape), 0, NEXT_BOOT)
+    now = age * 9 // 8  # just before the one of before goes
+    registry.tick(now)
+    cid = registry.pool.held_by(registry._anonymous[0])[0]
+    later = int(registry.acquire(1, now)[0])
+    assert later != cid
+    registry.tick(now + age - 1)
+    assert later in registry.pool
+    assert cid not in registry.pool
+    registry.close()
+
+
+def test_a_horizon_beyond_the_longest_cooldown(tmp_path: Path) -> None:
+    month = 30 * 86_400_000
+    shape = Shape(1, 3, 1)
+    values = replace(settings(shape), max_ttl_ms=month)
+    path = tmp_path / "it"
+    registry = Registry.in_file(path, values, 0, BOOT)
+    registry.open(token("a"), 0, ttl_ms=month)
+    registry.acquire(1, 0, token=token("a"), seq=1)
+    registry.close()
+    for _ in range(2):  # the second time the same boot finds those times
+        registry = Registry.in_file(path, values, 0, NEXT_BOOT)
+        with pytest.raises(Exhausted):
+            registry.acquire(1, month)
+        registry.close()
+
+
+def test_a_disk_that_fails_while_the_file_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, fsync, calls = tmp_path / "it", os.fsync, iter(range(100))
+
+    def failing(fd: int) -> None:
+        if next(calls) == 1:  # space was had, and what is said of it does not reach the disk
+            raise OSError(errno.EIO, "it failed")
+        fsync(fd)
+
+    Store.open(path, SHAPE, boot=BOOT).close()
+    registry = Registry.in_file(path, SETTINGS, 0, BOOT)
+    registry.open(token("a"), 0, ttl_ms=TTL)
+    registry.acquire(30, 0, token=token("a"), seq=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        with pytest.raises(Unavailable, match="it failed"):
+            registry.acquire(20, 0, token=token("a"), seq=2)
+    registry.acquire(20, 0, token=token("a"), seq=3)
+    held = registry.held(token("a"), 0).tolist()
+    registry.close()
+    registry = Registry.in_file(path, SETTINGS, 0, BOOT)
+    registry._check()
+    assert registry.held(token("a"), 0).tolist() == held
+    registry.close()
