@@ -159,6 +159,7 @@ class World:
         self.registry = registry = self.opened()
         registry._check()
         horizon = registry.store.header[Word.HORIZON]
+        assert max(self.in_use.values(), default=0) <= self.now + horizon, "beyond the horizon"
         held = {
             cid for at in registry.sessions.numbers() for cid in registry.pool.held_by(at).tolist()
         }
