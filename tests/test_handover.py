@@ -14,8 +14,10 @@ import pytest
 
 from cidalloc.errors import InvalidArgument, RegistryLocked, RegistryMismatch, Unavailable
 from cidalloc.handover import Holder, boot_id
+from cidalloc.layout import Word
+from cidalloc.locks import process_id
 from cidalloc.settings import Settings
-from cidalloc.store import Claim, Word, process_id, writer_of
+from cidalloc.store import Claim, writer_of
 
 
 class Clock:

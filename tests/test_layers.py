@@ -15,20 +15,22 @@ LAYERS = [
     {"codes"},
     {"errors"},
     {"_alloc", "_mapping", "wire"},
-    {"_sessions", "settings"},
+    {"_sessions", "settings", "layout", "locks"},
     {"store"},
+    {"upgrade"},
     {"registry"},
     {"handover"},
     {"service", "server"},
     {"triton_model", "client"},
     {"demo"},
+    {"cli_registry"},
     {"cli"},
     {"__main__"},
 ]
 FORBIDDEN = {
     "client": {
         *("_alloc", "_mapping", "_sessions", "settings", "store"),
-        *("registry", "handover", "service", "server"),
+        *("layout", "locks", "upgrade", "registry", "handover", "service", "server"),
     }
 }
 

@@ -21,7 +21,7 @@ PUBLIC = {
     "cidalloc.settings": ["MAX_SESSIONS", "Settings"],
     "cidalloc.service": ["Service", "boottime_ms"],
     "cidalloc.server": ["TritonServer"],
-    "cidalloc.triton_model": ["export", "settings_from"],
+    "cidalloc.triton_model": ["default_state_folder", "export", "settings_from"],
 }
 
 

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cidalloc import errors
+from cidalloc.layout import Word
 from cidalloc.registry import Grant, Registry
 from cidalloc.settings import Settings
-from cidalloc.store import Word
 from cidalloc.wire import MAX_COOLDOWN_MS
 
 TICK = 128  # milliseconds: so much later an expiry may be seen

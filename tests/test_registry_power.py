@@ -19,8 +19,9 @@ import pytest
 from crash import BOOT, GRACE, NEXT_BOOT, TTL, UNENDED, settings, token
 
 from cidalloc.errors import Exhausted, SessionUnknown, Unavailable
+from cidalloc.layout import Shape, Word
 from cidalloc.registry import Registry
-from cidalloc.store import Shape, Store, Word
+from cidalloc.store import Store
 
 CUTS = int(os.environ.get("CIDALLOC_CUTS", "120"))
 SEED = int(os.environ.get("CIDALLOC_SEED", time.time_ns() % 10**6))

@@ -31,18 +31,11 @@ from cidalloc.errors import (
     SessionUnknown,
     Unavailable,
 )
+from cidalloc.layout import GRANULE, Kind, Shape, Word, extents_of
+from cidalloc.locks import process_id
 from cidalloc.registry import Registry
 from cidalloc.settings import Settings
-from cidalloc.store import (
-    GRANULE,
-    Claim,
-    Kind,
-    Shape,
-    Store,
-    Word,
-    process_id,
-    writer_of,
-)
+from cidalloc.store import Claim, Store, writer_of
 
 PER = GRANULE // 32  # blocks in a granule
 BOOT = b"this boot of it!"
@@ -187,9 +180,9 @@ def test_a_new_file(path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.stat().st_size == GRANULE
     assert [each.name for each in path.parent.iterdir()] == [path.name]
-    assert registry.store.extents() == []
+    assert extents_of(registry.store.header, None) == []
     assert registry.acquire(1, 0).tolist() == [10]
-    assert {kind for kind, _ in registry.store.extents()} == {Kind.BLOCKS, Kind.ROWS}
+    assert {kind for kind, _ in extents_of(registry.store.header, None)} == {Kind.BLOCKS, Kind.ROWS}
     assert writer_of(path) == (os.getpid(), process_id(os.getppid()))
     uuid = registry.uuid
     registry.close()
@@ -428,7 +421,7 @@ def offset_of(path: Path, kind: Kind) -> int:
     """Where the first extent of a kind begins."""
     store = Store.look(path)
     offset = GRANULE
-    for each, granules in store.extents():
+    for each, granules in extents_of(store.header, None):
         if each is kind:
             return offset
         offset += granules * GRANULE

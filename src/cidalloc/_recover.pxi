@@ -50,8 +50,8 @@ cdef int pool_recover(Pool *pool, const Past *past, uint64_t *at) noexcept nogil
 
 cdef inline void take_over(Pool *pool, uint64_t at, const Past *past) noexcept nogil:
     cdef Block *block = &pool.blocks[at]
-    cdef Owner *own
     cdef uint32_t owner = block.owner
+    cdef Owner *own = &pool.owners[owner]
     cdef uint64_t above = block.used >> (at << pool.shift & 63)
     if past.suspect:
         block.end, block.reuse_at = room_of(pool, at), past.reuse_at
@@ -62,6 +62,10 @@ cdef inline void take_over(Pool *pool, uint64_t at, const Past *past) noexcept n
         block.bump = block.end      # whatever else is in it may have been issued, and has to cool
     elif above and block.bump <= high_bit(above):
         block.bump = high_bit(above) + 1
+    # The current block alone may have unused room. One that was is current again.
+    if (above and block.bump < block.end and own.current
+            and pool.blocks[own.current].bump < pool.blocks[own.current].end):
+        block.bump = block.end
     if block.bump > block.seen:
         block.seen = block.bump
     pool.issued += block.seen
@@ -69,10 +73,6 @@ cdef inline void take_over(Pool *pool, uint64_t at, const Past *past) noexcept n
     if not above:
         enqueue(pool, at)
         return
-    own = &pool.owners[owner]
-    # The current block alone may have unused room. One that was is current again.
-    if block.bump < block.end and own.current and pool.blocks[own.current].bump < block.end:
-        block.bump = block.end
     link_recovered(pool, own, at)
     own.held += count_bits(block.used)
     pool.below -= count_bits(block.used)

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import __version__
+from .cli_registry import registry
 from .client import Client, Sequence
 from .codes import Code
 from .demo import demo_server
@@ -26,7 +27,7 @@ from .demo.stress import stress as run_stress
 from .errors import CidError, InvalidArgument, Unavailable
 from .server import TritonServer
 from .settings import Settings
-from .triton_model import export
+from .triton_model import default_state_folder, export
 
 __all__ = ["main", "run"]
 
@@ -43,6 +44,9 @@ _PORT = click.IntRange(0, 65535)
 @click.version_option(__version__, message="cidalloc %(version)s")
 def main() -> None:
     """Correlation IDs that no two live sequences share, for stateful models on Triton."""
+
+
+main.add_command(registry)
 
 
 def run() -> None:
@@ -212,10 +216,38 @@ def stress(parents: int, each: int, url: str | None) -> None:
 @click.option("-o", "--overwrite", is_flag=True, help="Replace an earlier export.")
 @click.option("-n", "--name", default="cidmgr", show_default=True, help="The model's name.")
 @click.option("-m", "--modver", default=1, show_default=True, help="The model's version.")
-def model(repository: Path, overwrite: bool, name: str, modver: int) -> None:
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path, file_okay=False),
+    help=f"The folder for the file in which the manager remembers what is held."
+    f" [default: {default_state_folder()}]",
+)
+@click.option("--no-state", is_flag=True, help="Remember nothing across a restart.")
+def model(
+    repository: Path,
+    overwrite: bool,
+    name: str,
+    modver: int,
+    state: Path | None,
+    no_state: bool,
+) -> None:
     """Write the manager model into the Triton model repository DIR."""
-    folder = export(repository, name=name, version=modver, overwrite=overwrite)
+    if state and no_state:
+        raise InvalidArgument("--state and --no-state exclude each other")
+    if state is None and not no_state:
+        state = default_state_folder()
+        state.mkdir(parents=True, exist_ok=True)
+    if state and repository.resolve() in (state.resolve(), *state.resolve().parents):
+        raise InvalidArgument(
+            f"--state {state} is within the model repository: there, a file that changes makes"
+            " Triton load the model anew"
+        )
+    settings = Settings(state=str(state.absolute()) if state else "")
+    folder = export(repository, settings, name=name, version=modver, overwrite=overwrite)
     click.echo(f"Wrote {folder / 'config.pbtxt'} and {folder / str(modver) / 'model.py'}.")
+    if state:
+        there = "" if state.is_dir() else ", which must be there when the model is loaded"
+        click.echo(f"Its registry will be {state.absolute() / name}.cidalloc{there}.")
     click.echo("Next: install cidalloc where Triton's Python finds it, then load the model.")
 
 

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .errors import CidError, RegistryLocked, Unavailable
+from .locks import process_id
 from .registry import Registry
 from .settings import Settings
-from .store import Claim, process_id, writer_of
+from .store import Claim, writer_of
 
 __all__ = ["Holder", "boot_id"]
 

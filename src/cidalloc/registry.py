@@ -29,8 +29,9 @@ from .errors import (
     SessionUnknown,
     Unavailable,
 )
+from .layout import Kind, Shape, Word
 from .settings import Settings
-from .store import Kind, Shape, Store, Word
+from .store import Store
 from .wire import MAX_COOLDOWN_MS, IDs
 
 __all__ = ["Grant", "Registry"]

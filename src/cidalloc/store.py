@@ -1,9 +1,6 @@
 """Where a registry keeps its records: in memory, or in a file that outlives the process.
 
-The file is a header and extents, each in whole granules; an extent belongs to the pool's blocks or
-to the sessions, and grows that array by so much. Memory sees each array whole (`_mapping`): what
-the file does not have yet reads as zeros. The blocks lie in the file in the order in which they are
-opened, which begins anywhere in the pool, so that the file is as long as what was ever used.
+Memory sees each array whole (`_mapping`): what the file does not have yet reads as zeros.
 
 An extent is synced to the disk before it is used. So its end is three things at once: space that no
 full disk can take away, the mark above which no ID was ever issued, even if the last stores before
@@ -13,129 +10,39 @@ a power cut are lost, and where a scan of the file may stop.
 from __future__ import annotations
 
 import errno
-import fcntl
-import hashlib
 import os
 import secrets
 import stat
 import struct
 import uuid
 import weakref
-import zlib
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from enum import IntEnum
+from dataclasses import replace
 from pathlib import Path
 
 from ._mapping import Mapping
 from ._sessions import Sessions
 from .errors import InvalidArgument, RegistryCorrupt, RegistryLocked, RegistryMismatch, Unavailable
+from .layout import (
+    GRANULE,
+    RECORD,
+    ROW,
+    Kind,
+    Shape,
+    Word,
+    extent_word,
+    extents_of,
+    fill_header,
+    shape_of,
+)
+from .locks import process_id, query, try_lock, unlock_and_close
 from .settings import MAX_SESSIONS
 
-__all__ = [
-    "FORMAT",
-    "GRANULE",
-    "Claim",
-    "Kind",
-    "Shape",
-    "Store",
-    "Word",
-    "process_id",
-    "writer_of",
-]
+__all__ = ["Claim", "Store", "writer_of"]
 
-FORMAT = 1
-"""The version of the file's format."""
-GRANULE = 1 << 16
-"""Bytes: every part of the file begins at a multiple of it, whatever the page size is."""
-
-_MAGIC = int.from_bytes(b"CIDALLOC", "little")
-_RECORD = 32  # bytes of a block
-_PER_GRANULE = GRANULE // _RECORD
-_ROW = 128  # bytes of a session
-_ETERNITY_MS = 2**50  # no time in the header is as long
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOCK = 0  # the byte that the writer has locked
 _CLAIM = 1  # the one that a process locks which waits to be the writer
-
-
-class Word(IntEnum):
-    """What stands where in the header, in words of 64 bits. `SUM` is over those before it."""
-
-    MAGIC = 0
-    FORMAT = 1
-    UUID = 2  # two words
-    SECRET = 4  # two words: the key of the tokens' digests
-    FIRST = 6
-    CAPACITY = 7
-    BLOCK = 8
-    SPLIT = 9
-    SUM = 10
-    # From here on they change, each with one store.
-    BOOT = 12  # two words: of which boot the times are
-    GENERATION = 14  # the last one given to a session
-    HORIZON = 15  # milliseconds: no ID is in use for longer without a word to the registry
-    PID = 16  # the writer, and the process that started it
-    SERVER = 17
-    CLAIMANT = 18  # the same as SERVER, of who has locked the byte of claims
-    EXTENTS = 128  # granules << 1 | kind, and a checksum above, until a 0
-    END = 1024
-
-
-class Kind(IntEnum):
-    """Whose an extent is."""
-
-    BLOCKS = 0
-    ROWS = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """The pool of a file, and where in it issuing begins: at the block with the number `split`."""
-
-    first: int
-    capacity: int
-    block: int
-    split: int = 0
-
-    @property
-    def count(self) -> int:
-        """Blocks in the pool; they are numbered from 1 on."""
-        return (self.capacity - 1) // self.block + 1
-
-    @property
-    def start(self) -> int:
-        """The ID that is issued first."""
-        return self.first + (max(self.split, 1) - 1) * self.block
-
-    @property
-    def granules(self) -> int:
-        """The length of the blocks in memory."""
-        return (self.count + 1) * _RECORD // GRANULE + bool((self.count + 1) % _PER_GRANULE)
-
-    @property
-    def upper(self) -> int:
-        """Granules from the split on, which come first in the file."""
-        return self.granules - self.split // _PER_GRANULE
-
-    def place(self, granule: int) -> int:
-        """Return where in memory the file's n-th granule of blocks lies, in bytes."""
-        if granule < self.upper:
-            return self.split * _RECORD + granule * GRANULE
-        return (granule - self.upper) * GRANULE
-
-    def ready(self, granules: int) -> int:
-        """Return how many blocks are in the file's first so many granules of blocks."""
-        above = min(self.split + granules * _PER_GRANULE, self.count + 1) - max(self.split, 1)
-        if granules <= self.upper:
-            return max(above, 0)
-        return above + min((granules - self.upper) * _PER_GRANULE, self.split) - 1
-
-    @classmethod
-    def anywhere(cls, first: int, capacity: int, block: int) -> Shape:
-        """Return the shape of a pool that begins at a random place."""
-        shape = cls(first, capacity, block)
-        return replace(shape, split=secrets.randbelow(shape.granules) * _PER_GRANULE)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Store:
@@ -166,16 +73,17 @@ class Store:
     def memory(cls, shape: Shape) -> Store:
         """Return a store in memory alone."""
         store = cls(shape, memoryview(bytearray(Word.END * 8)).cast("Q"), -1, None)
-        _fill(store.header, shape)
+        fill_header(store.header, shape)
         return store
 
     @classmethod
-    def open(cls, path: Path, shape: Shape, *, boot: bytes, waiting_ms: int = 0) -> Store:
+    def open(cls, path: Path, shape: Shape | None, *, boot: bytes, waiting_ms: int = 0) -> Store:
         """Return the store in the file at `path`, which is made if it is not there.
 
         Args:
             path: the file; its folder must be there.
-            shape: the pool that it must have; `split` matters only if the file is made.
+            shape: the pool that it must have; `split` matters only if the file is made. None takes
+                any, but makes no file.
             boot: the 16 bytes that tell this boot of the machine from others.
             waiting_ms: if the file is made, for how long none of its IDs may be issued.
 
@@ -190,6 +98,8 @@ class Store:
             try:
                 fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             except FileNotFoundError:
+                if shape is None:
+                    raise InvalidArgument(f"there is no registry at {path}") from None
                 _create(path, shape, boot, waiting_ms)
                 continue
             except OSError as error:
@@ -201,8 +111,24 @@ class Store:
                     continue
                 return cls._opened(fd, path, shape)
             except BaseException:
-                _unlock_and_close(fd, _LOCK)
+                unlock_and_close(fd, _LOCK)
                 raise
+
+    @classmethod
+    def create(cls, draft: Path, shape: Shape, path: Path) -> Store:
+        """Return a new store in the new file `draft`, which is to become the one at `path`.
+
+        It is not locked. Raises OSError.
+        """
+        fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, GRANULE)
+            store = cls(shape, _header_of(fd), fd, path)
+        except BaseException:
+            os.close(fd)
+            raise
+        fill_header(store.header, shape)
+        return store
 
     @classmethod
     def look(cls, path: Path) -> Store:
@@ -230,7 +156,7 @@ class Store:
         if size < GRANULE:
             raise RegistryCorrupt(f"{path} is too short for a registry: {size} bytes")
         header = _copy_of(fd) if private else _header_of(fd)
-        shape = _shape_of(header, path)
+        shape = shape_of(header, path)
         if wanted is not None and replace(wanted, split=shape.split) != shape:
             raise RegistryMismatch(
                 f"{path} holds a pool with first={shape.first}, capacity={shape.capacity},"
@@ -240,7 +166,7 @@ class Store:
             )
         store = cls(shape, header, -1 if private else fd, path)
         offset = 1
-        for kind, granules in store.extents():
+        for kind, granules in extents_of(header, path):
             room = store._totals[kind] - store._granules[kind]
             if kind is Kind.BLOCKS and store._granules[kind] < shape.upper:
                 room = shape.upper - store._granules[kind]
@@ -268,7 +194,7 @@ class Store:
     @property
     def ready_rows(self) -> int:
         """Rows of sessions that may be used so far, the one that is none included."""
-        return min(self._granules[Kind.ROWS] * (GRANULE // _ROW), MAX_SESSIONS + 1)
+        return min(self._granules[Kind.ROWS] * (GRANULE // ROW), MAX_SESSIONS + 1)
 
     @property
     def uuid(self) -> uuid.UUID:
@@ -290,16 +216,9 @@ class Store:
         # Both words must fit for the times to be believed, so it does not matter which comes first.
         self.header[Word.BOOT], self.header[Word.BOOT + 1] = struct.unpack("=QQ", boot)
 
-    def extents(self) -> list[tuple[Kind, int]]:
-        """Return the extents of the file in their order: whose, and how many granules."""
-        words = self.header[Word.EXTENTS : Word.END].tolist()
-        found = []
-        for n, word in enumerate(words[: words.index(0)]):
-            kind, granules = Kind(word & 1), (word & 2**32 - 1) >> 1
-            if word != _extent(n, kind, granules):
-                raise RegistryCorrupt(f"{self.path}: the list of extents is damaged")
-            found.append((kind, granules))
-        return found
+    def granules(self, kind: Kind) -> int:
+        """Return the length of an array so far."""
+        return self._granules[kind]
 
     def grow(self, kind: Kind, records: int) -> None:
         """Let so many more records of a kind be used, or as many as there can be.
@@ -307,12 +226,16 @@ class Store:
         Raises:
             Unavailable: the disk is full.
         """
-        size = _RECORD if kind is Kind.BLOCKS else _ROW
-        wanted = self._granules[kind] + (records * size) // GRANULE + 1
-        while self._granules[kind] < min(wanted, self._totals[kind]):
-            have = self._granules[kind]
-            # A quarter more each time, so that the list of extents stays short.
-            more = max(wanted - have, have // 4, 16 if kind is Kind.BLOCKS else 1)
+        size = RECORD if kind is Kind.BLOCKS else ROW
+        self.grow_to(kind, self._granules[kind] + (records * size) // GRANULE + 1, ahead=True)
+
+    def grow_to(self, kind: Kind, granules: int, *, ahead: bool = False) -> None:
+        """The same, until an array has so many granules; with `ahead`, a good many more."""
+        while (have := self._granules[kind]) < min(granules, self._totals[kind]):
+            more = granules - have
+            if ahead:
+                # A quarter more each time, so that the list of extents stays short.
+                more = max(more, have // 4, 16 if kind is Kind.BLOCKS else 1)
             limit = self._totals[kind]
             if kind is Kind.BLOCKS and have < self.shape.upper:
                 limit = self.shape.upper
@@ -322,12 +245,12 @@ class Store:
         if self.path is None:
             self._put(kind, granules, 0)
             return
-        extents = self.extents()
+        extents = extents_of(self.header, self.path)
         offset, word = 1 + sum(each for _, each in extents), Word.EXTENTS + len(extents)
         try:
             os.posix_fallocate(self._fd, offset * GRANULE, granules * GRANULE)
             os.fsync(self._fd)
-            self.header[word] = _extent(len(extents), kind, granules)
+            self.header[word] = extent_word(len(extents), kind, granules)
             os.fsync(self._fd)
         except OSError as error:
             self.header[word] = 0  # or the next one would not be where it is said to be
@@ -339,20 +262,16 @@ class Store:
 
     def _put(self, kind: Kind, granules: int, offset: int, fd: int = -1) -> None:
         """Put an extent where it belongs in memory; a copy of it, if it is that of another file."""
-        have, more = self._granules[kind], granules
-        if kind is Kind.BLOCKS and have < self.shape.upper:
-            more = min(granules, self.shape.upper - have)
+        have, length = self._granules[kind], granules * GRANULE
         mapping = self.blocks if kind is Kind.BLOCKS else self.rows
         place = self.shape.place(have) if kind is Kind.BLOCKS else have * GRANULE
         if self._fd >= 0:
-            mapping.put_file(place, more * GRANULE, self._fd, offset * GRANULE)
+            mapping.put_file(place, length, self._fd, offset * GRANULE)
         else:
-            mapping.put_memory(place, more * GRANULE)
+            mapping.put_memory(place, length)
             if fd >= 0:
-                _read(fd, memoryview(mapping)[place : place + more * GRANULE], offset * GRANULE)
-        self._granules[kind] += more
-        if more < granules:
-            self._put(kind, granules - more, offset + more, fd)
+                _read(fd, memoryview(mapping)[place : place + length], offset * GRANULE)
+        self._granules[kind] += granules
 
     def sync(self) -> None:
         """Wait until all that was stored is on the disk."""
@@ -363,7 +282,7 @@ class Store:
 
     def claimed_by(self) -> int:
         """Return the `process_id` of the server whose process waits to be the writer, or 0."""
-        if self._fd < 0 or _query(self._fd, _CLAIM):
+        if self._fd < 0 or query(self._fd, _CLAIM):
             return 0
         return self.header[Word.CLAIMANT]
 
@@ -372,8 +291,15 @@ class Store:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             self.header[Word.PID] = 0
-            _unlock_and_close(fd, _LOCK)
+            unlock_and_close(fd, _LOCK)
         _stores.discard(self)
+
+    def put_in_place(self, draft: Path) -> None:
+        """Let the file `draft` take its place at once, also where another file is."""
+        assert self.path is not None
+        self.sync()
+        draft.replace(self.path)
+        _sync_folder(self.path.parent)
 
 
 class Claim:
@@ -388,91 +314,21 @@ class Claim:
 
     def make(self) -> None:
         """Make it known, unless another process does so already."""
-        if not self._made and _try_lock(self._fd, _CLAIM):
+        if not self._made and try_lock(self._fd, _CLAIM):
             self._made = True
             word = struct.pack("=Q", process_id(os.getppid()))
             os.pwrite(self._fd, word, Word.CLAIMANT * 8)
 
     def close(self) -> None:
         """Take it back."""
-        _unlock_and_close(self._fd, _CLAIM)
-
-
-def process_id(pid: int) -> int:
-    """Return a number of this process that no other one has had since the machine was started.
-
-    It is 0 if there is no such process.
-    """
-    try:
-        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0
-    return int(after_name[19]) << 22 | pid  # when it was started, and at most 2**22 at a time
-
-
-# ---- Files
-
-
-def _fill(header: memoryview, shape: Shape) -> None:
-    """Write what never changes."""
-    header[Word.MAGIC], header[Word.FORMAT] = _MAGIC, FORMAT
-    for word in range(Word.SECRET, Word.SECRET + 2):
-        header[word] = secrets.randbits(64)
-    header[Word.UUID], header[Word.UUID + 1] = struct.unpack("=QQ", uuid.uuid4().bytes)
-    header[Word.FIRST], header[Word.CAPACITY] = shape.first, shape.capacity
-    header[Word.BLOCK], header[Word.SPLIT] = shape.block, shape.split
-    header[Word.SUM] = _sum(header)
-
-
-def _sum(header: memoryview) -> int:
-    digest = hashlib.blake2b(header[: Word.SUM].tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
-def _extent(n: int, kind: Kind, granules: int) -> int:
-    word = granules << 1 | kind
-    return word | zlib.crc32(struct.pack("=QQ", n, word)) << 32
-
-
-def _shape_of(header: memoryview, path: Path) -> Shape:
-    if header[Word.MAGIC] != _MAGIC:
-        raise RegistryCorrupt(f"{path} is not a registry of cidalloc")
-    if header[Word.FORMAT] != FORMAT:
-        raise RegistryMismatch(
-            f"{path} has the format {header[Word.FORMAT]}, and this version of cidalloc writes"
-            f" {FORMAT}: use the version that made it, or a newer one"
-        )
-    shape = Shape(*header[Word.FIRST : Word.SUM].tolist())
-    sound = (
-        header[Word.SUM] == _sum(header)
-        and shape.block in (1, 2, 4, 8, 16, 32, 64)
-        and 0 < shape.capacity <= 2**38
-        and 0 < shape.first <= 2**63 - shape.capacity
-        and shape.split % _PER_GRANULE == 0
-        and shape.split <= shape.count
-        and header[Word.HORIZON] < _ETERNITY_MS
-        and header[Word.END - 1] == 0
-    )
-    if not sound:
-        raise RegistryCorrupt(f"{path}: its header is damaged")
-    return shape
+        unlock_and_close(self._fd, _CLAIM)
 
 
 def _create(path: Path, shape: Shape, boot: bytes, waiting_ms: int) -> None:
     """Make the file, unless another process is faster; whoever looks sees all of it or nothing."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise _unusable(path, error) from None
-    try:
-        try:
-            os.posix_fallocate(fd, 0, GRANULE)
-            store = Store(shape, _header_of(fd), fd, path)
-        except BaseException:
-            os.close(fd)
-            raise
-        _begin(store, boot, waiting_ms)
+        _begin(Store.create(draft, shape, path), boot, waiting_ms)
         with suppress(FileExistsError):
             os.link(draft, path)
         if path.is_symlink() and not path.exists():
@@ -485,13 +341,11 @@ def _create(path: Path, shape: Shape, boot: bytes, waiting_ms: int) -> None:
 
 
 def _begin(store: Store, boot: bytes, waiting_ms: int) -> None:
-    """Write the first header of a file."""
     try:
-        _fill(store.header, store.shape)
         if waiting_ms:
             # As after a power cut: whatever may have been issued cools first.
             store.header[Word.HORIZON] = waiting_ms
-            store.grow(Kind.BLOCKS, store.shape.count)
+            store.grow_to(Kind.BLOCKS, store.shape.granules)
         else:
             store.boot = boot
         store.sync()
@@ -543,35 +397,8 @@ def _is_at(fd: int, path: Path) -> bool:
         return False
 
 
-# ---- Locks: of the open file, so that one process cannot have it twice either
-
-
-def _flock(kind: int, byte: int) -> bytes:
-    return struct.pack("@hhqqi0q", kind, os.SEEK_SET, byte, 1, 0)
-
-
-def _try_lock(fd: int, byte: int) -> bool:
-    try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK, byte))
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _unlock_and_close(fd: int, byte: int) -> None:
-    # A mapping or a forked child may keep the file open, so closing it alone would not unlock it.
-    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, byte))
-    os.close(fd)
-
-
-def _query(fd: int, byte: int) -> bool:
-    """Tell whether nobody else has locked a byte."""
-    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte))
-    return bool(struct.unpack("@hhqqi0q", answer)[0] == fcntl.F_UNLCK)
-
-
 def _lock(fd: int, path: Path) -> None:
-    if not _try_lock(fd, _LOCK):
+    if not try_lock(fd, _LOCK):
         raise RegistryLocked(
             f"process {writer_of(fd)[0]} writes {path}: a registry has one writer at a time; give"
             " each server a state folder or a model name of its own"

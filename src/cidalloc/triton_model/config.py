@@ -14,9 +14,16 @@ from ..errors import InvalidArgument
 from ..settings import Settings
 from ..wire import MODEL
 
-__all__ = ["export", "settings_from"]
+__all__ = ["default_state_folder", "export", "settings_from"]
 
 _HERE = Path(__file__).parent
+
+
+def default_state_folder() -> Path:
+    """Return where a service of this user keeps what it must remember."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/cidalloc")
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "cidalloc"
 
 
 def export(

@@ -1,0 +1,133 @@
+"""A pool that grows: nothing of it is lost, and the file is one of a larger pool."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from cidalloc import cli, cli_registry
+from cidalloc.errors import InvalidArgument, RegistryCorrupt, RegistryLocked, RegistryMismatch
+from cidalloc.layout import Shape
+from cidalloc.registry import Registry
+from cidalloc.settings import Settings
+from cidalloc.store import Store
+from cidalloc.upgrade import upgrade
+
+BOOT = b"b" * 16
+TOKEN = b"t" * 16
+
+
+def settings(capacity: int) -> Settings:
+    return Settings(first=100, capacity=capacity, fresh=True, max_held=2**20, max_count=10**6)
+
+
+@pytest.mark.parametrize("block", [1, 2, 64])
+@pytest.mark.parametrize("split", [0, 2048, 4096])
+@pytest.mark.parametrize("used", [0.1, 0.6, 0.99, 1.0])
+def test_what_is_held_stays_held(tmp_path: Path, block: int, split: int, used: float) -> None:
+    path, capacity = tmp_path / "it", 5_001 * block - block // 2
+    shape = Shape(100, capacity, block, split)
+    registry = Registry(settings(capacity), 0, Store.open(path, shape, boot=BOOT), BOOT)
+    grant = registry.open(TOKEN, 0, ttl_ms=60_000, label="it")
+    ids = registry.acquire(int(capacity * used), 0, token=TOKEN, seq=1)
+    registry.release(ids[::3].copy(), 10, token=TOKEN, seq=2, ended=True)
+    held, name = registry.held(TOKEN, 10), registry.uuid
+    with pytest.raises(RegistryLocked):
+        upgrade(path, 2 * capacity)
+    registry.close()
+    more = capacity + 12_345
+    assert upgrade(path, more) == Shape(100, more, block, split)
+    with pytest.raises(RegistryMismatch, match="capacity"):
+        Registry.in_file(path, settings(capacity), 20, BOOT)
+    registry = Registry(settings(more), 20, Store.open(path, None, boot=BOOT), BOOT)
+    registry._check()
+    assert registry.uuid == name
+    assert registry.renew(TOKEN, 20) == grant
+    assert registry.held(TOKEN, 20).tolist() == held.tolist()
+    # All others can be had, those that cooled when they are due.
+    later = 10 + registry.settings.cooldown_ms
+    registry.close_session(TOKEN, later)
+    other = bytes(16)
+    registry.open(other, later, ttl_ms=600_000)
+    rest = registry.acquire(more, later + 120_000, token=other, seq=1)
+    assert sorted(rest.tolist()) == list(range(100, 100 + more))
+    registry._check()
+
+
+def test_it_only_grows(tmp_path: Path) -> None:
+    path = tmp_path / "it"
+    with pytest.raises(InvalidArgument, match="no registry"):
+        upgrade(path, 5)
+    Registry.in_file(path, settings(100), 0, BOOT).close()
+    before = path.read_bytes()
+    for wrong in (99, 2**38 + 1):
+        with pytest.raises(InvalidArgument, match="only grows"):
+            upgrade(path, wrong)
+    upgrade(path, 100)
+    assert path.read_bytes()[:64] == before[:64]
+    assert [each.name for each in tmp_path.iterdir()] == ["it"]
+
+
+def test_a_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "it"
+    registry = Registry.in_file(path, settings(100), 0, BOOT)
+    registry.acquire(3, 0)
+    registry.close()
+    before = path.read_bytes()
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        upgrade(path, 200)
+    assert [each.name for each in tmp_path.iterdir()] == ["it"]
+    monkeypatch.undo()
+    assert path.read_bytes()[128:] == before[128:] or len(before) == path.stat().st_size
+    assert Registry.in_file(path, settings(100), 0, BOOT).anonymous == 3
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "ids.cidalloc"
+    registry = Registry.in_file(path, settings(1000), 0, cli_registry.boot_id())
+    registry.open(TOKEN, 0, ttl_ms=60_000, label="camera 7")
+    registry.acquire(5, 0, token=TOKEN, seq=1)
+    registry.acquire(2, 0)
+    registry.close()
+    return path
+
+
+def run(*arguments: object) -> str:
+    done = CliRunner().invoke(cli.main, [str(each) for each in arguments], catch_exceptions=False)
+    return done.output
+
+
+def test_show(file: Path) -> None:
+    before = file.read_bytes()
+    printed = run("registry", "show", file)
+    assert "7, 2 of them without a session" in printed
+    assert "100 to 1099, 1,000 IDs" in printed
+    assert "camera 7" in printed
+    assert TOKEN.hex() not in printed
+    assert '"held": 7' in run("registry", "show", "--json", file)
+    assert file.read_bytes() == before, "it was only read"
+
+
+def test_check(file: Path) -> None:
+    before = file.read_bytes()
+    assert "is sound: 7 held, 0 cooling, 1 sessions" in run("registry", "check", file)
+    assert file.read_bytes() == before, "it was only read"
+    held = before.index(b"\x02" + bytes(7) + bytes(7) + b"\x80")  # the record of an ID
+    file.write_bytes(before[:held] + b"\xff" + before[held + 1 :])
+    with pytest.raises(RegistryCorrupt, match=r"ids\.cidalloc"):
+        run("registry", "check", file)
+
+
+def test_grow(file: Path) -> None:
+    printed = run("registry", "upgrade", file, "--capacity", 2000)
+    assert "2,000 IDs from 100 on" in printed
+    assert "capacity to 2000" in printed
+    assert "7, 2 of them" in run("registry", "show", file)
