@@ -43,7 +43,7 @@ lint: .venv/.built
 	$(BIN)/python -m mypy
 	$(BIN)/python -m mypy.stubtest --concise --ignore-unused-allowlist \
 		--allowlist tests/stubtest.allowlist \
-		cidalloc._alloc cidalloc._mapping cidalloc._sessions
+		cidalloc._alloc cidalloc._mapping cidalloc._orphan cidalloc._sessions
 
 bench: .venv/.bench
 	$(BIN)/python -m pytest -q bench/test_peers.py

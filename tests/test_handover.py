@@ -300,3 +300,12 @@ def test_a_process_that_waits_gets_it(values: Settings, clock: Clock) -> None:
         other.kill()
     clock.now += 3_000
     assert mine.registry().pool.active == 3, "it died, and we are still asked"
+
+
+def test_a_process_that_has_ended_is_gone_also_before_anybody_looked() -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert process_id(child.pid) == 0
+    child.wait()
+    assert process_id(child.pid) == 0
+    assert process_id(os.getpid()) != 0

@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "cidalloc"
 LAYERS = [
     {"codes"},
     {"errors"},
-    {"_alloc", "_mapping", "wire"},
+    {"_alloc", "_mapping", "_orphan", "wire"},
     {"_sessions", "settings", "layout", "locks"},
     {"store"},
     {"upgrade"},
@@ -29,7 +29,7 @@ LAYERS = [
 ]
 FORBIDDEN = {
     "client": {
-        *("_alloc", "_mapping", "_sessions", "settings", "store"),
+        *("_alloc", "_mapping", "_orphan", "_sessions", "settings", "store"),
         *("layout", "locks", "upgrade", "registry", "handover", "service", "server"),
     }
 }

@@ -43,6 +43,7 @@ def test_what_is_installed() -> None:
         "cidalloc/py.typed",
         "cidalloc/_alloc.pyi",
         "cidalloc/_mapping.pyi",
+        "cidalloc/_orphan.pyi",
         "cidalloc/_sessions.pyi",
         "cidalloc/_alloc.pxd",
         "cidalloc/triton_model/config.pbtxt",

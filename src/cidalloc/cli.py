@@ -246,8 +246,9 @@ def model(
     folder = export(repository, settings, name=name, version=modver, overwrite=overwrite)
     click.echo(f"Wrote {folder / 'config.pbtxt'} and {folder / str(modver) / 'model.py'}.")
     if state:
-        there = "" if state.is_dir() else ", which must be there when the model is loaded"
-        click.echo(f"Its registry will be {state.absolute() / name}.cidalloc{there}.")
+        click.echo(f"It will remember what is held in {state.absolute() / name}.cidalloc.")
+        if not state.is_dir():
+            click.echo(f"Make the folder {state} first, where the server runs.")
     click.echo("Next: install cidalloc where Triton's Python finds it, then load the model.")
 
 

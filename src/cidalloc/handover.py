@@ -53,8 +53,7 @@ class Holder:
     ) -> None:
         self._settings = settings
         self._clock = clock
-        self._parent = os.getppid()
-        self._server = process_id(self._parent) if server is None else server
+        self._server = process_id(os.getppid()) if server is None else server
         self._path = Path(settings.state) / f"{name}.cidalloc" if settings.state else None
         self._registry: Registry | None = None
         self._claim: Claim | None = None
@@ -101,7 +100,7 @@ class Holder:
             self._try_take()
         elif self._registry is not None:
             claimant = self._registry.store.claimed_by()  # of none, if it is in memory
-            if claimant and (claimant == self._server or os.getppid() != self._parent):
+            if claimant and claimant == self._server:
                 _log.info("handing %s over to a newer process", self._path)
                 self._registry.close()
                 self._registry = None

@@ -16,11 +16,13 @@ __all__ = ["process_id", "query", "try_lock", "unlock_and_close"]
 def process_id(pid: int) -> int:
     """Return a number of this process that no other one has had since the machine was started.
 
-    It is 0 if there is no such process.
+    It is 0 if there is no such process, or if it has ended and its parent did not look yet.
     """
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
+        return 0
+    if after_name[0] in "ZX":
         return 0
     return int(after_name[19]) << 22 | pid  # when it was started, and at most 2**22 at a time
 

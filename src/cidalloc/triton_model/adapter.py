@@ -13,6 +13,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from cidalloc import wire
+from cidalloc._orphan import end_with_parent
 from cidalloc.codes import Code
 from cidalloc.errors import CidError
 from cidalloc.service import Service
@@ -26,6 +27,8 @@ class TritonPythonModel:
         """Load: read the settings from the model's configuration."""
         config = json.loads(args["model_config"])
         _check_numpy()
+        # Or it may keep the registry from the process that comes after a killed server.
+        end_with_parent()
         self._service = Service(settings_from(config), name=args["model_name"])
         self._service.start()
         # How Triton shall report a code: as an HTTP and a gRPC status of its own. The backend

@@ -1,0 +1,3 @@
+"""The types of the watch over the parent, for type checkers and editors."""
+
+def end_with_parent() -> None: ...

@@ -1,0 +1,246 @@
+"""The manager on a real server, and what befalls it: killed processes, reloads, a second server."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+import tritonclient.http
+
+from cidalloc import wire
+from cidalloc.client._transport import connect
+from cidalloc.codes import Operation
+from cidalloc.errors import CidError, InternalError, Unavailable
+from cidalloc.server import TritonServer
+from cidalloc.settings import Settings
+from cidalloc.store import writer_of
+from cidalloc.triton_model import export
+
+pytestmark = pytest.mark.server
+
+
+class Place:
+    """A model repository with a manager that has a file, and servers on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.repository, state = folder / "models", folder / "state"
+        state.mkdir()
+        self.file = state / "cidmgr.cidalloc"
+        self.settings = Settings(
+            first=2**20, capacity=2**20, fresh=True, cooldown_ms=1, state=str(state)
+        )
+        export(self.repository, self.settings)
+
+    def server(self) -> TritonServer:
+        arguments = ["--model-control-mode=explicit", "--load-model=cidmgr"]
+        return TritonServer(self.repository, arguments=arguments)
+
+    def stub(self) -> int:
+        """Return the process that has the file."""
+        return writer_of(self.file)[0]
+
+    def touch(self) -> None:
+        """Change the model, so that the next load is a real one."""
+        code = self.repository / "cidmgr" / "1" / "model.py"
+        code.write_text(code.read_text() + "# changed\n")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+@pytest.fixture
+def server(place: Place) -> Iterator[TritonServer]:
+    with place.server() as server:
+        yield server
+
+
+class User:
+    """A client with a session that remembers what it holds and does nothing else by itself."""
+
+    def __init__(self, server: TritonServer) -> None:
+        self.transport = connect(server.grpc_url)
+        self.token = os.urandom(16).hex()
+        self.seq = 0
+        self.held: list[int] = []
+        self.opened = self.ask(Operation.OPEN, ttl_ms=60_000).tolist()
+
+    def ask(self, operation: Operation, ids: Any = (), **parameters: Any) -> wire.IDs:
+        request = wire.Request(operation, wire.as_ids(ids), {"session": self.token, **parameters})
+        answer: Any = self.transport.call("cidmgr", request, 5.0)
+        return answer[0] if isinstance(answer, tuple) else answer
+
+    def change(self, operation: Operation, ids: Any = (), **parameters: Any) -> wire.IDs:
+        self.seq += 1
+        return self.ask(operation, ids, seq=self.seq, **parameters)
+
+    def acquire(self, count: int) -> None:
+        self.held += self.change(Operation.NEW, count=count).tolist()
+
+    def release(self, count: int) -> None:
+        some = self.held[:count]
+        self.change(Operation.DELETE, some, ended=True)
+        del self.held[:count]
+
+    def check(self) -> None:
+        assert self.ask(Operation.HELD).tolist() == sorted(self.held)
+        assert self.ask(Operation.OPEN, ttl_ms=60_000).tolist() == self.opened
+
+
+def until_served(user: User, within: float = 10.0) -> float:
+    """Wait until the manager answers again; return for how many seconds it did not."""
+    began = time.monotonic()
+    while True:
+        try:
+            user.ask(Operation.RENEW)
+            return time.monotonic() - began
+        except (Unavailable, InternalError) as error:
+            if time.monotonic() - began > within:
+                raise AssertionError("the manager did not come back") from error
+            time.sleep(0.002)
+
+
+def load(server: TritonServer, *, unload: bool = False) -> None:
+    triton = tritonclient.http.InferenceServerClient(server.http_url.removeprefix("http://"))
+    if unload:
+        triton.unload_model("cidmgr")
+        deadline = time.monotonic() + 10
+        while triton.is_model_ready("cidmgr") and time.monotonic() < deadline:
+            time.sleep(0.02)
+    triton.load_model("cidmgr")
+    triton.close()
+
+
+class Crowd:
+    """Users that take and give as fast as they can; every refusal but UNAVAILABLE is a fault."""
+
+    def __init__(self, server: TritonServer, size: int) -> None:
+        self.users = [User(server) for _ in range(size)]
+        self.faults: list[str] = []
+        self.done = 0
+        self.gap = 0.0  # the longest time for which nobody was served, in seconds
+        self._last = time.monotonic()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._work, args=(user,)) for user in self.users]
+
+    def __enter__(self) -> Crowd:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self, user: User) -> None:
+        try:
+            while not self._stop.is_set():
+                step = user.release if len(user.held) > 20 else user.acquire
+                try:
+                    step(3)
+                except Unavailable as error:
+                    # It carries our token, so nothing was done, and the same may be tried again.
+                    if "try again" not in str(error):
+                        raise
+                    time.sleep(0.002)
+                    continue
+                with self._lock:
+                    now = time.monotonic()
+                    self.gap, self._last = max(self.gap, now - self._last), now
+                    self.done += 1
+        except Exception as error:
+            self.faults.append(f"{type(error).__name__}: {error}")
+
+    def check(self) -> None:
+        assert not self.faults, self.faults
+        for user in self.users:
+            user.check()
+        every = [cid for user in self.users for cid in user.held]
+        assert len(every) == len(set(every)), "an ID has two holders"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["", "idle stream"])
+def test_reload_under_load(place: Place, server: TritonServer, stream: bool) -> None:
+    triton = tritonclient.grpc.InferenceServerClient(server.grpc_url)
+    if stream:  # it has inferred once, and pins the process that it did so with
+        answered = threading.Event()
+        triton.start_stream(lambda result, error: answered.set())
+        code = tritonclient.grpc.InferInput("CODE", [1, 1], "INT8")
+        code.set_data_from_numpy(np.array([[2]], np.int8))
+        triton.async_stream_infer("cidmgr", [code])
+        assert answered.wait(10)
+    with Crowd(server, 4) as crowd:
+        pids = {place.stub()}
+        for _ in range(3):
+            time.sleep(0.3)
+            place.touch()
+            load(server)
+            until_served(crowd.users[0])
+            pids.add(place.stub())
+        time.sleep(0.3)
+    crowd.check()
+    assert len(pids) == 4, "each reload was one"
+    print(f"{crowd.done} changes; nobody was served for at most {crowd.gap * 1000:.0f} ms")
+    if stream:
+        triton.stop_stream(cancel_requests=True)
+    triton.close()
+
+
+def test_the_manager_is_killed(place: Place, server: TritonServer) -> None:
+    users = [User(server) for _ in range(3)]
+    for user in users:
+        user.acquire(50)
+        user.release(7)
+    os.kill(place.stub(), signal.SIGKILL)
+    with pytest.raises(CidError):
+        users[0].ask(Operation.RENEW)
+    load(server, unload=True)
+    until_served(users[0])
+    for user in users:
+        user.check()
+        user.acquire(50)
+        user.release(50)
+        user.check()
+    every = [cid for user in users for cid in user.held]
+    assert len(every) == len(set(every)) == 129
+
+
+def test_the_server_is_killed(place: Place) -> None:
+    """The next one starts at once, while the old manager is not gone yet."""
+    with place.server() as server:
+        user = User(server)
+        user.acquire(1_000)
+        user.release(10)
+        os.kill(server.pid, signal.SIGKILL)
+        old = place.stub()
+        with place.server() as server:
+            user.transport.close()
+            user.transport = connect(server.grpc_url)
+            waited = until_served(user)
+            assert place.stub() != old
+            user.check()
+            user.acquire(10)
+            user.check()
+            print(f"served {waited:.1f} s after the new server was ready")
+
+
+def test_another_server_is_refused(place: Place, server: TritonServer) -> None:
+    user = User(server)
+    user.acquire(5)
+    with pytest.raises(Unavailable) as caught, place.server():
+        pass
+    assert re.search(rf"REGISTRY_LOCKED|process {place.stub()} writes", str(caught.value))
+    user.check()
+    user.acquire(5)
