@@ -4,6 +4,7 @@
 #   make lint    style, types and layers
 #   make dist    sdist and wheel, the wheel tested in environments of its own
 #   make bench   the allocator next to its peers: half an hour; fills docs/performance.md in
+#   make bench-registry  what the manager's registry costs: sessions, opening it again
 #   make bench-gate  instructions per call against their limits; needs valgrind
 #   make clean   remove everything that these made
 
@@ -27,7 +28,7 @@ BIN := .venv/bin
 NEWS := sed -u "/already satisfied/d"
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
 
-.PHONY: demo test lint dist bench bench-gate clean
+.PHONY: demo test lint dist bench bench-registry bench-gate clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.built
@@ -48,6 +49,9 @@ lint: .venv/.built
 bench: .venv/.bench
 	$(BIN)/python -m pytest -q bench/test_peers.py
 	$(BIN)/python bench/study.py $(ARGS)
+
+bench-registry: .venv/.built
+	$(BIN)/python bench/registry.py $(ARGS)
 
 bench-gate: .venv/.bench
 	$(BIN)/python -m pytest -q bench --benchmark-disable

@@ -1,0 +1,183 @@
+"""What the registry costs: to open it again, a session, an ID. Prints a table in Markdown.
+
+Times are the median of rounds, and stand beside what the same memory costs to read once, in the
+same process. `make bench-registry` runs this; ARGS="--large" adds 100 million IDs (4 GiB of disk).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from cidalloc.layout import Kind, Shape
+from cidalloc.registry import Registry
+from cidalloc.settings import Settings
+from cidalloc.store import Store
+
+BOOT = b"b" * 16
+ROUNDS = 5
+
+
+def settings(capacity: int) -> Settings:
+    """Return settings without limits."""
+    return Settings(
+        first=1,
+        capacity=capacity,
+        fresh=True,
+        max_held=2**38,
+        max_count=10**6,
+        max_sessions=2**24 - 2,
+        max_ttl_ms=10**9,
+    )
+
+
+def median_ms(work: Callable[[], object], rounds: int = ROUNDS) -> float:
+    """Return the median time of some rounds."""
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times) * 1e3
+
+
+def token(n: int) -> bytes:
+    """Return the n-th token."""
+    return n.to_bytes(16, "little")
+
+
+def fill(path: Path, ids: int, block: int) -> None:
+    """Make a file in which one session holds so many IDs."""
+    store = Store.open(path, Shape(1, ids + 1000, block), boot=BOOT)
+    registry = Registry(settings(ids + 1000), 0, store, BOOT)
+    registry.open(token(1), 0, ttl_ms=10**6)
+    for seq, start in enumerate(range(0, ids, 10**6), 1):
+        registry.acquire(min(10**6, ids - start), 0, token=token(1), seq=seq)
+    registry.close()
+
+
+def reopening(folder: Path, ids: int, block: int) -> str:
+    """Open a file again, and read the same memory."""
+    path = folder / "it"
+    fill(path, ids, block)
+
+    def reopen() -> None:
+        store = Store.open(path, None, boot=BOOT)
+        registry = Registry(settings(ids + 1000), 0, store, BOOT)
+        assert registry.pool.active == ids
+        registry.close()
+
+    def scan() -> None:
+        store = Store.open(path, None, boot=BOOT)
+        words = np.frombuffer(memoryview(store.blocks), np.uint64)
+        words[: (ids // block + 2) * 4].max()
+        store.close()
+
+    opened, read = median_ms(reopen), median_ms(scan)
+    disk = path.stat().st_blocks * 512
+    path.unlink()
+    return (
+        f"| {ids:,} | {block} | {opened:,.1f} ms | {read:,.1f} ms | {opened / read:.1f} |"
+        f" {disk / ids:.1f} bytes |"
+    )
+
+
+def sessions(folder: Path, count: int) -> list[str]:
+    """Open, renew, and let expire so many sessions with an ID each."""
+    registry = Registry.in_file(folder / "sessions", settings(2**24), 0, BOOT)
+    names = [token(n) for n in range(count)]
+    key = os.urandom(16)
+
+    def timed(work: Callable[[bytes], object]) -> float:
+        began = time.perf_counter()
+        for name in names:
+            work(name)
+        return (time.perf_counter() - began) / count * 1e9
+
+    before = resident()
+    opened = timed(lambda name: registry.open(name, 0, ttl_ms=60_000))
+    memory = (resident() - before) / count
+    acquired = timed(lambda name: registry.acquire(1, 0, token=name, seq=1))
+    renewed = timed(lambda name: registry.renew(name, 1))
+    digest = timed(lambda name: hashlib.blake2b(name, digest_size=16, key=key).digest())
+    numbers = registry.sessions.numbers()
+    began = time.perf_counter()
+    renew = registry.sessions.renew
+    for at in numbers:
+        renew(at, 70_002)
+    bare = (time.perf_counter() - began) / count * 1e9
+    began = time.perf_counter()
+    registry.tick(10**6)
+    expired = (time.perf_counter() - began) / count * 1e9
+    assert registry.expired == count
+    disk = (folder / "sessions").stat().st_blocks * 512
+    rows = registry.store.granules(Kind.ROWS) * 2**16
+    registry.close()
+    (folder / "sessions").unlink()
+    return [
+        f"| {count:,} | {opened:,.0f} | {acquired:,.0f} | {renewed:,.0f} | {bare:,.0f} |"
+        f" {expired:,.0f} | {digest:,.0f} | {memory:,.0f} | {rows / count:,.0f} of"
+        f" {disk / count:,.0f} |"
+    ]
+
+
+def resident() -> int:
+    """Return the memory of this process in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def expiry(folder: Path, held: int) -> str:
+    """Let a session with so many IDs expire."""
+    registry = Registry.in_file(folder / "expiry", settings(2**22), 0, BOOT)
+
+    def once() -> float:
+        now = registry._now
+        registry.open(token(1), now, ttl_ms=60_000)
+        registry.acquire(held, now, token=token(1), seq=1)
+        began = time.perf_counter()
+        registry.tick(now + 10**6)
+        return (time.perf_counter() - began) * 1e3
+
+    taken = statistics.median(once() for _ in range(ROUNDS))
+    registry.close()
+    (folder / "expiry").unlink()
+    return f"| {held:,} | {taken:,.2f} ms | {taken / held * 1e6:,.0f} ns |"
+
+
+def main() -> None:
+    """Measure everything."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--large", action="store_true")
+    options.add_argument("--folder", type=Path, help="where the files are, instead of TMPDIR")
+    given = options.parse_args()
+    with tempfile.TemporaryDirectory(dir=given.folder) as name:
+        folder = Path(name)
+        print("| held IDs | block | open again | read the memory | ratio | disk per ID |")
+        print("|---|---|---|---|---|---|")
+        sizes = [10**6, 10**8] if given.large else [10**6]
+        for ids in sizes:
+            for block in (1, 64):
+                print(reopening(folder, ids, block), flush=True)
+        print("\nNanoseconds per session with one ID; bytes per session.\n")
+        print(
+            "| sessions | open | acquire | renew | renew by number | expire | digest alone |",
+            end="",
+        )
+        print(" memory | disk: rows of all |\n|---|---|---|---|---|---|---|---|---|")
+        for count in (1_000, 30_000, 1_000_000):
+            print(*sessions(folder, count), sep="\n", flush=True)
+        print("\n| IDs of a session that expires | in all | per ID |\n|---|---|---|")
+        for held in (1, 1_000, 1_000_000):
+            print(expiry(folder, held), flush=True)
+
+
+if __name__ == "__main__":
+    main()
