@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from anonymous import Anonymous
 from loopback import Loopback
 
 from cidalloc import demo
 from cidalloc.client import Client
+from cidalloc.client._transport import connect
 from cidalloc.server import TritonServer
 from cidalloc.settings import Settings
 from cidalloc.triton_model import export
@@ -82,14 +84,14 @@ def triton(repository: Path) -> Iterator[TritonServer]:
 
 
 @pytest.fixture(params=["loopback", "grpc", "http"])
-def small(request: pytest.FixtureRequest) -> Iterator[Client]:
-    """A client of a manager with the small pool, none of which is held."""
+def small(request: pytest.FixtureRequest) -> Iterator[Anonymous]:
+    """A client without a session of a manager with the small pool, none of which is held."""
     if request.param == "loopback":
-        client = Client(transport=Loopback(SMALL))
+        client = Anonymous(Loopback(SMALL))
     else:
         server = request.getfixturevalue("triton")
         url = server.grpc_url if request.param == "grpc" else server.http_url
-        client = Client(url, model=f"small_{request.param}")
+        client = Anonymous(connect(url), f"small_{request.param}")
     with client:
         assert client.active() == 0, "a test before this one left IDs held"
         yield client
