@@ -79,8 +79,12 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def triton(repository: Path) -> Iterator[TritonServer]:
     """The real server. Without it these tests fail; they are never skipped."""
-    with TritonServer(repository) as server:
+    server = TritonServer(repository)
+    try:
+        server.start(timeout=110)  # it loads many models, maybe on a busy machine
         yield server
+    finally:
+        server.stop()
 
 
 @pytest.fixture(params=["loopback", "grpc", "http"])
