@@ -34,6 +34,21 @@ class TritonPythonModel:
 """
 """A model with the tensors of a manager that is none."""
 
+ENSEMBLE = """
+name: "ensemble"
+platform: "ensemble"
+max_batch_size: 1
+input [ { name: "INPUT" data_type: TYPE_INT32 dims: [ 1 ] } ]
+output [ { name: "OUTPUT" data_type: TYPE_INT32 dims: [ 1 ] } ]
+ensemble_scheduling {
+  step [
+    { model_name: "narrow_sequence" model_version: -1
+      input_map { key: "INPUT" value: "INPUT" } output_map { key: "OUTPUT" value: "OUTPUT" } }
+  ]
+}
+"""
+"""A model of one step, which keeps sequences."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what needs the real server, for environments that cannot have it."""
@@ -73,6 +88,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = config.read_text()
         assert old in text
         config.write_text(text.replace(old, new).replace(demo.MODEL, name))
+    (folder / "ensemble" / "1").mkdir(parents=True)
+    (folder / "ensemble" / "config.pbtxt").write_text(ENSEMBLE)
     return folder
 
 

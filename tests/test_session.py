@@ -366,7 +366,8 @@ def test_a_handover_is_waited_for(world: World, session: Session) -> None:
                 if refused == 4:
                     world.service._holder._registry = old
     except StopIteration as stop:
-        assert len(stop.value) == 5
+        found = stop.value
+    assert len(found) == 5
     assert world.operations()[-5:] == ["NEW"] * 5
 
 

@@ -140,6 +140,10 @@ class Life:
         """
         if (self.state, Event.SEND) in LIFE and self.must_be_forgotten(now):
             self._go(Event.FORGET)
+            raise SequenceLost(
+                f"Triton has forgotten {self._name}: nothing was sent for its idle time,"
+                f" {self._idle:g} s"
+            )
         if self.state is State.LOST:
             raise SequenceLost(f"{self._name} is lost: open a new sequence, and send all again")
         self._go(Event.SEND_END if end else Event.SEND)
