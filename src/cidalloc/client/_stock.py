@@ -167,7 +167,6 @@ class Stock:
         Returns:
             The used IDs that the session does not hold: they are lost.
         """
-        self.sent = [cid for cid in self.sent if cid in held]
         self.unsend()
         for cooldown_ms, cids in list(self.leaving.items()):
             self.leaving[cooldown_ms] = [cid for cid in cids if cid in held]
