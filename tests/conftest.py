@@ -23,6 +23,16 @@ SMALL = Settings(
 """A pool small enough to run out, without a cooldown."""
 
 
+QUICK = Settings(
+    first=2000,
+    capacity=1000,
+    cooldown_ms=500,
+    unended_cooldown_ms=4_000,
+    grace_ms=1_000,
+    fresh=True,
+)
+"""A manager that does not wait for long."""
+
 IMPOSTOR = """
 import numpy
 import triton_python_backend_utils as pb_utils
@@ -66,6 +76,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("small_grpc", "small_http", "small_raw"):
         export(folder, SMALL, name=name)
     export(folder, Settings(first=2**40), name="wide")
+    export(folder, QUICK, name="quick")
     impostor = export(folder, name="impostor")
     (impostor / "1" / "model.py").write_text(IMPOSTOR)
     config = (impostor / "config.pbtxt").read_text()

@@ -30,7 +30,8 @@ def test_the_picture_in_the_guide_is_the_table() -> None:
 def test_the_picture_shows_every_change() -> None:
     lines = diagram().splitlines()
     for (state, event), to in LIFE.items():
-        if state is not to:
+        as_closed = event is Event.CUT and LIFE[state, Event.CLOSE] is to
+        if state is not to and not as_closed:
             arrow = f"    {state.name.lower()} --> {to.name.lower()}: "
             (line,) = [line for line in lines if line.startswith(arrow)]
             assert event.value in line.removeprefix(arrow).split(" / ")
@@ -44,7 +45,7 @@ def test_every_state_is_reached_and_can_be_left() -> None:
     assert reached == set(State)
     for state in set(State) - CLOSED:
         assert LIFE[state, Event.CLOSE] in CLOSED
-        assert LIFE[state, Event.CUT] is State.COOLING
+        assert state is State.FRESH or LIFE[state, Event.CUT] is State.COOLING
     for state in CLOSED:
         assert all(to is state for (here, _), to in LIFE.items() if here is state)
 

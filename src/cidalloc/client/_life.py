@@ -52,7 +52,7 @@ class Event(Enum):
     FAIL_END = "failure of END"
     FORGET = "forgotten"
     CLOSE = "close"
-    CUT = "close, something unanswered"
+    CUT = "close with something unanswered"
 
 
 def _table() -> dict[tuple[State, Event], State]:
@@ -90,7 +90,8 @@ def _table() -> dict[tuple[State, Event], State]:
         add(state, Event.FORGET, to=State.LOST)
         certain = state in (State.FRESH, State.ENDED)
         add(state, Event.CLOSE, to=State.RECYCLED if certain else State.COOLING)
-        add(state, Event.CUT, to=State.COOLING)
+        if state is not State.FRESH:
+            add(state, Event.CUT, to=State.COOLING)
     late = (Event.ANSWER, Event.ANSWER_END, Event.FAIL, Event.FAIL_END, Event.FORGET)
     for state in (State.LOST, *closed):
         add(state, *late)  # too late to matter
@@ -219,7 +220,8 @@ def diagram() -> str:
         lines.append(f"    {names[state]}: {state.value}")
     ways: dict[tuple[State, State], list[str]] = {}
     for (state, event), to in LIFE.items():
-        if state is not to:
+        as_closed = event is Event.CUT and LIFE[state, Event.CLOSE] is to
+        if state is not to and not as_closed:
             ways.setdefault((state, to), []).append(event.value)
     for (state, to), events in ways.items():
         lines.append(f"    {names[state]} --> {names[to]}: {' / '.join(events)}")
