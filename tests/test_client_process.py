@@ -19,7 +19,8 @@ from cidalloc.client import Client
 from cidalloc.demo.sequences import number
 from cidalloc.server import TritonServer
 
-TTL_S, GRACE_S, COOLDOWN_S = 2.0, 1.0, 4.0
+TTL_S, GRACE_S = 2.0, 1.0
+COOLDOWN_S = 5.0 + 1.0  # the idle time of the model, and the timeout
 
 HOLDER = """
 import sys, time
@@ -28,7 +29,7 @@ from cidalloc.client import Client
 from cidalloc.demo.sequences import number
 
 cids = Client(sys.argv[1], model="quick", ttl=2.0, timeout=1.0)
-sequence = cids.sequence("simple_sequence")
+sequence = cids.sequence("simple_sequence", timeout=1.0)
 sequence.infer(number(1))
 ids = cids.acquire_many(9)
 print(*ids, flush=True)

@@ -115,7 +115,9 @@ def test_when_triton_may_and_must_have_forgotten() -> None:
     assert it.may_be_forgotten(15.0)
     assert not it.must_be_forgotten(18.4)
     assert it.must_be_forgotten(18.6)
+    assert not it.overdue
     it.send(18.4, False)
+    assert it.overdue
     it.settle(18.41, False, None)
     with pytest.raises(SequenceLost, match="sequence 7 on m"):
         it.send(30, False)

@@ -128,7 +128,8 @@ class Life:
         self._name = name
         self._idle = idle
         self._exact = exact
-        self._last_sent = 0.0
+        self.overdue = False  # when the last request was sent, Triton may have forgotten it
+        self._last_sent = float("inf")
         # Triton had queued everything by then, or nobody knows.
         self._queued_by = float("inf")
 
@@ -150,6 +151,7 @@ class Life:
         self._go(Event.SEND_END if end else Event.SEND)
         start = not self.answered and not self.unanswered
         self.unanswered += 1
+        self.overdue = self.may_be_forgotten(now)
         self._last_sent = now
         return start
 
@@ -195,7 +197,7 @@ class Life:
         return (self.state, Event.SEND_END) in LIFE and self.state is not State.FRESH
 
     def may_be_forgotten(self, now: float) -> bool:
-        """Whether Triton may have forgotten it by now."""
+        """Whether Triton may have forgotten it by now, for all that was sent."""
         return self.state is State.LOST or now >= self._last_sent + self._idle
 
     def must_be_forgotten(self, now: float) -> bool:

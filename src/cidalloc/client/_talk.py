@@ -176,7 +176,7 @@ class Talk(BoundToProcess):
         name = f"sequence {self._plan.cid} on {self._model}"
         if "must specify the START flag" in text and self._life.answered:
             why = "the server was restarted or its model reloaded, or something else used this ID"
-            if self._life.may_be_forgotten(self._driver.now()):
+            if self._life.overdue:
                 why = f"nothing was sent for its idle time, {self._plan.target.idle_s:g} s"
             lost: BaseException = SequenceLost(f"Triton has forgotten {name}: {why}")
         elif "timeout of the corresponding sequence has been expired" in text:
