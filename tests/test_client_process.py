@@ -69,6 +69,7 @@ def status(cids: Client) -> tuple[int, int]:
     return found["held"], found["cooling"]
 
 
+@pytest.mark.timeout(240)  # the server's start may be in it
 def test_the_ids_of_a_killed_client_are_free_in_time_and_not_before(triton: TritonServer) -> None:
     with Client(triton.grpc_url, model="quick") as cids, holder(triton.grpc_url) as process:
         before = status(cids)
