@@ -13,6 +13,7 @@ from ._base import Base, Fallback, several, whole
 from ._drive import Driver
 from ._process import Process
 from ._sequence import Sequence
+from ._talk import Plan
 from ._transport import Transport, connect
 
 __all__ = ["Client"]
@@ -208,14 +209,13 @@ class Client(Base):
             Exhausted: the pool cannot give an ID now.
         """
         self._check_fork()
-        begin = lambda: self._begin_sequence(model, timeout, cooldown, check)  # noqa: E731
 
-        def begun() -> Any:
-            plan = self._driver.run(begin)
+        def begin() -> Plan:
+            plan = self._driver.run(lambda: self._begin_sequence(model, timeout, cooldown, check))
             self._driver.wake()
             return plan
 
-        return Sequence(self._driver, model, begun, streaming, farewell, self)
+        return Sequence(self._driver, model, begin, streaming, farewell, self)
 
     def _run_acquire(self, count: int) -> list[int]:
         self._check_fork()

@@ -168,7 +168,8 @@ class Session(Lease):
             if self._due() > self.now:
                 yield Idle(self._due())
                 continue
-            deadline = self.now + self.timeout
+            # Short enough for some tries before the lease is over.
+            deadline = self.now + min(self.timeout, self.ttl / 8)
             try:
                 if self.now >= self._renew_at:
                     yield from self._renew(deadline)
