@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from anonymous import Anonymous
 from loopback import Loopback
 
 from cidalloc import demo
 from cidalloc.client import Client
+from cidalloc.client._transport import connect
 from cidalloc.server import TritonServer
 from cidalloc.settings import Settings
 from cidalloc.triton_model import export
@@ -20,6 +22,16 @@ SMALL = Settings(
 )
 """A pool small enough to run out, without a cooldown."""
 
+
+QUICK = Settings(
+    first=2000,
+    capacity=1000,
+    cooldown_ms=500,
+    unended_cooldown_ms=4_000,
+    grace_ms=1_000,
+    fresh=True,
+)
+"""A manager that does not wait for long."""
 
 IMPOSTOR = """
 import numpy
@@ -31,6 +43,21 @@ class TritonPythonModel:
         return [pb_utils.InferenceResponse([output]) for request in requests]
 """
 """A model with the tensors of a manager that is none."""
+
+ENSEMBLE = """
+name: "ensemble"
+platform: "ensemble"
+max_batch_size: 1
+input [ { name: "INPUT" data_type: TYPE_INT32 dims: [ 1 ] } ]
+output [ { name: "OUTPUT" data_type: TYPE_INT32 dims: [ 1 ] } ]
+ensemble_scheduling {
+  step [
+    { model_name: "narrow_sequence" model_version: -1
+      input_map { key: "INPUT" value: "INPUT" } output_map { key: "OUTPUT" value: "OUTPUT" } }
+  ]
+}
+"""
+"""A model of one step, which keeps sequences."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,6 +76,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("small_grpc", "small_http", "small_raw"):
         export(folder, SMALL, name=name)
     export(folder, Settings(first=2**40), name="wide")
+    export(folder, QUICK, name="quick")
     impostor = export(folder, name="impostor")
     (impostor / "1" / "model.py").write_text(IMPOSTOR)
     config = (impostor / "config.pbtxt").read_text()
@@ -71,25 +99,31 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = config.read_text()
         assert old in text
         config.write_text(text.replace(old, new).replace(demo.MODEL, name))
+    (folder / "ensemble" / "1").mkdir(parents=True)
+    (folder / "ensemble" / "config.pbtxt").write_text(ENSEMBLE)
     return folder
 
 
 @pytest.fixture(scope="session")
 def triton(repository: Path) -> Iterator[TritonServer]:
     """The real server. Without it these tests fail; they are never skipped."""
-    with TritonServer(repository) as server:
+    server = TritonServer(repository)
+    try:
+        server.start(timeout=110)  # it loads many models, maybe on a busy machine
         yield server
+    finally:
+        server.stop()
 
 
 @pytest.fixture(params=["loopback", "grpc", "http"])
-def small(request: pytest.FixtureRequest) -> Iterator[Client]:
-    """A client of a manager with the small pool, none of which is held."""
+def small(request: pytest.FixtureRequest) -> Iterator[Anonymous]:
+    """A client without a session of a manager with the small pool, none of which is held."""
     if request.param == "loopback":
-        client = Client(transport=Loopback(SMALL))
+        client = Anonymous(Loopback(SMALL))
     else:
         server = request.getfixturevalue("triton")
         url = server.grpc_url if request.param == "grpc" else server.http_url
-        client = Client(url, model=f"small_{request.param}")
+        client = Anonymous(connect(url), f"small_{request.param}")
     with client:
         assert client.active() == 0, "a test before this one left IDs held"
         yield client

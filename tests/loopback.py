@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from cidalloc import wire
+from cidalloc.codes import Operation
 from cidalloc.errors import CidError, ProtocolError
 from cidalloc.service import Service, boottime_ms
 from cidalloc.settings import Settings
@@ -21,8 +22,12 @@ class Loopback:
 
     def __init__(self, settings: Settings, clock: Callable[[], int] = boottime_ms) -> None:
         self.service = Service(settings, clock)
+        self.clock = clock
 
-    def call(self, model: str, request: wire.Request, timeout: float) -> wire.IDs:
+    def now(self) -> float:
+        return self.clock() / 1000
+
+    def call(self, model: str, request: wire.Request, timeout: float) -> tuple[wire.IDs, str]:
         tensors = request.encode()
         answer = self.service.answer(
             tensors[wire.CODE], tensors[wire.CORRELATION_ID], json.dumps(dict(request.parameters))
@@ -30,9 +35,10 @@ class Loopback:
         if isinstance(answer, CidError):
             error = wire.parse_error(f"in ensemble 'x', {wire.error_text(answer)}")
             raise error or ProtocolError(f"no error in {answer!r}")
-        output, _ = answer
+        output, detail = answer
         assert output.dtype == np.uint64 and output.ndim == 2 and output.shape[0] == 1
-        return output[0]
+        assert (detail != "") == (request.operation is Operation.STATUS)
+        return output[0], detail
 
     def model_config(self, model: str, timeout: float) -> Mapping[str, Any]:
         return {"name": model, "sequence_batching": {"max_sequence_idle_microseconds": 2_000_000}}
@@ -44,4 +50,29 @@ class Loopback:
         raise NotImplementedError
 
     def close(self) -> None:
+        pass
+
+
+class AsyncLoopback:
+    """The same for `cidalloc.client.AsyncClient`."""
+
+    url = "loopback"
+
+    def __init__(self, settings: Settings, clock: Callable[[], int] = boottime_ms) -> None:
+        self.loopback = Loopback(settings, clock)
+        self.now = self.loopback.now
+
+    async def call(self, model: str, request: wire.Request, timeout: float) -> tuple[Any, str]:
+        return self.loopback.call(model, request, timeout)
+
+    async def model_config(self, model: str, timeout: float) -> Mapping[str, Any]:
+        return self.loopback.model_config(model, timeout)
+
+    async def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
+        return self.loopback.infer(limit, model, inputs, **options)
+
+    def open_stream(self, requests: AsyncIterator[dict[str, Any]]) -> Any:
+        raise NotImplementedError
+
+    async def close(self) -> None:
         pass

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import tritonclient.grpc
+from anonymous import Anonymous
 from click.testing import CliRunner
 
 from cidalloc import cli, demo
 from cidalloc.client import Client
+from cidalloc.client._transport import connect
 from cidalloc.demo import sequences
 from cidalloc.demo.collide import collide
 from cidalloc.demo.stress import Hold, Outcome, overlapping, stress
@@ -116,7 +118,7 @@ def test_stress(triton: TritonServer) -> None:
 
 
 def test_stress_notices_what_is_still_held(triton: TritonServer) -> None:
-    with Client(triton.grpc_url) as client:
+    with Anonymous(connect(triton.grpc_url)) as client:
         leaked: list[int] = []
         outcome = stress(triton.grpc_url, 1, lambda done: leaked.append(client.acquire()))
         assert outcome.still_held == 1

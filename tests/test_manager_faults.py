@@ -77,8 +77,7 @@ class User:
 
     def ask(self, operation: Operation, ids: Any = (), **parameters: Any) -> wire.IDs:
         request = wire.Request(operation, wire.as_ids(ids), {"session": self.token, **parameters})
-        answer: Any = self.transport.call("cidmgr", request, 5.0)
-        return answer[0] if isinstance(answer, tuple) else answer
+        return self.transport.call("cidmgr", request, 5.0)[0]
 
     def change(self, operation: Operation, ids: Any = (), **parameters: Any) -> wire.IDs:
         self.seq += 1

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 PUBLIC = {
     "cidalloc": ["Allocator", "CidError", "Code", "__version__"],
-    "cidalloc.client": ["Client", "Sequence"],
+    "cidalloc.client": ["AsyncClient", "AsyncSequence", "Client", "Sequence"],
     "cidalloc.codes": ["Code", "Operation"],
     "cidalloc.registry": ["Grant", "Registry"],
     "cidalloc.settings": ["MAX_SESSIONS", "Settings"],

@@ -20,6 +20,7 @@ from tritonclient.utils import InferenceServerException
 
 from cidalloc import errors
 from cidalloc.client import Client, Sequence
+from cidalloc.client._stock import ENDED
 from cidalloc.demo.sequences import number
 from cidalloc.server import TritonServer
 
@@ -34,9 +35,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def cids(kind: str, triton: TritonServer) -> Any:
     with Client(triton.http_url if kind == "http" else triton.grpc_url) as client:
-        held = client.active()
         yield client
-        assert client.active() == held, "a sequence kept its ID"
+        assert client.held().tolist() == [], "a sequence kept its ID"
 
 
 def send(kind: str, value: int) -> list[Any]:
@@ -83,16 +83,18 @@ def test_sequences_side_by_side(cids: Client, kind: str) -> None:
         two.infer(send(kind, 0), end=True)
 
 
-def cooldown_of(sequence: Sequence, monkeypatch: pytest.MonkeyPatch) -> tuple[bool, float]:
-    """Close a sequence and return how its ID was given back."""
-    seen: list[tuple[bool, float]] = []
-    release = sequence._release
+def cooldown_of(sequence: Sequence, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Close a sequence and return for how many milliseconds its ID cools, or ENDED."""
+    seen: list[int] = []
+    session = sequence._driver.session
+    give = session.give
 
-    def spy(cid: int, *, ended: bool, cooldown: float) -> None:
-        seen.append((ended, cooldown))
-        release(cid, ended=ended, cooldown=cooldown)
+    def spy(cids: list[int], cooldown_ms: int) -> None:
+        assert cids == [sequence.cid]
+        seen.append(cooldown_ms)
+        give(cids, cooldown_ms)
 
-    monkeypatch.setattr(sequence, "_release", spy)
+    monkeypatch.setattr(session, "give", spy)
     sequence.close()
     sequence.close()
     assert len(seen) == 1
@@ -105,7 +107,7 @@ def test_an_answered_end_frees_the_id(
     sequence = cids.sequence(MODEL, streaming=kind == "stream")
     sequence.infer(send(kind, 1))
     sequence.infer(send(kind, 1), end=True)
-    assert cooldown_of(sequence, monkeypatch)[0] is True
+    assert cooldown_of(sequence, monkeypatch) == ENDED
 
 
 def test_an_end_sent_without_waiting_frees_the_id(
@@ -114,14 +116,14 @@ def test_an_end_sent_without_waiting_frees_the_id(
     sequence = cids.sequence(MODEL, streaming=kind == "stream")
     sequence.async_infer(send(kind, 1))
     sequence.async_infer(send(kind, 1), end=True)
-    assert cooldown_of(sequence, monkeypatch)[0] is True
+    assert cooldown_of(sequence, monkeypatch) == ENDED
 
 
 def test_an_unused_id_was_never_known_to_triton(
     cids: Client, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sequence = cids.sequence(MODEL, streaming=kind == "stream")
-    assert cooldown_of(sequence, monkeypatch)[0] is True
+    assert cooldown_of(sequence, monkeypatch) == ENDED
 
 
 def test_without_end_the_id_cools_for_idle_time_and_timeout(
@@ -129,7 +131,7 @@ def test_without_end_the_id_cools_for_idle_time_and_timeout(
 ) -> None:
     sequence = cids.sequence(MODEL, streaming=kind == "stream", timeout=3.0)
     sequence.infer(send(kind, 1))
-    assert cooldown_of(sequence, monkeypatch) == (False, 5.0 + 3.0)
+    assert cooldown_of(sequence, monkeypatch) == 5_000 + 3_000
 
 
 def test_after_an_error_the_id_cools(
@@ -141,7 +143,7 @@ def test_after_an_error_the_id_cools(
     # START was not spent on it.
     assert total(sequence.infer(send(kind, 4))) == 4
     sequence.infer(send(kind, 1), end=True)
-    assert cooldown_of(sequence, monkeypatch)[0] is False
+    assert cooldown_of(sequence, monkeypatch) != ENDED
 
 
 def test_flags_for_ones_own_client(
@@ -155,7 +157,7 @@ def test_flags_for_ones_own_client(
     assert total(own.infer(MODEL, send(kind, 2), **sequence.flags())) == 4
     assert total(own.infer(MODEL, send(kind, 2), **sequence.flags(end=True))) == 6
     own.close()
-    assert cooldown_of(sequence, monkeypatch)[0] is False
+    assert cooldown_of(sequence, monkeypatch) != ENDED
     with pytest.raises(errors.InvalidArgument, match="no more"):
         sequence.flags()
 
@@ -213,7 +215,7 @@ def test_waiting_for_a_slot_ends(cids: Client, kind: str) -> None:
         cids.sequence(model, streaming=streaming, timeout=0.5) as second,
     ):
         first.infer(send(kind, 1))
-        with pytest.raises(InferenceServerException, match="timeout"):
+        with pytest.raises(errors.Unavailable, match="all slots of the model are taken"):
             second.infer(send(kind, 1))
         first.infer(send(kind, 1), end=True)
 
@@ -221,10 +223,9 @@ def test_waiting_for_a_slot_ends(cids: Client, kind: str) -> None:
 def test_a_narrow_corrid_is_refused(triton: TritonServer) -> None:
     """The pool reaches beyond 31 bits, and the model's CORRID control does not."""
     with Client(triton.grpc_url, model="wide") as cids:
-        held = cids.active()
         with pytest.raises(errors.InvalidArgument, match="2147483647"):
             cids.sequence("narrow_sequence")
-        assert cids.active() == held
+        assert cids.held().tolist() == []
         with cids.sequence(MODEL) as sequence:
             sequence.infer(number(1), end=True)
 
@@ -246,50 +247,128 @@ def test_an_unknown_model(cids: Client) -> None:
 
 def test_streaming_needs_grpc(triton: TritonServer) -> None:
     with Client(triton.http_url) as cids:
-        held = cids.active()
         with pytest.raises(errors.InvalidArgument, match="gRPC"):
             cids.sequence(MODEL, streaming=True)
-        assert cids.active() == held
+        assert cids.held().tolist() == []
 
 
 def test_repr(cids: Client, kind: str) -> None:
     with cids.sequence(MODEL, streaming=kind == "stream") as sequence:
-        assert repr(sequence) == f"<cidalloc Sequence {sequence.cid} on {MODEL}, open>"
+        assert repr(sequence) == f"<cidalloc Sequence {sequence.cid} on {MODEL}, fresh>"
         sequence.infer(send(kind, 1), end=True)
-        assert repr(sequence).endswith("ended>")
-    assert repr(sequence).endswith("closed>")
+        assert repr(sequence).endswith(", ended>")
+    assert repr(sequence).endswith(", closed, recycled>")
 
 
-def test_a_release_without_an_answer_is_not_repeated(
+def test_triton_forgets_and_says_a_riddle(cids: Client, kind: str) -> None:
+    """Between when it may and when it must have forgotten, Triton is asked."""
+    with cids.sequence("idle_sequence", streaming=kind == "stream") as sequence:
+        sequence.infer(send(kind, 1))
+        time.sleep(0.6)
+        with pytest.raises(errors.SequenceLost, match=r"idle time, 0\.2 s"):
+            sequence.infer(send(kind, 1))
+        with pytest.raises(errors.SequenceLost, match="open a new sequence"):
+            sequence.infer(send(kind, 1))
+        assert sequence.state == "lost"
+
+
+def test_what_must_be_forgotten_is_not_sent(
     cids: Client, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may have been applied, and the ID may be somebody else's by now."""
-    calls: list[int] = []
+    with cids.sequence("idle_sequence", streaming=kind == "stream") as sequence:
+        sequence.infer(send(kind, 1))
+        time.sleep(0.8)
+        monkeypatch.setattr(sequence, "_sender", None)
+        with pytest.raises(errors.SequenceLost, match=r"idle time, 0\.2 s"):
+            sequence._prepare(False, {})
+        monkeypatch.undo()
 
-    def away(cid: int, **options: Any) -> None:
-        calls.append(cid)
-        raise errors.Unavailable("away")
 
-    for error in (None, ZeroDivisionError):
-        sequence = cids.sequence(MODEL, streaming=kind == "stream")
-        release = sequence._release
-        monkeypatch.setattr(sequence, "_release", away)
-        # What went wrong in the block matters more.
-        with pytest.raises(error or errors.Unavailable), sequence:
-            if error is not None:
-                raise error
-        sequence.close()
-        assert calls.pop() == sequence.cid
-        assert not calls
-        release(sequence.cid)
+def test_somebody_elses_end(cids: Client, kind: str, triton: TritonServer) -> None:
+    with cids.sequence(MODEL, streaming=kind == "stream") as sequence:
+        sequence.infer(send(kind, 1))
+        own = tritonclient.grpc.InferenceServerClient(triton.grpc_url)
+        own.infer(MODEL, number(1), sequence_id=sequence.cid, sequence_end=True)
+        own.close()
+        with pytest.raises(errors.SequenceLost, match="or something else used this ID"):
+            sequence.infer(send(kind, 1))
+
+
+@pytest.mark.parametrize("error", [None, ZeroDivisionError])
+def test_a_farewell(cids: Client, kind: str, error: type[Exception] | None) -> None:
+    streaming = kind == "stream"
+    expected = pytest.raises(error) if error else contextlib.nullcontext()
+    farewell = send(kind, 5)
+    with expected, cids.sequence(MODEL, streaming=streaming, farewell=farewell) as sequence:
+        sequence.infer(send(kind, 1))
+        if error:
+            raise error
+    assert sequence.state == "closed, recycled"
+
+
+def test_no_farewell_without_need(cids: Client, kind: str) -> None:
+    farewell = send(kind, 5)
+    with cids.sequence(MODEL, streaming=kind == "stream", farewell=farewell) as sequence:
+        pass
+    assert sequence.state == "closed, recycled"
+    with cids.sequence(MODEL, streaming=kind == "stream", farewell=farewell) as sequence:
+        assert total(sequence.infer(send(kind, 1), end=True)) == 1
+    assert sequence.state == "closed, recycled"
+    with cids.sequence(MODEL, streaming=kind == "stream", farewell=bad_input(kind)) as sequence:
+        sequence.infer(send(kind, 1))
+    assert sequence.state == "closed, cooling"
+
+
+def test_ensembles(cids: Client, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with cids.sequence("ensemble", streaming=kind == "stream") as sequence:
+        assert total(sequence.infer(send(kind, 3))) == 3
+        assert total(sequence.infer(send(kind, 4), end=True)) == 7
+        assert sequence._plan.target.highest_cid == 2**31 - 1
+        assert sequence._plan.target.idle_s == 5.0
+    assert sequence.state == "closed, recycled"
+
+
+def test_without_a_look_at_the_configuration(
+    cids: Client, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(errors.InvalidArgument, match="cooldown="):
+        cids.sequence("nonesuch", check=False)
+    sequence = cids.sequence(MODEL, check=False, cooldown=9.0, timeout=2.0, streaming=False)
+    sequence.infer(send("http" if kind == "http" else "grpc", 1))
+    assert cooldown_of(sequence, monkeypatch) == 9_000 + 2_000
+
+
+def test_a_cooldown_of_ones_own_is_never_shorter(
+    cids: Client, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for own, expected in ((1.0, 5_000), (30.0, 30_000)):
+        sequence = cids.sequence(MODEL, cooldown=own, timeout=2.0)
+        sequence.flags()
+        assert cooldown_of(sequence, monkeypatch) == expected + 2_000
+        monkeypatch.undo()
+
+
+def test_random_ids_when_the_manager_is_away(triton: TritonServer) -> None:
+    with Client(triton.grpc_url, model="nonesuch", fallback="random") as cids:
+        with cids.sequence(MODEL) as one, cids.sequence(MODEL) as two:
+            assert one.cid != two.cid
+            assert min(one.cid, two.cid) >= 2**62
+            assert total(one.infer(number(3))) == 3
+            assert total(two.infer(number(4), end=True)) == 4
+            assert total(one.infer(number(3), end=True)) == 6
+        with pytest.raises(errors.Unavailable):
+            cids.sequence("narrow_sequence")
+        with pytest.raises(errors.Unavailable):
+            cids.acquire()
+    with pytest.raises(errors.InvalidArgument, match="fallback"):
+        Client(triton.grpc_url, fallback="nonesuch")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e7, "1", None, True])
 def test_timeouts_that_are_none(cids: Client, kind: str, timeout: Any) -> None:
-    held = cids.active()
     with pytest.raises(errors.InvalidArgument, match="timeout"):
         cids.sequence(MODEL, streaming=kind == "stream", timeout=timeout)
-    assert cids.active() == held
+    assert cids.held().tolist() == []
 
 
 def test_decoupled_models_are_refused(cids: Client) -> None:
@@ -302,11 +381,12 @@ def test_a_closed_client_is_closed_for_sequences(triton: TritonServer) -> None:
     sequence = cids.sequence(MODEL)
     cids.close()
     with pytest.raises(errors.InvalidArgument, match="closed"):
-        sequence.close()
+        sequence.infer(number(1))
     with pytest.raises(errors.InvalidArgument, match="closed"):
         cids.acquire()
-    with Client(triton.grpc_url) as other:
-        other.release(sequence.cid)
+    with pytest.raises(errors.InvalidArgument, match="closed"):
+        cids.release(1)
+    sequence.close()
 
 
 def test_closing_from_many_threads(cids: Client, kind: str) -> None:
@@ -352,8 +432,7 @@ def test_a_server_that_dies_or_hangs(
     futures = [busy.async_infer(number(1)) for _ in range(10)]
     with pytest.raises(errors.Unavailable):
         busy.infer(number(1))
-    with pytest.raises(errors.Unavailable):
-        idle.close()
+    idle.close()
     with pytest.raises(ZeroDivisionError), busy:
         raise ZeroDivisionError
     assert time.monotonic() - began < 20

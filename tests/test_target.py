@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from cidalloc.client._target import Target
-from cidalloc.errors import InvalidArgument
+from cidalloc.client._flow import Config, Event
+from cidalloc.client._target import Target, read_target
+from cidalloc.errors import InvalidArgument, Unavailable
 
 
 def config(kind: str | None = None, **batching: Any) -> dict[str, Any]:
@@ -53,3 +54,50 @@ def test_strings_are_refused() -> None:
 def test_models_without_sequences_are_refused(scheduling: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument, match="sequence_batching"):
         Target.from_config({"name": "m", **scheduling})
+
+
+# ---- Ensembles
+
+
+def read(models: dict[str, Any], name: str) -> Target:
+    flow = read_target(name, 1.0)
+    effect = next(flow)
+    while True:
+        try:
+            assert isinstance(effect, Config)
+            effect = flow.send(Event(config={**models[effect.model], "name": effect.model}))
+        except StopIteration as stop:
+            found: Target = stop.value
+            return found
+
+
+def ensemble(*steps: str, **more: Any) -> dict[str, Any]:
+    return {"ensemble_scheduling": {"step": [{"model_name": step} for step in steps]}, **more}
+
+
+def test_an_ensemble_is_as_narrow_as_its_narrowest_step_and_as_slow_as_its_slowest() -> None:
+    models = {
+        "all": ensemble("plain", "wide", "inner"),
+        "inner": ensemble("narrow", "wide", "inner"),
+        "plain": {},
+        "wide": config("TYPE_UINT64", max_sequence_idle_microseconds="9000000"),
+        "narrow": config("TYPE_INT32", max_sequence_idle_microseconds="3000000"),
+    }
+    found = read(models, "all")
+    assert (found.name, found.idle_s, found.highest_cid) == ("all", 9.0, 2**31 - 1)
+    assert not found.exact
+    assert read(models, "narrow").exact
+
+
+def test_ensembles_that_are_refused() -> None:
+    with pytest.raises(InvalidArgument, match="no step of the ensemble all"):
+        read({"all": ensemble("plain"), "plain": {}}, "all")
+    with pytest.raises(InvalidArgument, match="decoupled"):
+        read({"all": ensemble("m", model_transaction_policy={"decoupled": True})}, "all")
+
+
+def test_a_server_that_does_not_answer() -> None:
+    flow = read_target("m", 1.0)
+    next(flow)
+    with pytest.raises(Unavailable):
+        flow.send(Event(error=Unavailable("no")))

@@ -71,6 +71,8 @@ class CidError(Exception):
     """Any error of cidalloc. The message is for a person, ``code`` for a program."""
 
     code: ClassVar[Code]
+    answered = False
+    """The manager itself said so: the operation was not done. Otherwise it may have been."""
 
 
 class RequestError(CidError, ValueError):

@@ -203,7 +203,8 @@ def _open(registry: Registry, request: Request, now: int) -> list[int]:
         label=request.text("label") or "",
     )
     high, low = divmod(registry.uuid.int, 2**64)
-    return [PROTOCOL, grant.generation, grant.ttl_ms, high, low]
+    times = (registry.settings.cooldown_ms, registry.settings.unended_cooldown_ms)
+    return [PROTOCOL, grant.generation, grant.ttl_ms, high, low, *times]
 
 
 def _renew(registry: Registry, request: Request, now: int) -> list[int]:

@@ -186,7 +186,11 @@ def error_text(error: CidError) -> str:
 def parse_error(text: str) -> CidError | None:
     """Return the error that stands anywhere in ``text``, or None if none does."""
     found = _ERROR.search(text)
-    return error_for(int(found[1]), found[2]) if found else None
+    if not found:
+        return None
+    error = error_for(int(found[1]), found[2])
+    error.answered = True
+    return error
 
 
 def as_ids(ids: Iterable[int] | npt.NDArray[Any]) -> IDs:

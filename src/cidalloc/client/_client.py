@@ -1,43 +1,52 @@
-"""The client: acquire and release correlation IDs, and open sequences that use them."""
+"""The client for threads."""
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import SupportsIndex
-
-import numpy as np
+from typing import Any
 
 from ..codes import Operation
-from ..errors import InvalidArgument, LimitExceeded, ProtocolError
-from ..wire import MAX_COOLDOWN_MS, MODEL, IDs, Parameter, Request, as_ids
-from ._process import BoundToProcess
+from ..wire import MODEL, IDs, as_ids
+from ._base import Base, Fallback, several, whole
+from ._drive import Driver
+from ._process import Process
 from ._sequence import Sequence
-from ._target import Target
+from ._talk import Plan
 from ._transport import Transport, connect
 
 __all__ = ["Client"]
 
-_DAY_S = 86_400.0
 
-
-class Client(BoundToProcess):
+class Client(Base):
     """Correlation IDs from the manager on a Triton server.
+
+    A client is one session with the manager: it is opened when it is first needed, kept alive in
+    the background, and given back with all its IDs by `close`, or at the end of a ``with`` block.
+    It keeps a small stock of IDs, so that most calls need no round trip.
 
     Args:
         url: ``host:port`` or ``grpc://host:port`` for gRPC, ``http://host:port`` for HTTP;
             ``grpcs`` and ``https`` with TLS.
         model: the manager's model name.
-        timeout: seconds to wait for an answer of the manager.
+        ttl: seconds for which the session outlives its last answered heartbeat. The manager must
+            allow it.
+        label: what the manager's status shows for this client; by default its host and process.
+        timeout: seconds that a call may take to get an answer of the manager.
+        headers: go with every request.
         transport: speaks to the server in place of a connection to ``url``.
+        fallback: ``"random"`` lets `sequence` draw a random ID of 63 bits when the manager cannot
+            be reached and the model's correlation IDs have 64 bits. Nothing looks after such an ID.
+        options: further arguments of tritonclient's ``InferenceServerClient``, as those for TLS.
 
     Raises:
-        InvalidArgument: no such URL.
+        InvalidArgument: no such URL, or an argument that is not taken.
 
-    Every method may raise `Unavailable` if the server does not answer, and `Forked` in a child
-    process: a client belongs to the process that made it. It may be used from many threads.
+    Every method may raise `Unavailable` if the server does not answer, `SessionExpired` if no
+    heartbeat was answered for ``ttl`` and none is now, `RegistryMismatch` if several managers
+    answer in turns, and `Forked` in a child process: a client belongs to the process that made it.
+    It may be used from many threads.
     """
 
     def __init__(
@@ -45,18 +54,20 @@ class Client(BoundToProcess):
         url: str = "localhost:8001",
         *,
         model: str = MODEL,
+        ttl: float = 120.0,
+        label: str | None = None,
         timeout: float = 10.0,
+        headers: Mapping[str, str] | None = None,
         transport: Transport | None = None,
+        fallback: Fallback = None,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self._model = model
-        self._timeout = _seconds("timeout", timeout, _DAY_S)
-        self._closed = False
-        self._targets: dict[str, Target] = {}
-        self._transport = transport or connect(url)
-
-    def __repr__(self) -> str:
-        return f"<cidalloc Client of {self._model} at {self._transport.url}>"
+        transport = transport or connect(url, headers, options)
+        super().__init__(model, ttl, label, timeout, fallback, transport)
+        self._driver = Driver(self._session, transport, model)
+        self._lock = self._driver.lock
+        self._clock = transport.now
+        weakref.finalize(self, self._driver.abandon).atexit = False
 
     def __enter__(self) -> Client:
         self._check_fork()
@@ -71,18 +82,32 @@ class Client(BoundToProcess):
         self.close()
 
     def close(self) -> None:
-        """Close the connections. What is held stays held: close sequences first."""
+        """Give everything back and close the connections. Closing again does nothing.
+
+        IDs that are still in use cool until their models have certainly forgotten them. If the
+        manager cannot be reached, it takes all back when the lease is over.
+        """
         self._check_fork()
-        self._closed = True
-        self._transport.close()
+        self._driver.run(lambda: self._session.close(self._deadline()))
+        self._driver.close()
 
     def acquire(self) -> int:
-        """Return an ID that nobody else has.
+        """Return an ID that nobody else has. The usual call needs no round trip.
 
         Raises:
             Exhausted: the pool cannot give one now.
         """
-        return int(self.acquire_many(1)[0])
+        if self._home is not Process.here:
+            self._check_fork()
+        session = self._session
+        with self._lock:
+            session.now = self._clock()
+            cid = session.take()
+        if cid:
+            if session.wants:
+                self._driver.wake()
+            return cid
+        return self._run_acquire(1)[0]
 
     def acquire_many(self, count: int) -> IDs:
         """Return ``count`` IDs as a uint64 array of shape [count], all or none.
@@ -92,29 +117,32 @@ class Client(BoundToProcess):
             LimitExceeded: more than one request may take.
             Exhausted: the pool cannot give so many now.
         """
-        count = _integer("count", count)
-        ids = self._call(Operation.NEW, count=count)
-        if len(ids) != count:
-            raise ProtocolError(f"asked for {count} IDs, got {len(ids)}")
-        return ids
+        count = whole("count", count)
+        return as_ids(self._run_acquire(count))
 
     def release(self, cid: int, *, ended: bool = False, cooldown: float | None = None) -> None:
-        """Give an ID back.
-
-        If the manager does not answer, it may have been done: trying again could take the ID from
-        its next holder.
+        """Give an ID back. It needs no round trip: the manager is told in the background.
 
         Args:
             cid: the ID.
-            ended: END was sent and answered with success, on every model it was used on.
+            ended: END was sent and answered with success, on every model it was used on. Then this
+                client may use the ID again after the manager's least cooldown.
             cooldown: otherwise, seconds after which Triton has certainly forgotten the
                 sequence: its model's idle time, plus the longest time that a request may take.
                 If it is not said, the manager takes a time of its own, two minutes by default.
 
         Raises:
-            OutOfRange: not an ID of the pool.
-            NotHeld: nobody holds it.
+            NotHeld: this client does not hold it.
+            OutOfRange: no ID at all.
+            SessionExpired: it was lost with its session; it is the manager's already.
         """
+        if self._home is not Process.here:
+            self._check_fork()
+        session = self._session
+        if ended and type(cid) is int and not session.closed:
+            with self._lock:
+                if session.stock.recycle(cid, self._clock()):
+                    return
         self.release_many([cid], ended=ended, cooldown=cooldown)
 
     def release_many(
@@ -124,90 +152,78 @@ class Client(BoundToProcess):
 
         Raises:
             Duplicate: the same ID twice.
-            OutOfRange, NotHeld: one of them cannot be given back.
+            NotHeld, OutOfRange, SessionExpired: one of them cannot be given back.
         """
-        parameters: dict[str, Parameter] = {"ended": bool(ended)}
-        if cooldown is not None:
-            seconds = _seconds("cooldown", cooldown, MAX_COOLDOWN_MS / 1000, low=0.0)
-            parameters["cooldown_ms"] = math.ceil(seconds * 1000)  # never shorter than asked for
-        self._call(Operation.DELETE, as_ids(cids), **parameters)
+        self._check_fork()
+        found = several(cids)
+        try:
+            with self._lock:
+                self._session.now = self._clock()
+                self._give(found, bool(ended), cooldown)
+        finally:
+            self._driver.wake()
 
     def active(self) -> int:
-        """Return how many IDs are held, by all clients."""
-        return int(self._call(Operation.ACTIVE)[0])
+        """Return how many IDs are held, by all clients; those in their stocks count."""
+        return self._number(Operation.ACTIVE)
 
     def inactive(self) -> int:
         """Return how many IDs have been given back and not been issued again."""
-        return int(self._call(Operation.INACTIVE)[0])
+        return self._number(Operation.INACTIVE)
 
     def peak(self) -> int:
         """Return the most IDs that were held at once."""
-        return int(self._call(Operation.PEAK)[0])
+        return self._number(Operation.PEAK)
 
-    def sequence(self, model: str, *, streaming: bool = False, timeout: float = 60.0) -> Sequence:
+    def status(self) -> dict[str, Any]:
+        """Return how the manager is: its pool, its sessions, what it did. See the protocol."""
+        self._check_fork()
+        return self._driver.run(lambda: self._session.status(self._deadline()))
+
+    def sequence(
+        self,
+        model: str,
+        *,
+        streaming: bool = False,
+        timeout: float = 60.0,
+        cooldown: float | None = None,
+        check: bool = True,
+        farewell: list[Any] | None = None,
+    ) -> Sequence:
         """Acquire an ID and return a sequence on ``model`` that uses it; use it with ``with``.
 
         Args:
-            model: a model with sequence batching. Its configuration is read once.
+            model: a model with sequence batching, or an ensemble with such a step. Its
+                configuration is read once.
             streaming: send over a gRPC stream of the sequence's own.
             timeout: seconds that each request may take, waiting for a slot included.
+            cooldown: seconds without a request after which the model has certainly forgotten the
+                sequence, if that is more than its configuration says.
+            check: False for a model that keeps state by itself, is reached through another one, or
+                whose configuration may not be read. ``cooldown`` must be said then.
+            farewell: inputs to send with END if the sequence is closed without one.
 
         Raises:
             InvalidArgument: the model keeps no sequences, its CORRID control is too narrow for
                 the manager's pool, or streaming over HTTP is asked for.
             Exhausted: the pool cannot give an ID now.
         """
-        timeout = _seconds("timeout", timeout, _DAY_S)
-        self._check_open()
-        target = self._targets.get(model)
-        if target is None:
-            target = Target.from_config(self._transport.model_config(model, self._timeout))
-            if target.idle_s > MAX_COOLDOWN_MS / 1000 - _DAY_S:
-                raise InvalidArgument(
-                    f"model {model} keeps idle sequences for {target.idle_s} s: longer than an ID"
-                    " can cool"
-                )
-            self._targets[model] = target
-        cid = self.acquire()
-        if cid > target.highest_cid:
-            self.release(cid, ended=True)
-            raise InvalidArgument(
-                f"model {model} takes correlation IDs up to {target.highest_cid}, and {cid} would"
-                " be cut: give the manager a lower pool, or the model a wider CORRID"
-            )
-        try:
-            return Sequence(self._transport, target, cid, self.release, streaming, timeout)
-        except BaseException:
-            self.release(cid, ended=True)
-            raise
-
-    def _call(self, operation: Operation, ids: IDs | None = None, **parameters: Parameter) -> IDs:
-        self._check_open()
-        request = Request(operation, as_ids([]) if ids is None else ids, parameters)
-        return self._transport.call(self._model, request, self._timeout)
-
-    def _check_open(self) -> None:
         self._check_fork()
-        if self._closed:
-            raise InvalidArgument(f"{self!r} is closed")
 
+        def begin() -> Plan:
+            plan = self._driver.run(lambda: self._begin_sequence(model, timeout, cooldown, check))
+            self._driver.wake()
+            return plan
 
-def _integer(name: str, value: object) -> int:
-    if isinstance(value, bool | np.bool_) or not isinstance(value, SupportsIndex):
-        raise InvalidArgument(f"{name}={value!r} is not an integer")
-    number = operator.index(value)
-    if number < 1:
-        raise InvalidArgument(f"{name}={number} is less than 1")
-    if number >= 2**63:
-        raise LimitExceeded(f"{name}={number} is more than any pool has")
-    return number
+        return Sequence(self._driver, model, begin, streaming, farewell, self)
 
+    def _run_acquire(self, count: int) -> list[int]:
+        self._check_fork()
+        cids = self._driver.run(lambda: self._acquire(count))
+        self._driver.wake()
+        return cids
 
-def _seconds(name: str, value: object, high: float, low: float = 1e-6) -> float:
-    try:
-        seconds = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        seconds = math.nan
-    if isinstance(value, str | bytes | bool) or not low <= seconds <= high:
-        raise InvalidArgument(f"{name}={value!r} is not a time of {low:g} to {high:g} seconds")
-    return seconds
+    def _number(self, operation: Operation) -> int:
+        self._check_fork()
+        event = self._driver.run(lambda: self._session.read(operation, self._deadline()))
+        return int(event.output[0])

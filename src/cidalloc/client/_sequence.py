@@ -1,4 +1,4 @@
-"""A sequence: one correlation ID through its life on one model."""
+"""A sequence: one correlation ID through its life on one model, with blocking calls."""
 
 from __future__ import annotations
 
@@ -9,32 +9,28 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from tritonclient.utils import InferenceServerException
 
-from ..errors import InvalidArgument, Unavailable
-from ._process import BoundToProcess
-from ._target import Target
-from ._transport import Transport, unreachable
+from ..errors import Unavailable
+from ._drive import Driver
+from ._talk import HURRY_S, Plan, Talk
+from ._transport import Transport
 
 __all__ = ["Sequence"]
-
-# How long a block that ends with an exception waits for a server that does not answer, in seconds.
-_HURRY_S = 2.0
-_SET_BY_US = {
-    "sequence_id",
-    "sequence_start",
-    "sequence_end",
-    "request_id",
-    "timeout",
-    "client_timeout",
-}
 
 _log = logging.getLogger("cidalloc.client")
 
 
-class Sequence(BoundToProcess):
+class _Watch(NamedTuple):
+    """What a sender asks its sequence."""
+
+    check: Callable[[], None]
+    explain: Callable[[BaseException], BaseException]
+
+
+class Sequence(Talk):
     """A sequence with an ID of its own; made by `Client.sequence`, used with ``with``.
 
     START goes with the first request. When the block ends the ID goes back: it may soon be used
@@ -44,43 +40,25 @@ class Sequence(BoundToProcess):
 
     def __init__(
         self,
-        transport: Transport,
-        target: Target,
-        cid: int,
-        release: Callable[..., None],
+        driver: Driver,
+        model: str,
+        begin: Callable[[], Plan],
         streaming: bool,
-        timeout: float,
+        farewell: list[Any] | None,
+        client: object,
     ) -> None:
-        super().__init__()
-        self._target = target
-        self._cid = cid
-        self._release = release
-        self._timeout = timeout
-        # Triton's own limit on a request comes first; ours is for a server that is away.
-        self._patience = timeout + 5.0
+        super().__init__(driver, driver.transport.url, model, farewell)
+        self._client = client  # which would be closed if nobody had it any more
+        self._begin(begin())
         sender = _StreamSender if streaming else _UnarySender
-        self._sender: _StreamSender | _UnarySender = sender(transport, self._patience)
-        self._lock = threading.Lock()
-        self._sent = False  # a request may have reached Triton
-        self._answered = False  # one has
-        self._unanswered = 0
-        self._certain = True  # how every other request ended is known
-        self._ended = False
-        self._closed = False
-
-    def __repr__(self) -> str:
-        state = "closed" if self._closed else "ended" if self._ended else "open"
-        return f"<cidalloc Sequence {self._cid} on {self._target.name}, {state}>"
-
-    @property
-    def cid(self) -> int:
-        """The correlation ID, ``sequence_id`` in tritonclient."""
-        return self._cid
-
-    @property
-    def model(self) -> str:
-        """The model that the sequence is on."""
-        return self._target.name
+        watch = _Watch(self._check_again, self._explain)
+        try:
+            self._sender: _StreamSender | _UnarySender = sender(
+                driver.transport, self._patience, watch
+            )
+        except BaseException:
+            self._mark_closed()
+            raise
 
     def infer(self, inputs: list[Any], *, end: bool = False, **options: Any) -> Any:
         """Send a request and return its result.
@@ -95,14 +73,16 @@ class Sequence(BoundToProcess):
 
         Raises:
             InvalidArgument: the sequence has ended, or an argument is one that it sets itself.
-            Unavailable: no answer, within the sequence's ``timeout`` or at all.
-            tritonclient.utils.InferenceServerException: what Triton answered.
+            SequenceLost: Triton has forgotten the sequence, or its ID was lost with its session.
+            SessionExpired: no heartbeat was answered in time; that may still change.
+            Unavailable: no answer, or no slot, within the sequence's ``timeout``.
+            tritonclient.utils.InferenceServerException: what else Triton answered.
         """
         future = self._submit(inputs, end, options, self._sender.infer)
         try:
             return future.result(self._patience)
         except (TimeoutError, concurrent.futures.TimeoutError):  # two classes up to Python 3.10
-            raise Unavailable(f"no answer to {self!r} within {self._timeout} s") from None
+            raise self._no_answer() from None
 
     def async_infer(self, inputs: list[Any], *, end: bool = False, **options: Any) -> Future[Any]:
         """Send a request and return the future of its result, in the manner of `infer`.
@@ -112,39 +92,25 @@ class Sequence(BoundToProcess):
         """
         return self._submit(inputs, end, options, self._sender.async_infer)
 
-    def flags(self, *, end: bool = False) -> dict[str, Any]:
-        """Return the arguments that make a request of your own part of this sequence.
-
-        They are ``sequence_id``, ``sequence_start``, ``sequence_end`` and ``timeout``. Since the
-        sequence does not see the answer, its ID cools after use, as if END had not been answered.
-        """
-        flags = self._next_flags(end)
-        with self._lock:
-            self._unanswered -= 1
-            self._answered = True  # for all that can be known
-            self._certain = False
-        return flags
-
     def close(self) -> None:
-        """Wait for what is unanswered, and give the ID back. Closing again does nothing.
+        """Send the farewell, wait for what is unanswered, and give the ID back.
 
-        Raises:
-            Unavailable: the manager did not answer. Then the ID may have gone back, or not: trying
-                again could take it from its next holder.
+        Closing again does nothing.
         """
         self._close(self._patience)
 
     def _close(self, patience: float) -> None:
         self._check_fork()
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
+        if self._life.closed:
+            return
+        if self._may_part():
+            assert self._farewell is not None
+            try:
+                self._submit(self._farewell, True, {}, self._sender.async_infer).result(patience)
+            except (Exception, CancelledError) as error:
+                _log.warning("the farewell of %r failed: %s", self, error or type(error).__name__)
         self._sender.close(patience)
-        with self._lock:
-            settled = self._ended and self._certain and not self._unanswered
-        cooldown = self._target.idle_s + self._timeout
-        self._release(self._cid, ended=settled or not self._sent, cooldown=cooldown)
+        self._mark_closed()
 
     def __enter__(self) -> Sequence:
         return self
@@ -155,14 +121,7 @@ class Sequence(BoundToProcess):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is None:
-            self.close()
-            return
-        try:
-            self._close(_HURRY_S)
-        except Exception as failure:
-            # What went wrong in the block matters more.
-            _log.warning("could not give back correlation ID %d: %s", self._cid, failure)
+        self._close(self._patience if error is None else HURRY_S)
 
     def _submit(
         self,
@@ -171,10 +130,7 @@ class Sequence(BoundToProcess):
         options: dict[str, Any],
         send: Callable[..., Future[Any]],
     ) -> Future[Any]:
-        taken = _SET_BY_US & options.keys()
-        if taken:
-            raise InvalidArgument(f"the sequence sets {', '.join(sorted(taken))} by itself")
-        flags = self._next_flags(end)
+        flags = self._prepare(end, options)
         try:
             future = send(self.model, inputs, **flags, **options)
         except BaseException as error:
@@ -187,49 +143,23 @@ class Sequence(BoundToProcess):
         future.add_done_callback(settle)
         return future
 
-    def _next_flags(self, end: bool) -> dict[str, Any]:
-        self._check_fork()
-        with self._lock:
-            if self._closed or self._ended:
-                raise InvalidArgument(f"{self!r} takes no more requests: open a new one")
-            start = not self._answered and not self._unanswered
-            self._unanswered += 1
-            self._sent = True
-            self._ended = end
-        # Without the timeout a request could wait in Triton for ever, and come to life when the ID
-        # is somebody else's.
-        return {
-            "sequence_id": self._cid,
-            "sequence_start": start,
-            "sequence_end": end,
-            "timeout": int(self._timeout * 1e6),
-        }
-
-    def _settle(self, end: bool, error: BaseException | None) -> None:
-        """Note how a request ended; one that failed may have been applied, or be on its way yet."""
-        with self._lock:
-            self._unanswered -= 1
-            if error is None:
-                self._answered = True
-            else:
-                self._certain = False
-                self._ended = self._ended and not end
-
 
 class _UnarySender:
     """Requests of their own; those sent without waiting go one after the other."""
 
-    def __init__(self, transport: Transport, patience: float) -> None:
+    def __init__(self, transport: Transport, patience: float, watch: _Watch) -> None:
         self._transport = transport
         self._patience = patience
+        self._watch = watch
         self._worker: ThreadPoolExecutor | None = None
         self._queue: set[Future[Any]] = set()
 
     def _send(self, model: str, inputs: list[Any], options: dict[str, Any]) -> Any:
         try:
+            self._watch.check()
             return self._transport.infer(self._patience, model, inputs, **options)
         except Exception as error:
-            raise unreachable(error, self._transport.url) or error from error
+            raise self._watch.explain(error)  # noqa: B904 it has its cause
 
     def infer(self, model: str, inputs: list[Any], **options: Any) -> Future[Any]:
         if self._worker is not None:
@@ -259,8 +189,9 @@ class _UnarySender:
 class _StreamSender:
     """A gRPC stream; its answers are told apart by their request IDs."""
 
-    def __init__(self, transport: Transport, patience: float) -> None:
+    def __init__(self, transport: Transport, patience: float, watch: _Watch) -> None:
         self._url = transport.url
+        self._watch = watch
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._waiting: dict[str, Future[Any]] = {}
@@ -298,7 +229,7 @@ class _StreamSender:
             if error is None:
                 each.set_result(result)
             else:
-                each.set_exception(unreachable(error, self._url) or error)
+                each.set_exception(self._watch.explain(error))
 
     def close(self, patience: float) -> None:
         """Give what is unanswered so many seconds, then cut it off."""
@@ -309,7 +240,7 @@ class _StreamSender:
         # that has stopped never closes its side; with nothing unanswered, nothing is lost by that.
         stop = threading.Thread(target=self._triton.stop_stream, daemon=True)
         stop.start()
-        stop.join(0 if self._waiting else _HURRY_S)
+        stop.join(0 if self._waiting else HURRY_S)
         if stop.is_alive():
             self._triton.stop_stream(cancel_requests=True)
         self._triton.close()

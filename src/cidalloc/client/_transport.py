@@ -1,14 +1,19 @@
 """Transports: one manager request over gRPC or HTTP, and any failure as one of our errors.
 
+Also the time, since a client's only ways to the outside are its transport and its threads.
+
 A transport is the client's only way to the outside, so it is also where tests put something else.
 """
 
 from __future__ import annotations
 
+import asyncio
 import http.client
+import inspect
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,17 +21,35 @@ from functools import partial
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+import aiohttp
 import tritonclient.grpc
 import tritonclient.http
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from .. import wire
+from ..codes import Operation
 from ..errors import CidError, InternalError, InvalidArgument, ProtocolError, Unavailable
 
-__all__ = ["GrpcTransport", "HttpTransport", "Transport", "connect", "translate", "unreachable"]
+__all__ = [
+    "STRANGE",
+    "GrpcTransport",
+    "HttpTransport",
+    "Transport",
+    "boottime",
+    "connect",
+    "encode",
+    "parse_url",
+    "read_answer",
+    "translate",
+    "unreachable",
+]
 
 # No answer at all, and what tritonclient stumbles over when something else than Triton answers.
-_STRANGE = (OSError, ValueError, LookupError, AttributeError, TypeError)
+STRANGE = (OSError, ValueError, LookupError, AttributeError, TypeError)
+
+
+boottime: Callable[[], float] = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
+"""Returns the seconds since boot; it runs on in suspend and never jumps."""
 
 
 class Transport(Protocol):
@@ -34,8 +57,11 @@ class Transport(Protocol):
 
     url: str
 
-    def call(self, model: str, request: wire.Request, timeout: float) -> wire.IDs:
-        """Return the manager's OUTPUT, flat; ``timeout`` in seconds.
+    def now(self) -> float:
+        """Return the time in seconds, by a clock that runs on in suspend."""
+
+    def call(self, model: str, request: wire.Request, timeout: float) -> tuple[wire.IDs, str]:
+        """Return the manager's OUTPUT, flat, and its DETAIL; ``timeout`` in seconds.
 
         Raises:
             CidError: what the manager answered, or why it did not.
@@ -58,39 +84,58 @@ class Transport(Protocol):
         """Close all connections."""
 
 
+def encode(module: Any, request: wire.Request) -> dict[str, Any]:
+    """Return the arguments of tritonclient's ``infer`` for a request to the manager."""
+    inputs = []
+    for name, array in request.encode().items():
+        kind = np_to_triton_dtype(array.dtype)
+        tensor = module.InferInput(name, list(array.shape), kind)
+        inputs.append(tensor.set_data_from_numpy(array))
+    names = [wire.OUTPUT]
+    if request.operation is Operation.STATUS:
+        names.append(wire.DETAIL)
+    outputs = [module.InferRequestedOutput(name) for name in names]
+    return {"inputs": inputs, "outputs": outputs, "parameters": dict(request.parameters)}
+
+
+def read_answer(result: Any, request: wire.Request, model: str, url: str) -> tuple[wire.IDs, str]:
+    """Return OUTPUT and DETAIL of what the manager answered.
+
+    Raises:
+        ProtocolError: it is no manager's answer.
+    """
+    try:
+        output, detail = result.as_numpy(wire.OUTPUT), ""
+        if request.operation is Operation.STATUS:
+            detail = result.as_numpy(wire.DETAIL)[0, 0].decode()
+    except (ValueError, TypeError, LookupError):  # bytes that do not fit the shape
+        output = None
+    if output is None or output.dtype != "uint64":
+        raise ProtocolError(f"model {model} at {url} answers unlike a cidalloc manager")
+    return output.reshape(-1), detail
+
+
 class _TritonTransport:
     """What gRPC and HTTP have in common."""
 
     module: Any  # of tritonclient
     url: str
+    now = staticmethod(boottime)
 
     def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
         raise NotImplementedError
 
-    def call(self, model: str, request: wire.Request, timeout: float) -> wire.IDs:
-        inputs = []
-        for name, array in request.encode().items():
-            kind = np_to_triton_dtype(array.dtype)
-            tensor = self.module.InferInput(name, list(array.shape), kind)
-            inputs.append(tensor.set_data_from_numpy(array))
-        outputs = [self.module.InferRequestedOutput(wire.OUTPUT)]
+    def call(self, model: str, request: wire.Request, timeout: float) -> tuple[wire.IDs, str]:
+        arguments = encode(self.module, request)
         with self._translating(model):
-            parameters = dict(request.parameters)
-            result = self.infer(timeout, model, inputs, outputs=outputs, parameters=parameters)
-        try:
-            output = result.as_numpy(wire.OUTPUT)
-        except ValueError:  # bytes that do not fit the shape
-            output = None
-        if output is None or output.dtype != "uint64":
-            raise ProtocolError(f"model {model} at {self.url} answers unlike a cidalloc manager")
-        flat: wire.IDs = output.reshape(-1)
-        return flat
+            result = self.infer(timeout, model, arguments.pop("inputs"), **arguments)
+        return read_answer(result, request, model, self.url)
 
     @contextmanager
     def _translating(self, model: str) -> Iterator[None]:
         try:
             yield
-        except (InferenceServerException, http.client.HTTPException, *_STRANGE) as error:
+        except (InferenceServerException, http.client.HTTPException, *STRANGE) as error:
             raise translate(error, model, self.url) from error
 
 
@@ -99,23 +144,29 @@ class GrpcTransport(_TritonTransport):
 
     module = tritonclient.grpc
 
-    def __init__(self, url: str, *, ssl: bool = False) -> None:
+    def __init__(
+        self, url: str, headers: Mapping[str, str] | None, ssl: bool, options: Mapping[str, Any]
+    ) -> None:
         self.url = url
-        where = _host_and_port(url, 443 if ssl else 8001)
-        self._open = partial(tritonclient.grpc.InferenceServerClient, where, ssl=ssl)
+        where = host_and_port(url, 443 if ssl else 8001)
+        self._headers = None if headers is None else dict(headers)
+        self._open = opener(tritonclient.grpc.InferenceServerClient, where, ssl, options)
         self._triton = self._open()
 
     def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
+        options.setdefault("headers", self._headers)
         return self._triton.infer(model, inputs, client_timeout=limit, **options)
 
     def open_stream(self, callback: Callable[..., None]) -> Any:
         triton = self._open()
-        triton.start_stream(callback)
+        triton.start_stream(callback, headers=self._headers)
         return triton
 
     def model_config(self, model: str, timeout: float) -> Mapping[str, Any]:
         with self._translating(model):
-            answer = self._triton.get_model_config(model, as_json=True, client_timeout=timeout)
+            answer = self._triton.get_model_config(
+                model, headers=self._headers, as_json=True, client_timeout=timeout
+            )
             config: Mapping[str, Any] = answer["config"]
         return config
 
@@ -132,13 +183,17 @@ class HttpTransport(_TritonTransport):
 
     module = tritonclient.http
 
-    def __init__(self, url: str, *, ssl: bool = False) -> None:
+    def __init__(
+        self, url: str, headers: Mapping[str, str] | None, ssl: bool, options: Mapping[str, Any]
+    ) -> None:
         self.url = url
-        where = _host_and_port(url, 443 if ssl else 8000)
-        self._open = partial(tritonclient.http.InferenceServerClient, where, ssl=ssl)
+        where = host_and_port(url, 443 if ssl else 8000)
+        self._headers = None if headers is None else dict(headers)
+        self._open = opener(tritonclient.http.InferenceServerClient, where, ssl, options)
         self.closed = False
 
     def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
+        options.setdefault("headers", self._headers)
         return self._run(limit, lambda triton: triton.infer(model, inputs, **options))
 
     def open_stream(self, callback: Callable[..., None]) -> Any:
@@ -147,7 +202,7 @@ class HttpTransport(_TritonTransport):
     def model_config(self, model: str, timeout: float) -> Mapping[str, Any]:
         with self._translating(model):
             config: Mapping[str, Any] = self._run(
-                timeout, lambda triton: triton.get_model_config(model)
+                timeout, lambda triton: triton.get_model_config(model, headers=self._headers)
             )
             if not isinstance(config, dict):
                 raise TypeError("a model configuration that is no JSON object")
@@ -190,16 +245,11 @@ _start_http_threads()
 os.register_at_fork(after_in_child=_start_http_threads)
 
 
-_SCHEMES: dict[str, Callable[[str], Transport]] = {
-    "grpc": GrpcTransport,
-    "grpcs": partial(GrpcTransport, ssl=True),
-    "http": HttpTransport,
-    "https": partial(HttpTransport, ssl=True),
-}
+_SCHEMES = ("grpc", "grpcs", "http", "https")
 
 
-def connect(url: str) -> Transport:
-    """Return the transport for ``url``; without a scheme it is gRPC's ``host:port``.
+def parse_url(url: str) -> tuple[str, str, bool]:
+    """Return the URL with its scheme, ``grpc`` or ``http``, and whether it is with TLS.
 
     Raises:
         InvalidArgument: no such URL.
@@ -208,10 +258,43 @@ def connect(url: str) -> Transport:
     scheme = full.partition("://")[0]
     if scheme not in _SCHEMES:
         raise InvalidArgument(f"{url!r}: the scheme is one of {', '.join(_SCHEMES)}")
-    return _SCHEMES[scheme](full)
+    return full, scheme[:4], len(scheme) == 5
 
 
-def _host_and_port(url: str, default_port: int) -> str:
+def connect(
+    url: str, headers: Mapping[str, str] | None = None, options: Mapping[str, Any] | None = None
+) -> Transport:
+    """Return the transport for ``url``; without a scheme it is gRPC's ``host:port``.
+
+    Args:
+        url: where the server is.
+        headers: go with every request.
+        options: further arguments of tritonclient's ``InferenceServerClient``.
+
+    Raises:
+        InvalidArgument: no such URL, or no such option.
+    """
+    full, kind, ssl = parse_url(url)
+    transport = GrpcTransport if kind == "grpc" else HttpTransport
+    return transport(full, headers, ssl, options or {})
+
+
+def opener(
+    kind: Callable[..., Any], where: str, ssl: bool, options: Mapping[str, Any]
+) -> partial[Any]:
+    """Return what makes tritonclient's client.
+
+    Raises:
+        InvalidArgument: an argument that it does not take.
+    """
+    try:
+        inspect.signature(kind).bind(where, ssl=ssl, **options)
+    except TypeError as error:
+        raise InvalidArgument(f"tritonclient's client: {error}") from None
+    return partial(kind, where, ssl=ssl, **options)
+
+
+def host_and_port(url: str, default_port: int) -> str:
     try:
         parts = urlsplit(url)
         port = default_port if parts.port is None else parts.port
@@ -230,11 +313,12 @@ def unreachable(error: BaseException, url: str) -> Unavailable | None:
         late = status == "StatusCode.DEADLINE_EXCEEDED" or text == _HTTP_TIMEOUT
         away = status == "StatusCode.UNAVAILABLE" and _GRPC_AWAY.search(text)
         return Unavailable(f"no answer from {url}: {text}") if late or away else None
-    if isinstance(error, OSError | http.client.HTTPException):
+    if isinstance(error, _NO_ANSWER):
         return Unavailable(f"no answer from {url}: {error or type(error).__name__}")
     return None
 
 
+_NO_ANSWER = (OSError, http.client.HTTPException, asyncio.TimeoutError, aiohttp.ClientError)
 # What tritonclient says, without a status, when geventhttpclient timed out.
 _HTTP_TIMEOUT = "failed to obtain inference response"
 # What gRPC itself, and not the server, says with the status UNAVAILABLE.

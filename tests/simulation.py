@@ -1,0 +1,120 @@
+"""A world for flows: one thread, a clock that tests move, and messages that get lost or come late.
+
+It drives the client's core as the real drivers do, one step at a time, into the real service.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from cidalloc import wire
+from cidalloc.client._flow import Config, Event, Flow, Idle, Send
+from cidalloc.client._session import Session
+from cidalloc.errors import CidError, Unavailable
+from cidalloc.service import Service
+from cidalloc.settings import Settings
+
+T = TypeVar("T")
+
+
+class World:
+    """A manager, a clock, and the way between a client and it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.now = 1000.0
+        self.settings = settings
+        self.service = Service(settings, self.clock)
+        self.fates: list[str] = []  # of the next requests: "lost", "unanswered", "late" or "ok"
+        self.late: list[wire.Request] = []
+        self.sent: list[wire.Request] = []
+        self.lost_after = 0.5  # seconds that a request takes whose answer does not come
+
+    def clock(self) -> int:
+        return int(self.now * 1000)
+
+    def restart(self, settings: Settings | None = None) -> None:
+        """Replace the manager by one that remembers nothing."""
+        self.service = Service(settings or self.settings, self.clock)
+
+    def session(self, ttl: float = 60.0, timeout: float = 10.0, seed: int = 0) -> Session:
+        rng = random.Random(seed)
+        return Session(ttl=ttl, label="simulated", timeout=timeout, rng=rng)
+
+    def apply(self, request: wire.Request) -> Event:
+        tensors = request.encode()
+        answer = self.service.answer(
+            tensors[wire.CODE], tensors[wire.CORRELATION_ID], json.dumps(dict(request.parameters))
+        )
+        if isinstance(answer, CidError):
+            return Event(error=wire.parse_error(wire.error_text(answer)))
+        return Event(answer[0][0], answer[1])
+
+    def perform(self, effect: Send | Config | Idle) -> Event:
+        """Do what a flow asks for; waiting is quick here."""
+        if isinstance(effect, Idle):
+            assert effect.until < float("inf"), "this flow waits for ever"
+            self.now = max(self.now, effect.until)
+            return Event()
+        assert isinstance(effect, Send)
+        self.sent.append(effect.request)
+        fate = self.fates.pop(0) if self.fates else "ok"
+        if fate == "ok":
+            return self.apply(effect.request)
+        if fate == "unanswered":
+            self.apply(effect.request)
+        elif fate == "late":
+            self.late.append(effect.request)
+        self.now += min(self.lost_after, effect.timeout)
+        return Event(error=Unavailable("no answer"))
+
+    def run(self, session: Session, flow: Flow[T]) -> T:
+        """Run a flow to its end."""
+        event: Event | None = None
+        try:
+            while True:
+                session.now = self.now
+                effect = next(flow) if event is None else flow.send(event)
+                event = self.perform(effect)
+        except StopIteration as stop:
+            value: T = stop.value
+            return value
+
+    def keep(self, session: Session, until: float) -> None:
+        """Run the keeper up to a time."""
+        session.now = self.now
+        flow = session.keep()
+        effect = next(flow)
+        while True:
+            if isinstance(effect, Idle) and effect.until > until:
+                break
+            event = self.perform(effect)
+            session.now = self.now
+            effect = flow.send(event)
+        flow.close()
+        self.now = max(self.now, until)
+        session.now = self.now
+
+    def acquire(self, session: Session, count: int = 1, need_ms: int | None = None) -> list[int]:
+        session.now = self.now
+        return self.run(session, session.acquire(count, need_ms, self.now + session.timeout))
+
+    def release(self, session: Session, *cids: int, cooldown_ms: int | None = -1) -> None:
+        session.now = self.now
+        session.give(list(cids), cooldown_ms)
+
+    def operations(self) -> list[str]:
+        """Return the names of what was sent since the last call."""
+        names = [request.operation.name for request in self.sent]
+        self.sent.clear()
+        return names
+
+    def held(self) -> int:
+        return self.read(lambda registry: registry.pool.active)
+
+    def read(self, what: Callable[[Any], T]) -> T:
+        registry = self.service._holder.registry()
+        registry.tick(self.clock())
+        return what(registry)

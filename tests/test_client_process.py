@@ -1,0 +1,140 @@
+"""Client processes that are killed, frozen and cut off, on the real server."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tritonclient.grpc
+from anonymous import Anonymous
+from conftest import QUICK
+
+from cidalloc import errors
+from cidalloc.client import Client
+from cidalloc.client._transport import connect
+from cidalloc.demo.sequences import number
+from cidalloc.server import TritonServer
+
+TTL_S, GRACE_S = 2.0, 1.0
+COOLDOWN_S = 5.0 + 1.0  # the idle time of the model, and the timeout
+
+HOLDER = """
+import sys, time
+from cidalloc import errors
+from cidalloc.client import Client
+from cidalloc.demo.sequences import number
+
+cids = Client(sys.argv[1], model="quick", ttl=2.0, timeout=1.0)
+sequence = cids.sequence("simple_sequence", timeout=1.0)
+sequence.infer(number(1))
+ids = cids.acquire_many(9)
+print(*ids, flush=True)
+for line in sys.stdin:
+    try:
+        result = sequence.infer(number(1))
+        print("sum", result.as_numpy("OUTPUT")[0, 0], flush=True)
+    except errors.CidError as error:
+        print(error.code.name, error, flush=True)
+"""
+
+
+@contextlib.contextmanager
+def holder(url: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", HOLDER, url]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def say(process: subprocess.Popen[str]) -> str:
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return process.stdout.readline()
+
+
+@pytest.mark.timeout(240)  # the server's start may be in it
+def test_the_ids_of_a_killed_client_are_free_in_time_and_not_before(triton: TritonServer) -> None:
+    # Without a session, since it must not hold any in a stock.
+    other = Anonymous(connect(triton.grpc_url), "quick")
+    with other, holder(triton.grpc_url) as process:
+        assert process.stdout is not None
+        assert len(process.stdout.readline().split()) == 9
+        assert other.active() >= 10
+        process.kill()
+        killed = time.monotonic()
+        while True:
+            try:
+                # All that the pool has, so those of the dead, too.
+                everything = other.acquire_many(QUICK.capacity)
+                break
+            except errors.Exhausted:
+                assert time.monotonic() < killed + 60
+                time.sleep(0.05)
+        free = time.monotonic() - killed
+        other.release_many(everything, ended=True)
+        # Its last heartbeat was at most about a third of the ttl before.
+        assert free >= 0.6 * TTL_S + GRACE_S + COOLDOWN_S, "before Triton had forgotten"
+        assert free < TTL_S + GRACE_S + COOLDOWN_S + 5.0
+
+
+def test_a_client_that_was_frozen_says_so_and_sends_nothing(triton: TritonServer) -> None:
+    with Client(triton.grpc_url, model="quick") as cids, holder(triton.grpc_url) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert say(process) == "sum 2\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(TTL_S + GRACE_S + 1.0)
+        assert cids.status()["sessions_expired"] >= 1
+        count = executions(triton)
+        process.send_signal(signal.SIGCONT)
+        words = say(process)
+        assert words.startswith(("SESSION_EXPIRED", "SEQUENCE_LOST")), words
+        assert executions(triton) == count
+
+
+def executions(triton: TritonServer) -> int:
+    """Return how many requests for the target model the server has seen."""
+    client = tritonclient.grpc.InferenceServerClient(triton.grpc_url)
+    statistics = client.get_inference_statistics("simple_sequence", as_json=True)
+    client.close()
+    model = statistics["model_stats"][0]["inference_stats"]
+    return sum(int(model[name].get("count", 0)) for name in ("success", "fail"))
+
+
+@pytest.mark.server
+def test_a_server_that_is_away_for_a_while_costs_no_sequence(repository: Path) -> None:
+    """Stopped and continued: what was idle meanwhile and still lives there goes on."""
+    with TritonServer(repository) as server:
+        with Client(server.grpc_url, ttl=30.0, timeout=1.0) as cids:
+            with cids.sequence("simple_sequence", timeout=20.0) as sequence:
+                sequence.infer(number(1))
+                os.kill(server.pid, signal.SIGSTOP)
+                try:
+                    time.sleep(2.0)
+                    with pytest.raises((errors.Unavailable, errors.SessionExpired)):
+                        cids.acquire_many(5000)
+                finally:
+                    os.kill(server.pid, signal.SIGCONT)
+                result = sequence.infer(number(1), end=True)
+                assert result.as_numpy("OUTPUT")[0, 0] == 2
+            deadline = time.monotonic() + 30
+            while True:
+                try:
+                    assert len(cids.acquire_many(10)) == 10
+                    break
+                except errors.Unavailable:
+                    assert time.monotonic() < deadline
+            # What the lost answer had issued is not lost: it is in stock.
+            held = next(each["held"] for each in cids.status()["sessions"])
+            assert held == len(cids._session.stock.known())

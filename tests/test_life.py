@@ -1,0 +1,168 @@
+"""The life of a sequence: its table, what it says of its ID, and what time says of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cidalloc.client._life import LIFE, BackTo, Event, Life, State, diagram
+from cidalloc.errors import InvalidArgument, SequenceLost, Unavailable
+
+CLOSED = {State.RECYCLED, State.COOLING}
+IDLE = 5.0
+
+
+def life(exact: bool = True) -> Life:
+    return Life("sequence 7 on m", IDLE, exact)
+
+
+def test_the_picture_in_the_guide_is_the_table() -> None:
+    page = Path(__file__).parent.parent / "docs" / "client.md"
+    (drawn,) = re.findall(r"^```mermaid\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert drawn == diagram()
+
+
+def test_the_picture_shows_every_change() -> None:
+    lines = diagram().splitlines()
+    for (state, event), to in LIFE.items():
+        as_closed = event is Event.CUT and LIFE[state, Event.CLOSE] is to
+        if state is not to and not as_closed:
+            arrow = f"    {state.name.lower()} --> {to.name.lower()}: "
+            (line,) = [line for line in lines if line.startswith(arrow)]
+            assert event.value in line.removeprefix(arrow).split(" / ")
+
+
+def test_every_state_is_reached_and_can_be_left() -> None:
+    reached, before = {State.FRESH}, 0
+    while len(reached) > before:
+        before = len(reached)
+        reached |= {to for (state, _), to in LIFE.items() if state in reached}
+    assert reached == set(State)
+    for state in set(State) - CLOSED:
+        assert LIFE[state, Event.CLOSE] in CLOSED
+        assert state is State.FRESH or LIFE[state, Event.CUT] is State.COOLING
+    for state in CLOSED:
+        assert all(to is state for (here, _), to in LIFE.items() if here is state)
+
+
+def test_only_two_ways_lead_to_a_recycled_id() -> None:
+    ways = {key for key, to in LIFE.items() if to is State.RECYCLED and key[0] is not to}
+    assert ways == {(State.FRESH, Event.CLOSE), (State.ENDED, Event.CLOSE)}
+
+
+def test_a_doubt_never_goes_away() -> None:
+    doubtful = {State.DOUBTFUL, State.DOUBTFUL_ENDING, State.DOUBTFUL_ENDED}
+    doubtful |= {State.LOST, State.COOLING}
+    for (state, _), to in LIFE.items():
+        if state in doubtful:
+            assert to in doubtful
+
+
+@given(st.lists(st.sampled_from(["send", "end", "answer", "fail", "lend"]), max_size=12))
+def test_an_id_is_recycled_only_if_all_is_certain(actions: list[str]) -> None:
+    """Against the rule in words: END answered with success, nothing unanswered, nothing failed."""
+    it = life()
+    waiting: list[bool] = []
+    sent = failed = lent = ended = 0
+    for action in actions:
+        if action in ("send", "end", "lend"):
+            try:
+                (it.lend if action == "lend" else it.send)(0.0, action == "end")
+            except InvalidArgument:
+                assert ended or True in waiting
+                continue
+            sent += 1
+            lent += action == "lend"
+            if action != "lend":
+                waiting.append(action == "end")
+        elif waiting:
+            end = waiting.pop(0)
+            it.settle(0.0, end, None if action == "answer" else Unavailable("no answer"))
+            failed += action == "fail"
+            ended += action == "answer" and end
+    certain = not sent or (ended and not waiting and not failed and not lent)
+    assert (it.close() is BackTo.STOCK) == bool(certain)
+
+
+def test_start_goes_with_the_first_and_again_if_that_failed() -> None:
+    it = life()
+    assert it.send(0, False) is True
+    assert it.send(0, False) is False
+    it.settle(0, False, Unavailable("no"))
+    it.settle(0, False, Unavailable("no"))
+    assert it.send(0, False) is True
+    it.settle(0, False, None)
+    assert it.send(0, False) is False
+    it.settle(0, False, Unavailable("no"))
+    assert it.send(0, True) is False
+
+
+def send(it: Life, at: float, answered: float | None) -> None:
+    it.send(at, False)
+    if answered is not None:
+        it.settle(answered, False, None)
+
+
+def test_when_triton_may_and_must_have_forgotten() -> None:
+    it = life()
+    send(it, 10, 13)
+    assert not it.may_be_forgotten(14.9)
+    assert it.may_be_forgotten(15.0)
+    assert not it.must_be_forgotten(18.4)
+    assert it.must_be_forgotten(18.6)
+    assert not it.overdue
+    it.send(18.4, False)
+    assert it.overdue
+    it.settle(18.41, False, None)
+    with pytest.raises(SequenceLost, match="sequence 7 on m"):
+        it.send(30, False)
+    assert it.state is State.LOST
+    assert it.close() is BackTo.MANAGER
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        lambda it: send(it, 10, None),  # it may be queued at any time
+        lambda it: it.lend(10, False),  # somebody else knows
+        lambda it: (it.send(10, False), it.settle(11, False, Unavailable("no answer"))),
+    ],
+)
+def test_when_nobody_knows_it_may_and_never_must(then: Callable[[Life], object]) -> None:
+    it = life()
+    send(it, 8, 9)
+    then(it)
+    assert it.may_be_forgotten(1e6)
+    assert not it.must_be_forgotten(1e6)
+
+
+def test_a_time_that_is_a_guess_never_must() -> None:
+    it = life(exact=False)
+    send(it, 10, 13)
+    assert not it.must_be_forgotten(1e6)
+
+
+def test_after_its_end_time_does_not_matter() -> None:
+    it = life()
+    it.send(0, True)
+    it.settle(1, True, None)
+    with pytest.raises(InvalidArgument, match="no more"):
+        it.send(1e6, False)
+    assert it.close() is BackTo.STOCK
+
+
+def test_what_was_forgotten_stays_so() -> None:
+    it = life()
+    send(it, 0, 1)
+    it.send(2, False)
+    it.send(2, True)
+    it.settle(3, False, SequenceLost("x"))
+    it.settle(3, True, None)
+    assert it.state is State.LOST
+    with pytest.raises(SequenceLost):
+        it.send(3, False)

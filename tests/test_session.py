@@ -1,0 +1,445 @@
+"""The client's core alone: what it sends, and when, and what it makes of what comes back."""
+
+from __future__ import annotations
+
+import pytest
+from simulation import World
+
+from cidalloc import errors
+from cidalloc.client._flow import Event, Idle, Send
+from cidalloc.client._session import Session
+from cidalloc.client._stock import ENDED
+from cidalloc.codes import Operation
+from cidalloc.settings import Settings
+
+SETTINGS = Settings(first=1, capacity=10_000, max_sessions=1000, fresh=True)
+TTL = 60.0
+
+
+@pytest.fixture
+def world() -> World:
+    return World(SETTINGS)
+
+
+@pytest.fixture
+def session(world: World) -> Session:
+    return world.session(TTL)
+
+
+# ---- The stock
+
+
+def test_the_session_opens_when_it_is_needed(world: World, session: Session) -> None:
+    assert not session.opened
+    assert world.acquire(session) == [1]
+    assert world.operations() == ["OPEN", "NEW"]
+
+
+def test_the_usual_acquire_sends_nothing(world: World, session: Session) -> None:
+    world.acquire(session)
+    world.operations()
+    session.now = world.now
+    assert session.take() == 2
+    assert world.operations() == []
+
+
+def test_ended_ids_recycle_oldest_first_after_their_cooldown(
+    world: World, session: Session
+) -> None:
+    cids = world.acquire(session, 5)
+    spare = session.stock.fresh.copy()
+    for cid in cids:
+        world.release(session, cid)
+    for _ in spare:
+        assert session.take() not in cids
+    world.operations()
+    world.now += SETTINGS.cooldown_ms / 1000 - 0.001
+    session.now = world.now
+    assert session.take() == 0
+    world.now += 0.001
+    session.now = world.now
+    assert [session.take() for _ in cids] == cids
+    assert world.operations() == []
+
+
+def test_the_stock_grows_with_demand(world: World, session: Session) -> None:
+    world.acquire(session)
+    world.operations()
+    for _ in range(1000):
+        session.now = world.now
+        if not session.take():
+            world.acquire(session)
+        world.keep(session, world.now + 0.001)
+    assert len(world.operations()) < 40
+    assert session.stock.goal > 50
+
+
+def test_a_stock_that_nobody_needs_goes_back(world: World, session: Session) -> None:
+    for _ in range(50):
+        cids = world.acquire(session, 20)
+        world.release(session, *cids)
+        world.now += 0.01
+    assert world.held() > 500
+    world.keep(session, world.now + 600)
+    assert world.held() <= 2
+    assert "DELETE" in world.operations()
+    world.acquire(session)
+
+
+def test_what_is_surplus_goes_in_bulk(world: World, session: Session) -> None:
+    cids = world.acquire(session, 900)
+    world.release(session, *cids)
+    world.operations()
+    world.keep(session, world.now + 300)
+    assert world.operations().count("DELETE") <= 2
+
+
+def test_an_id_without_end_cools_at_the_manager(world: World, session: Session) -> None:
+    (cid,) = world.acquire(session)
+    held = world.held()
+    world.release(session, cid, cooldown_ms=70_000)
+    world.keep(session, world.now)
+    assert world.held() == held - 1
+    (request,) = [each for each in world.sent if each.operation is Operation.DELETE]
+    assert request.ids.tolist() == [cid]
+    assert request.parameters["cooldown_ms"] == 70_000
+
+
+def test_a_pool_without_any_ahead(world: World) -> None:
+    """What is there is given, though it does not do for a stock as well."""
+    world = World(Settings(first=1, capacity=3, max_sessions=10, fresh=True))
+    session = world.session()
+    assert world.acquire(session, 3) == [1, 2, 3]
+    with pytest.raises(errors.Exhausted, match="held"):
+        world.acquire(session)
+    world.release(session, 2)
+    with pytest.raises(errors.Exhausted):
+        world.acquire(session)
+    world.now += 5
+    assert world.acquire(session) == [2]
+
+
+def test_large_batches_are_cut_to_what_the_manager_takes() -> None:
+    world = World(Settings(first=1, capacity=1000, max_sessions=10, fresh=True, max_count=100))
+    session = world.session()
+    cids = [cid for _ in range(4) for cid in world.acquire(session, 90)]
+    world.release(session, *cids, cooldown_ms=1)
+    world.keep(session, world.now + 1)
+    assert world.held() <= 100
+    with pytest.raises(errors.LimitExceeded):
+        world.acquire(session, 200)
+
+
+@pytest.mark.parametrize(
+    ("cids", "kind"),
+    [
+        ([1, 1], errors.Duplicate),
+        ([1, 9], errors.NotHeld),
+        ([0], errors.OutOfRange),
+        ([1, 2**63], errors.OutOfRange),
+    ],
+)
+def test_wrong_releases_change_nothing(
+    world: World, session: Session, cids: list[int], kind: type[errors.CidError]
+) -> None:
+    assert world.acquire(session, 2) == [1, 2]
+    for cooldown_ms in (ENDED, None, 5):
+        with pytest.raises(kind):
+            world.release(session, *cids, cooldown_ms=cooldown_ms)
+    assert session.stock.used == {1, 2}
+
+
+# ---- Cooldowns are announced before an ID is used
+
+
+def cooldown(world: World) -> int:
+    return world.read(lambda registry: registry.sessions.cooldown(_numbers(registry)[-1]))
+
+
+def _numbers(registry: object) -> list[int]:
+    found: list[int] = list(registry.sessions.numbers(10))  # type: ignore[attr-defined]
+    return found
+
+
+def test_a_longer_cooldown_is_announced_first(world: World, session: Session) -> None:
+    world.acquire(session, 1, 20_000)
+    assert cooldown(world) == 20_000
+    world.operations()
+    session.now = world.now
+    assert session.take(30_000) == 0, "in stock, but not announced"
+    world.acquire(session, 1, 30_000)
+    assert world.operations() == ["NEW"]
+    assert cooldown(world) == 30_000
+    assert session.take(25_000)
+    assert world.operations() == []
+
+
+def test_an_id_by_hand_is_good_for_what_the_manager_takes(world: World, session: Session) -> None:
+    world.acquire(session, 1, 20_000)
+    world.acquire(session)
+    assert cooldown(world) == SETTINGS.unended_cooldown_ms
+
+
+# ---- Time
+
+
+def test_heartbeats_only_when_nothing_else_was_sent(world: World, session: Session) -> None:
+    world.acquire(session)
+    world.operations()
+    began = world.now
+    for _ in range(100):
+        world.keep(session, world.now + 10)
+        if world.now - began < 500:
+            world.acquire(session, 5)
+    names = world.operations()
+    assert names.count("NEW") >= 40
+    quiet = names[len(names) - 1 - names[::-1].index("NEW") :]
+    assert names[: len(names) - len(quiet)].count("RENEW") == 0
+    assert 500 / (0.35 * TTL) - 2 < quiet.count("RENEW") < 500 / (0.25 * TTL) + 2
+    assert world.now < session.fence
+
+
+def test_the_lease_counts_from_when_the_request_was_sent(world: World, session: Session) -> None:
+    session.now = world.now
+    flow = session.acquire(1, None, world.now + 10)
+    effect = next(flow)
+    for _ in range(2):
+        assert isinstance(effect, Send)
+        sent = world.now
+        world.now += 3.0
+        session.now = world.now
+        try:
+            effect = flow.send(world.apply(effect.request))
+        except StopIteration:
+            break
+    assert session.fence == sent + TTL
+
+
+def test_without_an_answer_its_ids_are_not_used(world: World, session: Session) -> None:
+    (cid,) = world.acquire(session)
+    epoch, sent = session.epoch, world.now
+    world.fates = ["lost"] * 1000
+    world.keep(session, sent + TTL - 0.01)
+    session.check(epoch, cid)
+    world.keep(session, sent + TTL)
+    with pytest.raises(errors.SessionExpired):
+        session.check(epoch, cid)
+    assert session.take() == 0
+    with pytest.raises(errors.SessionExpired, match="no heartbeat"):
+        world.acquire(session)
+    # The manager was away for less than it waits itself, so nothing is lost.
+    world.fates.clear()
+    world.keep(session, world.now + 3)
+    session.check(epoch, cid)
+    assert world.acquire(session)
+    assert session.epoch == epoch
+
+
+def test_a_client_that_was_frozen_sends_nothing_of_old(world: World, session: Session) -> None:
+    (cid,) = world.acquire(session)
+    epoch = session.epoch
+    world.release(session, *world.acquire(session, 2), cooldown_ms=7)
+    world.now += TTL + SETTINGS.grace_ms / 1000 + 1
+    world.operations()
+    session.now = world.now
+    with pytest.raises(errors.SessionExpired):
+        session.check(epoch, cid)
+    world.keep(session, world.now + 1)
+    assert world.operations() == ["RENEW"]
+    with pytest.raises(errors.SequenceLost, match="does not know its session"):
+        session.check(epoch, cid)
+    with pytest.raises(errors.SessionExpired, match=f"ID {cid} had been lost"):
+        world.release(session, cid)
+    fresh = world.acquire(session, 3)
+    assert session.epoch == epoch + 1
+    assert cid not in fresh
+    assert world.operations() == ["OPEN", "NEW"]
+
+
+def test_the_manager_expires_later_than_the_client(world: World, session: Session) -> None:
+    world.acquire(session)
+    world.fates = ["lost"] * 1000
+    world.keep(session, session.fence)
+    assert world.held() > 0
+    world.now += SETTINGS.grace_ms / 1000 - 0.001
+    assert world.held() > 0
+    world.now += 2
+    assert world.held() == 0
+
+
+def test_a_manager_that_forgot_is_a_new_session(world: World, session: Session) -> None:
+    (cid,) = world.acquire(session)
+    epoch = session.epoch
+    world.restart()
+    world.keep(session, world.now + TTL / 2)
+    with pytest.raises(errors.SequenceLost, match="another registry"):
+        session.check(epoch, cid)
+    assert world.acquire(session)
+    assert session.epoch == epoch + 1
+
+
+def test_two_managers_in_turns(world: World, session: Session) -> None:
+    """Ours still answers, too: that is no restart, but a load balancer."""
+    world.acquire(session)
+    epoch, ours = session.epoch, world.service
+    world.restart()
+    flow = session.acquire(5, None, world.now + 10)
+    event: Event | None = None
+    services = [world.service, world.service, ours]
+    with pytest.raises(errors.RegistryMismatch, match="load balancer"):
+        while True:
+            effect = flow.send(event) if event is not None else next(flow)
+            world.service = services.pop(0)
+            event = world.perform(effect)
+    assert session.epoch == epoch
+    assert world.acquire(session)
+
+
+# ---- Lost answers
+
+
+@pytest.mark.parametrize("fate", ["lost", "unanswered", "late"])
+def test_a_new_without_an_answer(world: World, session: Session, fate: str) -> None:
+    world.acquire(session)
+    world.operations()
+    world.fates = [fate]
+    cids = world.acquire(session, 10)
+    assert world.operations()[:2] == ["NEW", "HELD"]
+    for request in world.late:
+        assert isinstance(world.apply(request).error, errors.Repeated)
+    assert world.held() == len(session.stock.known())
+    assert len(set(cids)) == 10
+    # Those of the lost answer are in stock.
+    if fate == "unanswered":
+        assert world.operations() == []
+
+
+@pytest.mark.parametrize("fate", ["lost", "unanswered", "late"])
+def test_a_delete_without_an_answer(world: World, session: Session, fate: str) -> None:
+    cids = world.acquire(session, 10)
+    world.release(session, *cids[:5], cooldown_ms=10_000)
+    world.fates = [fate]
+    world.operations()
+    world.keep(session, world.now + 3)
+    expected = ["DELETE", "HELD"] + ["DELETE"] * (fate != "unanswered")
+    assert world.operations()[: len(expected)] == expected
+    for request in world.late:
+        assert isinstance(world.apply(request).error, errors.Repeated)
+    assert world.held() == len(session.stock.known())
+    assert session.stock.used == set(cids[5:])
+
+
+def test_an_answer_is_waited_for_no_longer_than_was_said(world: World, session: Session) -> None:
+    world.acquire(session)
+    world.fates = ["lost"] * 1000
+    began = world.now
+    with pytest.raises(errors.Unavailable):
+        world.acquire(session, 10)
+    assert 5 < world.now - began <= 10.5
+    pauses = len(world.operations())
+    assert pauses < 20
+
+
+def test_a_wrong_address_shows_at_once(world: World, session: Session) -> None:
+    world.fates = ["lost"] * 10
+    with pytest.raises(errors.Unavailable):
+        world.acquire(session)
+    assert world.operations() == ["OPEN"]
+
+
+def test_a_handover_is_waited_for(world: World, session: Session) -> None:
+    world.acquire(session)
+    old = world.service._holder._registry
+    world.service._holder._registry = None
+    session.now = world.now
+    flow = session.acquire(5, None, world.now + 10)
+    event: Event | None = None
+    refused = 0
+    try:
+        while True:
+            effect = flow.send(event) if event is not None else next(flow)
+            event = world.perform(effect)
+            session.now = world.now
+            if isinstance(effect, Send) and event.error is not None:
+                assert isinstance(event.error, errors.Unavailable) and event.error.answered
+                refused += 1
+                if refused == 4:
+                    world.service._holder._registry = old
+    except StopIteration as stop:
+        found = stop.value
+    assert len(found) == 5
+    assert world.operations()[-5:] == ["NEW"] * 5
+
+
+def test_a_flow_that_is_broken_off_leaves_a_doubt_and_no_block(
+    world: World, session: Session
+) -> None:
+    world.acquire(session)
+    session.now = world.now
+    flow = session.acquire(5, None, world.now + 10)
+    effect = next(flow)
+    assert isinstance(effect, Send)
+    world.apply(effect.request)
+    flow.close()
+    world.operations()
+    assert len(world.acquire(session, 5)) == 5
+    assert world.operations() == ["HELD"]
+    assert world.held() == len(session.stock.known())
+
+
+def test_one_change_at_a_time(world: World, session: Session) -> None:
+    world.acquire(session)
+    session.now = world.now
+    first = session.acquire(5, None, world.now + 10)
+    second = session.acquire(5, None, world.now + 10)
+    one = next(first)
+    assert isinstance(one, Send)
+    assert isinstance(next(second), Idle)
+    with pytest.raises(StopIteration):
+        first.send(world.apply(one.request))
+    two = second.send(Event())
+    assert isinstance(two, Send)
+    seqs = [one.request.parameters["seq"], two.request.parameters["seq"]]
+    assert seqs == sorted(set(seqs))
+    session.now += 11
+    third = session.acquire(500, None, session.now - 1)
+    with pytest.raises(errors.Unavailable, match="other requests come first"):
+        next(third)
+
+
+# ---- Closing
+
+
+@pytest.mark.parametrize("in_use", [False, True])
+def test_closing_gives_everything_back(world: World, session: Session, in_use: bool) -> None:
+    (cid,) = world.acquire(session)
+    if not in_use:
+        world.release(session, cid)
+    session.now = world.now
+    world.run(session, session.close(world.now + 10))
+    assert world.held() == 0
+    (request,) = [each for each in world.sent if each.operation is Operation.CLOSE]
+    assert request.parameters["ended"] is not in_use
+    world.operations()
+    world.run(session, session.close(world.now + 10))
+    assert world.operations() == []
+    with pytest.raises(errors.InvalidArgument, match="closed"):
+        world.acquire(session)
+
+
+def test_closing_what_was_never_opened_sends_nothing(world: World, session: Session) -> None:
+    world.run(session, session.close(world.now + 10))
+    assert world.operations() == []
+
+
+def test_closing_without_a_manager_is_quick(world: World, session: Session) -> None:
+    world.acquire(session)
+    world.fates = ["lost"] * 100
+    began = world.now
+    world.run(session, session.close(world.now + 10))
+    assert world.now - began < 1.5
+
+
+def test_the_token_is_never_shown(world: World, session: Session) -> None:
+    world.acquire(session)
+    assert session._token and session._token not in f"{session!r}{session}"
