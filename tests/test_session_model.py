@@ -188,5 +188,5 @@ class Clients(RuleBasedStateMachine):
         return Request(Operation.HELD, parameters={"session": session._token})
 
 
-Clients.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Clients.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestClients = pytest.mark.timeout(300)(Clients.TestCase)
