@@ -347,6 +347,16 @@ def test_a_wrong_address_shows_at_once(world: World, session: Session) -> None:
     assert world.operations() == ["OPEN"]
 
 
+def test_a_session_that_turns_out_to_be_gone_after_some_lost_answers(
+    world: World, session: Session
+) -> None:
+    world.acquire(session)
+    world.now += TTL + SETTINGS.grace_ms / 1000 + 1
+    world.fates = ["lost"] * 4
+    assert world.acquire(session)
+    assert session.epoch == 1
+
+
 def test_a_handover_is_waited_for(world: World, session: Session) -> None:
     world.acquire(session)
     old = world.service._holder._registry

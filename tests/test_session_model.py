@@ -99,15 +99,22 @@ class Clients(RuleBasedStateMachine):
         if not mine:
             return
         cids = list(dict.fromkeys(mine[each % len(mine)] for each in which))
-        valid = [cid for cid in cids if self.valid(who, cid)]
         for cid in cids:
             epoch = self.used.pop((who, cid))
             session = self.sessions[who]
             session.now = self.world.now
-            cooldown = SETTINGS.unended_cooldown_ms if how is None else how
-            session.give_from(epoch, cid, session.default_ms if how is None else how)
-            if cid in valid:
+            # What nobody announced does not hold if we die before the manager hears of it.
+            default = SETTINGS.unended_cooldown_ms if how is None else how
+            cooldown = min(default, session.announced_ms)
+            # Also with a lease that has run out: if it is renewed, nothing was lost.
+            ours = epoch == session.epoch and cid in session.stock.used
+            lapsed = session.now >= session.fence
+            announced = session.announced_ms
+            session.give_from(epoch, cid, ENDED if how == ENDED else cooldown)
+            if ours:
                 wait = SETTINGS.cooldown_ms if how == ENDED else cooldown
+                if lapsed:  # if it is not renewed, the ID cools for what was announced
+                    wait = min(wait, announced)
                 self.free_from[cid] = self.world.now + wait / 1000
 
     @rule(fates=st.lists(st.sampled_from(["ok", "lost", "unanswered", "late"]), max_size=4))
@@ -188,5 +195,5 @@ class Clients(RuleBasedStateMachine):
         return Request(Operation.HELD, parameters={"session": session._token})
 
 
-Clients.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Clients.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestClients = pytest.mark.timeout(300)(Clients.TestCase)

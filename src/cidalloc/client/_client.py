@@ -129,7 +129,9 @@ class Client(Base):
                 client may use the ID again after the manager's least cooldown.
             cooldown: otherwise, seconds after which Triton has certainly forgotten the
                 sequence: its model's idle time, plus the longest time that a request may take.
-                If it is not said, the manager takes a time of its own, two minutes by default.
+                If it is not said, the manager takes a time of its own, two minutes by default. Of a
+                client that dies before the manager hears of this, an ID cools for that time only,
+                or for the longest that its sequences need.
 
         Raises:
             NotHeld: this client does not hold it.

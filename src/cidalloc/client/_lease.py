@@ -164,14 +164,15 @@ class Lease:
 
     def _recover(self, error: CidError, tries: int, deadline: float) -> Flow[None]:
         """Return when another try may help; raise the error if none can, or if it is too late."""
-        if isinstance(error, SessionUnknown) and tries <= 3:
-            return  # with a new session
         if isinstance(error, RegistryMismatch):
             yield from self._probe(error, deadline)
             return
-        if isinstance(error, Repeated) and tries <= 3:
-            return  # of this very request, by something on the way
-        passes = isinstance(error, Unavailable) or isinstance(error.__cause__, Unavailable)
+        # With a new session; or this very request was repeated by something on the way. That
+        # others failed before says nothing, but in the long run it is no use.
+        again = isinstance(error, SessionUnknown | Repeated)
+        if again and tries <= 3:
+            return
+        passes = again or isinstance(error, Unavailable) or isinstance(error.__cause__, Unavailable)
         # A manager that was never there is more likely a wrong address.
         if not passes or not (error.answered or self._met):
             raise error
