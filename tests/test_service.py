@@ -134,10 +134,14 @@ def status(service: Service) -> dict[str, Any]:
 
 
 def test_the_life_of_a_session(service: Service) -> None:
-    protocol, generation, ttl, high, low = open_session(service, label="one")
+    protocol, generation, ttl, high, low, *cooldowns = open_session(service, label="one")
     assert (protocol, generation, ttl) == (1, 1, 10_000)
+    assert cooldowns == [5_000, 120_000]
     assert str(UUID(int=high << 64 | low)) == status(service)["registry"]
-    assert open_session(service, ttl_ms=2_000) == [protocol, generation, ttl, high, low]
+    assert open_session(service, ttl_ms=2_000) == [
+        *(protocol, generation, ttl, high, low),
+        *cooldowns,
+    ]
     assert ask(service, Operation.RENEW, session=TOKEN.upper()) == [1, 10_000], "digits are digits"
     assert ask(service, Operation.NEW, session=TOKEN, seq=1, count=3) == [10, 11, 12]
     assert ask(service, Operation.HELD, session=TOKEN) == [10, 11, 12]

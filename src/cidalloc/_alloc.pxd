@@ -49,7 +49,7 @@ cdef extern from *:
         int64_t reuse_at    # the latest of its IDs' reuse times; only ever rises
         uint64_t next       # in the owner's list or in the bucket; 0 ends both
         uint64_t owner      # whose it is, while it is not queued
-        uint64_t prev       # in the owner's list
+        uint64_t prev       # in the owner's list; of the first one it means nothing
         uint8_t bump        # IDs issued since the block was last opened
         uint8_t end         # IDs in it: the width, or less in the pool's last block
         uint8_t seen        # IDs issued at least once, ever: bump or more

@@ -46,7 +46,8 @@ cdef int audit(Pool *pool) except -1:
     for owner, blocks in owned.items():
         ids, before, at, chain = 0, 0, pool.owners[owner].head, set()
         while at:
-            assert at not in chain and pool.blocks[at].prev == before, "owner's list"
+            assert at not in chain, "owner's list"
+            assert not before or pool.blocks[at].prev == before, "the way back"
             chain.add(at)
             ids += count_bits(pool.blocks[at].used)
             before, at = at, pool.blocks[at].next

@@ -16,10 +16,10 @@ cdef void unlink(Pool *pool, uint64_t at) noexcept nogil:
     cdef Owner *own = &pool.owners[block.owner]
     if block.next:
         pool.blocks[block.next].prev = block.prev
-    if block.prev:
-        pool.blocks[block.prev].next = block.next
-    else:
+    if own.head == at:
         own.head = block.next
+    else:
+        pool.blocks[block.prev].next = block.next
     if own.current == at:
         own.current = 0
 

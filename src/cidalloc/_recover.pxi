@@ -79,9 +79,13 @@ cdef inline void take_over(Pool *pool, uint64_t at, const Past *past) noexcept n
 
 
 cdef inline void link_recovered(Pool *pool, Owner *own, uint64_t at) noexcept nogil:
-    # As link(), but a block with room stays the current one.
-    cdef uint64_t current = own.current
+    # As link(), but a block with room stays the current one. What a record says already is not
+    # stored: a page of a file costs a fault when it is first written to.
     cdef Block *block = &pool.blocks[at]
-    link(pool, block.owner, at)
-    if block.bump == block.end and current:
-        own.current = current
+    if block.next != own.head:
+        block.next = own.head
+    if own.head and pool.blocks[own.head].prev != at:
+        pool.blocks[own.head].prev = at
+    own.head = at
+    if block.bump < block.end or not own.current:
+        own.current = at

@@ -274,9 +274,16 @@ class Store:
         self._granules[kind] += granules
 
     def sync(self) -> None:
-        """Wait until all that was stored is on the disk."""
+        """Wait until all that was stored is on the disk.
+
+        Raises:
+            Unavailable: the disk fails.
+        """
         if self._fd >= 0:
-            os.fsync(self._fd)
+            try:
+                os.fsync(self._fd)
+            except OSError as error:
+                raise Unavailable(f"{self.path} cannot be synced: {error.strerror}") from None
 
     # ---- Who writes it
 
