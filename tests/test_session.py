@@ -357,6 +357,30 @@ def test_a_session_that_turns_out_to_be_gone_after_some_lost_answers(
     assert session.epoch == 1
 
 
+def test_an_open_that_comes_late_opens_nothing_that_is_ours(world: World, session: Session) -> None:
+    """The session has expired; a second copy of its OPEN makes one of another generation."""
+    cids = world.acquire(session, 3)
+    opened = world.sent[0]
+    world.now += TTL + SETTINGS.grace_ms / 1000 + 1
+    assert world.held() == 0
+    world.apply(opened)
+    assert not set(world.acquire(session, 3)) & set(cids)
+    assert session.epoch == 1
+    assert "under its name" in session.lost_why
+
+
+def test_an_id_that_was_lost_may_be_ours_again(world: World, session: Session) -> None:
+    world = World(Settings(first=1, capacity=3, max_sessions=10, fresh=True))
+    cids = world.acquire(session, 3)
+    world.now += TTL + SETTINGS.grace_ms / 1000 + 1
+    assert world.held() == 0
+    world.now += SETTINGS.unended_cooldown_ms / 1000
+    world.fates = ["ok", "ok", "ok", "unanswered"]
+    assert sorted(world.acquire(session, 3)) == cids
+    assert world.operations()[-5:] == ["RENEW", "OPEN", "NEW", "NEW", "HELD"]
+    world.release(session, *cids)
+
+
 def test_a_handover_is_waited_for(world: World, session: Session) -> None:
     world.acquire(session)
     old = world.service._holder._registry

@@ -113,9 +113,10 @@ class Clients(RuleBasedStateMachine):
             session.give_from(epoch, cid, ENDED if how == ENDED else cooldown)
             if ours:
                 wait = SETTINGS.cooldown_ms if how == ENDED else cooldown
-                if lapsed:  # if it is not renewed, the ID cools for what was announced
-                    wait = min(wait, announced)
-                self.free_from[cid] = self.world.now + wait / 1000
+                free_from = self.world.now + wait / 1000
+                if lapsed:  # not used since; if it is not renewed, it cools for what was announced
+                    free_from = min(free_from, session.fence + announced / 1000)
+                self.free_from[cid] = free_from
 
     @rule(fates=st.lists(st.sampled_from(["ok", "lost", "unanswered", "late"]), max_size=4))
     def trouble_on_the_way(self, fates: list[str]) -> None:

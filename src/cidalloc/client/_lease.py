@@ -160,7 +160,9 @@ class Lease:
         generation = self._generation
         event = yield from self._once(Operation.RENEW, deadline)
         if event.output.tolist()[:1] != [generation] and self._generation == generation:
+            # An OPEN that was late on its way: nothing of before is in that session.
             self._lose("the manager has another session under its name")
+            raise SessionUnknown(self.lost_why)
 
     def _recover(self, error: CidError, tries: int, deadline: float) -> Flow[None]:
         """Return when another try may help; raise the error if none can, or if it is too late."""

@@ -45,6 +45,7 @@ class Session(Lease):
         super().__init__(ttl=ttl, label=label, timeout=timeout, rng=rng)
         self.stock = Stock()
         self.announced_ms = 0  # for how long its IDs cool if the session expires
+        self._announcing_ms = 0  # the same, in a NEW whose answer is not there yet
         self.default_ms = 0  # what the manager takes if nothing is said
         self.wants = False  # the keeper has something to do
         self._seq = 0
@@ -289,6 +290,7 @@ class Session(Lease):
         ahead = self.stock.plan(self.now) if self.now >= self._lean_until else 0
         while lacking + ahead > 0:
             wanted, need = lacking + ahead, max(need_ms, self.announced_ms)
+            self._announcing_ms = need
             try:
                 event = yield from self._change(
                     Operation.NEW, deadline, count=wanted, cooldown_ms=need
@@ -335,7 +337,11 @@ class Session(Lease):
             return
         self._seq += 1
         event = yield from self._once(Operation.HELD, deadline, seq=self._seq)
-        lost = self.stock.settle(set(event.output.tolist()))
+        held = set(event.output.tolist())
+        if held - self.stock.known():  # so it was a NEW, and what it announced holds
+            self.announced_ms = max(self.announced_ms, self._announcing_ms)
+        lost = self.stock.settle(held)
+        self._lost -= held  # if they were ours once, they are so again
         if lost:
             self.lost_why = "the manager does not count it among the session's"
             _log.error("%r: %s are not the session's any more", self, _some(lost))
