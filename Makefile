@@ -5,6 +5,8 @@
 #   make dist    sdist and wheel, the wheel tested in environments of its own
 #   make bench   the allocator next to its peers: half an hour; fills docs/performance.md in
 #   make bench-registry  what the manager's registry costs: sessions, opening it again
+#   make bench-client  what an ID costs at the client, next to uuid4 and Redis
+#   make crowd   50 client processes with 20 sequences each for a minute, some of them killed
 #   make bench-gate  instructions per call against their limits; needs valgrind
 #   make clean   remove everything that these made
 
@@ -28,7 +30,7 @@ BIN := .venv/bin
 NEWS := sed -u "/already satisfied/d"
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
 
-.PHONY: demo test lint dist bench bench-registry bench-gate clean
+.PHONY: demo test lint dist bench bench-client bench-registry bench-gate crowd clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.built
@@ -46,9 +48,15 @@ lint: .venv/.built
 		--allowlist tests/stubtest.allowlist \
 		cidalloc._alloc cidalloc._mapping cidalloc._orphan cidalloc._sessions
 
+crowd: .venv/.built
+	CIDALLOC_CROWD=50x20x60 $(BIN)/python -m pytest -q -s tests/test_crowd.py
+
 bench: .venv/.bench
 	$(BIN)/python -m pytest -q bench/test_peers.py
 	$(BIN)/python bench/study.py $(ARGS)
+
+bench-client: .venv/.bench
+	$(BIN)/python bench/client.py
 
 bench-registry: .venv/.built
 	$(BIN)/python bench/registry.py $(ARGS)
