@@ -87,6 +87,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, old, new in (
         ("narrow_sequence", "TYPE_UINT64", "TYPE_INT32"),
         ("idle_sequence", "idle_microseconds: 5000000", "idle_microseconds: 200000"),
+        ("patient_sequence", "idle_microseconds: 5000000", "idle_microseconds: 60000000"),
         (
             "decoupled_sequence",
             "instance_group",

@@ -117,11 +117,11 @@ def test_a_server_that_is_away_for_a_while_costs_no_sequence(repository: Path) -
     """Stopped and continued: what was idle meanwhile and still lives there goes on."""
     with TritonServer(repository) as server:
         with Client(server.grpc_url, ttl=30.0, timeout=1.0) as cids:
-            with cids.sequence("simple_sequence", timeout=20.0) as sequence:
+            with cids.sequence("patient_sequence", timeout=20.0) as sequence:
                 sequence.infer(number(1))
                 os.kill(server.pid, signal.SIGSTOP)
                 try:
-                    time.sleep(2.0)
+                    time.sleep(5.0)
                     with pytest.raises((errors.Unavailable, errors.SessionExpired)):
                         cids.acquire_many(5000)
                 finally:

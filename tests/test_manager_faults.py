@@ -17,6 +17,7 @@ import tritonclient.grpc
 import tritonclient.http
 
 from cidalloc import wire
+from cidalloc.client import Client
 from cidalloc.client._transport import connect
 from cidalloc.codes import Operation
 from cidalloc.errors import CidError, InternalError, Unavailable
@@ -195,6 +196,53 @@ def test_reload_under_load(place: Place, server: TritonServer, stream: bool) -> 
     if stream:
         triton.stop_stream(cancel_requests=True)
     triton.close()
+
+
+def test_clients_carry_on_by_themselves(place: Place, server: TritonServer) -> None:
+    """Reloads, and a manager that is killed and loaded again: no client is told anything."""
+    stop, lock = threading.Event(), threading.Lock()
+    in_use: set[int] = set()
+    faults: list[str] = []
+    rounds = [0, 0, 0]
+
+    def work(number: int) -> None:
+        try:
+            with Client(server.grpc_url, timeout=30.0) as cids:
+                kept = cids.acquire_many(7).tolist()
+                while not stop.is_set():
+                    # More than a stock has, so that most are asked for.
+                    taken = cids.acquire_many(200 + rounds[number] % 300).tolist()
+                    with lock:
+                        twice = in_use.intersection(taken)
+                        in_use.update(taken)
+                    assert not twice, f"{twice} have two holders"
+                    with lock:
+                        in_use.difference_update(taken)
+                    cids.release_many(taken, cooldown=0)
+                    rounds[number] += 1
+                assert set(kept) <= set(cids.held())
+                cids.release_many(kept, ended=True)
+        except Exception as error:
+            faults.append(f"{type(error).__name__}: {error}")
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for fault in ("reload", "kill", "reload"):
+        time.sleep(0.5)
+        place.touch()
+        if fault == "kill":
+            os.kill(place.stub(), signal.SIGKILL)
+            time.sleep(0.5)
+        load(server, unload=fault == "kill")
+    time.sleep(2.0)
+    before = list(rounds)
+    time.sleep(2.0)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not faults, faults
+    assert all(after > was for after, was in zip(rounds, before, strict=True)), "all go on"
 
 
 def test_the_manager_is_killed(place: Place, server: TritonServer) -> None:
