@@ -63,8 +63,9 @@ ensemble_scheduling {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what needs the real server, for environments that cannot have it."""
     for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        if "triton" in fixtures or ("small" in fixtures and "[loopback" not in item.name):
+        fixtures = set(getattr(item, "fixturenames", ()))
+        in_several_ways = fixtures & {"small", "way"} and "loopback" not in item.name
+        if fixtures & {"triton", "real"} or in_several_ways:
             item.add_marker(pytest.mark.server)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from cidalloc.errors import InvalidArgument, RegistryLocked, RegistryMismatch, Unavailable
 from cidalloc.handover import Holder, boot_id
-from cidalloc.layout import Word
+from cidalloc.layout import GRANULE, Word
 from cidalloc.locks import process_id
 from cidalloc.settings import Settings
 from cidalloc.store import Claim, writer_of
@@ -233,20 +233,26 @@ def test_trouble_with_the_file_is_told(
     values: Settings, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     old = holder(values, clock)
-    wider = Settings(first=10, capacity=51, state=values.state, fresh=True)
-    new = holder(wider, clock)
-    assert new.waits, "for what it cannot have"
+    old.registry().acquire(1, 0)
+    new = holder(values, clock)
+    assert new.waits
     old.poll()
+    path = Path(values.state) / "m.cidalloc"
+    sound = path.read_bytes()
+    session = GRANULE + 128
+    path.write_bytes(sound[:session] + b"\xff" * 8 + sound[session + 8 :])
     for _ in range(3):
         new.poll()
-        away(new, "holds a pool with first=10, capacity=50")
+        away(new, "session 1 is damaged")
     assert caplog.text.count("cannot take over") == 1, "once"
+    assert not new.waits, "in vain"
+    path.write_bytes(sound)
     clock.now += 3_000
+    assert old.registry().pool.active == 1
+    old.poll()
+    assert old.registry().pool.active == 1, "nobody wants it any more"
     new.close()
-    assert old.registry().pool.active == 0
     old.close()
-    with pytest.raises(RegistryMismatch):
-        holder(wider, clock)
 
 
 def test_a_folder_that_is_not_there(values: Settings, clock: Clock) -> None:
@@ -309,3 +315,35 @@ def test_a_process_that_has_ended_is_gone_also_before_anybody_looked() -> None:
     child.wait()
     assert process_id(child.pid) == 0
     assert process_id(os.getpid()) != 0
+
+
+def test_a_wrong_setting_shows_before_the_old_one_lets_go(tmp_path: Path) -> None:
+    values = Settings(first=1, capacity=100, fresh=True, state=str(tmp_path))
+    old = Holder(values, "it", lambda: 0, server=7)
+    old.registry().store.header[Word.SERVER] = 7
+    wrong = Settings(first=1, capacity=200, fresh=True, state=str(tmp_path))
+    with pytest.raises(RegistryMismatch, match="capacity=100"):
+        Holder(wrong, "it", lambda: 0, server=7)
+    old.poll()
+    assert old.registry().acquire(1, 0).tolist() == [1], "it goes on"
+    old.close()
+
+
+def test_of_two_that_wait_the_first_comes_first_and_the_last_one_has_it(tmp_path: Path) -> None:
+    values = Settings(first=1, capacity=100, fresh=True, state=str(tmp_path))
+    server = process_id(os.getppid())
+    first, second, third = (Holder(values, "it", lambda: 0, server=server) for _ in range(3))
+    assert second.waits and third.waits
+    first.poll()
+    third.poll()
+    assert third.waits, "it is not its turn"
+    for _ in range(3):
+        for each in (second, third, first):
+            each.poll()
+    assert third.registry().pool.active == 0
+    for other in (first, second):
+        with pytest.raises(Unavailable):
+            other.registry()
+        assert not other.waits
+    for each in (first, second, third):
+        each.close()

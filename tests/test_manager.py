@@ -306,3 +306,28 @@ def test_int8_of_json_wraps(triton: TritonServer) -> None:
     got, answer = post(f"{triton.http_url}/v2/models/small_raw/generate", {"CODE": 256 + 2})
     assert got == 200
     assert answer["OUTPUT"] == 0
+
+
+def test_text_that_is_none_spoils_no_other(triton: TritonServer) -> None:
+    """Triton hands on bytes of a string that are no UTF-8."""
+    url = f"{triton.http_url}/v2/models/small_raw/generate"
+    body = b'{"CODE": 5, "ttl_ms": 5000, "label": "\xff\xfe", "session": "\xff"}'
+    statuses: list[int] = []
+
+    def bad() -> None:
+        for _ in range(20):
+            request = urllib.request.Request(url, body)
+            try:
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    statuses.append(answer.status)
+            except urllib.error.HTTPError as error:
+                statuses.append(error.code if b"[CIDALLOC 6 " in error.read() else 0)
+
+    threads = [threading.Thread(target=bad) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(100):
+        assert post(url, {"CODE": 2})[0] == 200
+    for thread in threads:
+        thread.join()
+    assert statuses == [400] * 80

@@ -256,6 +256,39 @@ def test_a_client_that_was_frozen_sends_nothing_of_old(world: World, session: Se
     assert world.operations() == ["OPEN", "NEW"]
 
 
+def test_a_lost_id_among_others_gives_none_back(world: World, session: Session) -> None:
+    (lost,) = world.acquire(session)
+    world.now += TTL + SETTINGS.grace_ms / 1000 + 1
+    world.keep(session, world.now + 1)
+    (live,) = world.acquire(session)
+    for others in ([live], [live, live]):
+        session._lost.add(lost)
+        with pytest.raises(errors.SessionExpired, match="no other was given back"):
+            world.release(session, lost, *others, cooldown_ms=60_000)
+        assert live in session.stock.used and not session.stock.leaving
+    world.release(session, live, cooldown_ms=60_000)
+
+
+def test_an_answer_that_comes_after_the_lease_renews_nothing(world: World) -> None:
+    session = world.session(ttl=1.0)
+    world.acquire(session)
+    world.now += 2.0
+    session.now = world.now
+    flow = session.acquire(1, None, world.now + 10)
+    effect = next(flow)
+    with pytest.raises(errors.SessionExpired, match="longer to answer"):
+        while True:
+            # Each answer takes longer than the lease lasts.
+            if isinstance(effect, Send):
+                event = world.apply(effect.request)
+                world.now += 1.2
+            else:
+                event = world.perform(effect)
+            session.now = world.now
+            effect = flow.send(event)
+    assert world.now < 10_000
+
+
 def test_the_manager_expires_later_than_the_client(world: World, session: Session) -> None:
     world.acquire(session)
     world.fates = ["lost"] * 1000

@@ -813,3 +813,29 @@ def test_a_look_at_nothing(tmp_path: Path) -> None:
 def test_the_rows_fit_the_sessions() -> None:
     assert Sessions.size(0) == 128
     assert Sessions.size(2**24 - 2) % GRANULE + 128 in (128, GRANULE)
+
+
+def test_a_file_that_cannot_be_mapped_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = Settings(first=1, capacity=10**6, fresh=True)
+    registry = opened(tmp_path / "it", values)
+    first = registry.acquire(5, 0)
+    grow, broken = Store._put, [True]
+
+    def put(store: Store, *arguments: Any) -> None:
+        if broken[0]:
+            raise OSError(12, "Cannot allocate memory")
+        grow(store, *arguments)
+
+    monkeypatch.setattr(Store, "_put", put)
+    with pytest.raises(Unavailable, match="Cannot allocate memory"):
+        registry.store.grow(Kind.BLOCKS, 10**5)
+    broken[0] = False
+    registry.store.grow(Kind.BLOCKS, 10**5)
+    registry.pool.ready = registry.store.ready_blocks
+    registry._check()
+    registry.close()
+    registry = opened(tmp_path / "it", values)
+    registry._check()
+    assert all(cid in registry.pool for cid in first.tolist())

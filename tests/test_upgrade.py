@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,15 @@ def test_grow(file: Path) -> None:
     assert "2,000 IDs from 100 on" in printed
     assert "capacity to 2000" in printed
     assert "7, 2 of them" in run("registry", "show", file)
+
+
+def test_a_link_stays_a_link_and_the_owner_the_owner(file: Path) -> None:
+    link = file.with_name("link")
+    link.symlink_to(file.name)
+    os.chown(file, 1234, 2345)
+    file.chmod(0o640)
+    upgrade(link, 3000)
+    assert link.is_symlink()
+    status = file.stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (1234, 2345, 0o640)
+    assert "3,000 IDs" in run("registry", "show", file)

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from .errors import CidError, RegistryLocked, Unavailable
 from .locks import process_id
-from .registry import Registry
+from .registry import Registry, shape_for
 from .settings import Settings
-from .store import Claim, writer_of
+from .store import Claim, Store, writer_of
 
 __all__ = ["Holder", "boot_id"]
 
@@ -70,6 +70,8 @@ class Holder:
             alive = writer != 0 and process_id(writer & 2**22 - 1) == writer
             if alive and writer != self._server:
                 raise
+            # What is wrong with us must show now, while the old one still has the file.
+            Store.expect(self._path, shape_for(settings))
             self._claim = Claim(self._path)
             self.poll()
 
@@ -96,8 +98,9 @@ class Holder:
     def poll(self) -> None:
         """Look whether the file is to be let go, or can be had; else let time pass in it."""
         if self._claim is not None:
-            self._claim.make()
-            self._try_take()
+            # Of several that wait, only the one whose turn it is may take it.
+            if self._claim.make():
+                self._try_take()
         elif self._registry is not None:
             claimant = self._registry.store.claimed_by()  # of none, if it is in memory
             if claimant and claimant == self._server:
@@ -127,6 +130,10 @@ class Holder:
             if str(error) != self._trouble:
                 _log.error("cannot take over the registry: %s", error)
             self._trouble = str(error)
+            if self._claim is not None and not isinstance(error, Unavailable):
+                # It will not get better by waiting, and the old one may have the file again.
+                self._claim.close()
+                self._claim, self._let_go_at = None, self._clock()
 
     def _take(self) -> None:
         assert self._path is not None

@@ -34,7 +34,7 @@ from .settings import Settings
 from .store import Store
 from .wire import MAX_COOLDOWN_MS, IDs
 
-__all__ = ["Grant", "Registry"]
+__all__ = ["Grant", "Registry", "shape_for"]
 
 _SMALL = 2**24  # a pool of fewer IDs has no place where nobody is likely to be
 _SLICES = 8  # anonymous IDs of so much of their age share a session
@@ -109,6 +109,7 @@ class Registry:
             raise RegistryCorrupt(f"{store.path}: {error}") from None
         store.header[Word.GENERATION] = generation
         self.sessions = Sessions(self.pool, store.rows, store.ready_rows)
+        store.sign()
         self._uuid = store.uuid  # a forked child has no header
         self._horizon: int = store.header[Word.HORIZON]
         self._now = self._opened_at = now
@@ -345,12 +346,12 @@ class Registry:
         cooldown = self._cooldown(cooldown_ms)
         if ended:
             cooldown = self.settings.cooldown_ms
-        self._reckon(cooldown)
         if token is not None:
+            self._reckon(cooldown)
             self.pool.release_many(ids, at, self._now + cooldown)
             self.sessions.set_seq(at, seq)
         else:
-            self._release_anonymous(ids, self._now + cooldown)
+            self._release_anonymous(ids, cooldown)
         self.released["ended" if ended else "cooled"] += len(ids)
         return len(ids)
 
@@ -525,11 +526,13 @@ class Registry:
             f" {pool.cooling} are cooling; {when}"
         )
 
-    def _release_anonymous(self, ids: IDs, reuse_at: int) -> None:
+    def _release_anonymous(self, ids: IDs, cooldown: int) -> None:
         owners = [self.pool.owner_of(cid) for cid in ids.tolist()]
         for cid, owner in zip(ids.tolist(), owners, strict=True):
             if owner not in self._anonymous:
                 raise NotOwner(f"ID {cid} belongs to a session, which alone releases it")
+        reuse_at = self._now + cooldown
+        self._reckon(cooldown)  # not before it is known that they can be released
         if len(set(owners)) == 1:
             self.pool.release_many(ids, owners[0], reuse_at)
             return

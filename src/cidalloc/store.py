@@ -61,6 +61,7 @@ class Store:
         self.header = header
         self.path = path
         self._fd = fd
+        self._signed = False
         self.blocks = Mapping(shape.granules * GRANULE)
         self.rows = Mapping(Sessions.size(MAX_SESSIONS))
         self._granules = {Kind.BLOCKS: 0, Kind.ROWS: 0}
@@ -156,14 +157,7 @@ class Store:
         if size < GRANULE:
             raise RegistryCorrupt(f"{path} is too short for a registry: {size} bytes")
         header = _copy_of(fd) if private else _header_of(fd)
-        shape = shape_of(header, path)
-        if wanted is not None and replace(wanted, split=shape.split) != shape:
-            raise RegistryMismatch(
-                f"{path} holds a pool with first={shape.first}, capacity={shape.capacity},"
-                f" block={shape.block}, and not first={wanted.first}, capacity={wanted.capacity},"
-                f" block={wanted.block}: change the settings back, or let it grow with"
-                f" 'cidalloc registry upgrade --capacity N {path}'"
-            )
+        shape = _expect(header, path, wanted)
         store = cls(shape, header, -1 if private else fd, path)
         offset = 1
         for kind, granules in extents_of(header, path):
@@ -179,10 +173,20 @@ class Store:
                 )
             store._put(kind, granules, offset, fd if private else -1)
             offset += granules
-        if not private:
-            header[Word.PID] = os.getpid()
-            header[Word.SERVER] = process_id(os.getppid())
         return store
+
+    @staticmethod
+    def expect(path: Path, shape: Shape) -> None:
+        """See that the file at `path` has the pool that it must have; it is only read.
+
+        Raises:
+            RegistryCorrupt, RegistryMismatch: as `open`.
+        """
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _expect(_copy_of(fd), path, shape)
+        finally:
+            os.close(fd)
 
     # ---- What it holds
 
@@ -247,18 +251,20 @@ class Store:
             return
         extents = extents_of(self.header, self.path)
         offset, word = 1 + sum(each for _, each in extents), Word.EXTENTS + len(extents)
+        have = self._granules[kind]
         try:
             os.posix_fallocate(self._fd, offset * GRANULE, granules * GRANULE)
             os.fsync(self._fd)
+            self._put(kind, granules, offset)
             self.header[word] = extent_word(len(extents), kind, granules)
             os.fsync(self._fd)
         except OSError as error:
-            self.header[word] = 0  # or the next one would not be where it is said to be
+            # Or the next one would not be where it is said to be.
+            self.header[word], self._granules[kind] = 0, have
             raise Unavailable(
                 f"{self.path} cannot grow by {granules * GRANULE >> 10} KiB: {error.strerror};"
                 " make room on its disk"
             ) from None
-        self._put(kind, granules, offset)
 
     def _put(self, kind: Kind, granules: int, offset: int, fd: int = -1) -> None:
         """Put an extent where it belongs in memory; a copy of it, if it is that of another file."""
@@ -293,11 +299,19 @@ class Store:
             return 0
         return self.header[Word.CLAIMANT]
 
+    def sign(self) -> None:
+        """Write down who writes the file: not before it is known to be sound."""
+        if self._fd >= 0:
+            self.header[Word.PID] = os.getpid()
+            self.header[Word.SERVER] = process_id(os.getppid())
+            self._signed = True
+
     def close(self) -> None:
         """Let another process write the file. Nobody may use the memory any more."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
-            self.header[Word.PID] = 0
+            if self._signed:
+                self.header[Word.PID] = 0
             unlock_and_close(fd, _LOCK)
         _stores.discard(self)
 
@@ -319,12 +333,13 @@ class Claim:
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._made = False
 
-    def make(self) -> None:
-        """Make it known, unless another process does so already."""
+    def make(self) -> bool:
+        """Make it known; False if another process does so, and comes first."""
         if not self._made and try_lock(self._fd, _CLAIM):
             self._made = True
             word = struct.pack("=Q", process_id(os.getppid()))
             os.pwrite(self._fd, word, Word.CLAIMANT * 8)
+        return self._made
 
     def close(self) -> None:
         """Take it back."""
@@ -358,6 +373,18 @@ def _begin(store: Store, boot: bytes, waiting_ms: int) -> None:
         store.sync()
     finally:
         store.close()
+
+
+def _expect(header: memoryview, path: Path, wanted: Shape | None) -> Shape:
+    shape = shape_of(header, path)
+    if wanted is not None and replace(wanted, split=shape.split) != shape:
+        raise RegistryMismatch(
+            f"{path} holds a pool with first={shape.first}, capacity={shape.capacity},"
+            f" block={shape.block}, and not first={wanted.first}, capacity={wanted.capacity},"
+            f" block={wanted.block}: change the settings back, or let it grow with"
+            f" 'cidalloc registry upgrade --capacity N {path}'"
+        )
+    return shape
 
 
 def _header_of(fd: int) -> memoryview:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from dataclasses import replace
 from pathlib import Path
@@ -30,8 +31,10 @@ def upgrade(path: Path, capacity: int) -> Shape:
         Unavailable: the disk is full.
         RegistryCorrupt, RegistryMismatch: as `Store.open`.
     """
+    path = path.resolve()  # or the file would take the place of a link to it
     old = Store.open(path, None, boot=b"")
     try:
+        old.sign()
         shape = replace(old.shape, capacity=capacity)
         if not old.shape.capacity <= capacity <= min(2**38, 2**63 - shape.first):
             raise InvalidArgument(
@@ -51,6 +54,9 @@ def _rewrite(old: Store, path: Path, shape: Shape) -> None:
         new = Store.create(draft, shape, path)
         try:
             _copy(old, new)
+            owner = path.stat()
+            os.chown(draft, owner.st_uid, owner.st_gid)
+            draft.chmod(owner.st_mode & 0o777)
             new.put_in_place(draft)
         finally:
             new.close()

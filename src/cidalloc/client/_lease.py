@@ -131,13 +131,18 @@ class Lease:
 
     def _establish(self, deadline: float) -> Flow[None]:
         """Open the session if there is none; renew it if its lease has run out."""
-        if self.opened:
-            if self.now >= self.fence:
-                try:
-                    yield from self._renew(deadline)
-                except Unavailable as error:
-                    raise SessionExpired(f"{self._expired()}; {error}") from error
-            return
+        if not self.opened:
+            yield from self._open(deadline)
+        elif self.now >= self.fence:
+            try:
+                yield from self._renew(deadline)
+            except Unavailable as error:
+                raise SessionExpired(f"{self._expired()}; {error}") from error
+        if self.opened and self.now >= self.fence:
+            slow = Unavailable("the manager takes longer to answer than the lease lasts")
+            raise SessionExpired(f"{self._expired()}; {slow}") from slow
+
+    def _open(self, deadline: float) -> Flow[None]:
         if not self._token or self.now >= self._first_sent + self.ttl:
             self._token = f"{self._rng.getrandbits(8 * TOKEN_BYTES):0{2 * TOKEN_BYTES}x}"
             self._first_sent = self.now

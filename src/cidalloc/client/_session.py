@@ -105,9 +105,8 @@ class Session(Lease):
         lost = self._lost.intersection(cids)
         if lost:
             self._lost -= lost
-            self.stock.give_back([cid for cid in cids if cid in self.stock.used], ENDED)
-            self.wants = True
-            raise SessionExpired(f"{_some(lost)} had been lost: {self.lost_why}")
+            others = "; no other was given back" if len(lost) < len(cids) else ""
+            raise SessionExpired(f"{_some(lost)} had been lost: {self.lost_why}{others}")
         self.stock.check_used(cids)
         if cooldown_ms == ENDED:
             for cid in cids:
@@ -152,7 +151,8 @@ class Session(Lease):
                 if not self.opened or self.now >= self.fence:
                     yield from self._in_turn(self._establish(deadline), deadline)
                 need = self.default_ms if need_ms is None else need_ms
-                if need <= self.announced_ms and self.stock.ready(self.now, count) >= count:
+                enough = self.stock.ready(self.now, count) >= count
+                if enough and need <= self.announced_ms and self.now < self.fence:
                     cids = [self.take(need) for _ in range(count)]
                     assert all(cids)
                     return cids

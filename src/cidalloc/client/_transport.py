@@ -125,10 +125,14 @@ class _TritonTransport:
     def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
         raise NotImplementedError
 
+    def _ask(self, limit: float, model: str, inputs: list[Any], **options: Any) -> Any:
+        """Send a request to the manager: as any other, unless those could stand in its way."""
+        return self.infer(limit, model, inputs, **options)
+
     def call(self, model: str, request: wire.Request, timeout: float) -> tuple[wire.IDs, str]:
         arguments = encode(self.module, request)
         with self._translating(model):
-            result = self.infer(timeout, model, arguments.pop("inputs"), **arguments)
+            result = self._ask(timeout, model, arguments.pop("inputs"), **arguments)
         return read_answer(result, request, model, self.url)
 
     @contextmanager
@@ -192,9 +196,14 @@ class HttpTransport(_TritonTransport):
         self._open = opener(tritonclient.http.InferenceServerClient, where, ssl, options)
         self.closed = False
 
-    def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
+    def infer(
+        self, limit: float, model: str, inputs: list[Any], /, *, asks: bool = False, **options: Any
+    ) -> Any:
         options.setdefault("headers", self._headers)
-        return self._run(limit, lambda triton: triton.infer(model, inputs, **options))
+        return self._run(limit, lambda triton: triton.infer(model, inputs, **options), asks)
+
+    def _ask(self, limit: float, model: str, inputs: list[Any], **options: Any) -> Any:
+        return self.infer(limit, model, inputs, asks=True, **options)
 
     def open_stream(self, callback: Callable[..., None]) -> Any:
         raise InvalidArgument(f"streaming needs gRPC, and {self.url} is HTTP")
@@ -208,7 +217,7 @@ class HttpTransport(_TritonTransport):
                 raise TypeError("a model configuration that is no JSON object")
         return config
 
-    def _run(self, timeout: float, work: Callable[[Any], Any]) -> Any:
+    def _run(self, timeout: float, work: Callable[[Any], Any], asks: bool = False) -> Any:
         def job() -> Any:
             for key in [key for key in _http.opened if key[0].closed]:
                 _http.opened.pop(key).close()
@@ -218,7 +227,7 @@ class HttpTransport(_TritonTransport):
                 _http.opened[key] = self._open(connection_timeout=timeout, network_timeout=timeout)
             return work(_http.opened[key])
 
-        return _http_threads.submit(job).result()
+        return (_http_asks if asks else _http_threads).submit(job).result()
 
     def close(self) -> None:
         # Each thread closes its connections with its next request.
@@ -234,13 +243,17 @@ class _Http(threading.local):
 
 def _start_http_threads() -> None:
     """Make the pool of threads; in a forked child again, since threads stay with the parent."""
-    global _http_threads
+    global _http_threads, _http_asks
     _http_threads = ThreadPoolExecutor(_HTTP_AT_ONCE, "cidalloc-http")
+    # The manager's requests have some of their own, or heartbeats would wait behind sequences.
+    _http_asks = ThreadPoolExecutor(_HTTP_ASKS_AT_ONCE, "cidalloc-http-manager")
 
 
 _HTTP_AT_ONCE = 32  # requests of this process; threads are started as they are needed
+_HTTP_ASKS_AT_ONCE = 8
 _http = _Http()
 _http_threads: ThreadPoolExecutor
+_http_asks: ThreadPoolExecutor
 _start_http_threads()
 os.register_at_fork(after_in_child=_start_http_threads)
 

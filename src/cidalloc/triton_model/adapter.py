@@ -7,6 +7,7 @@ Only Triton's Python process can import this module, since only there is
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,11 @@ import triton_python_backend_utils as pb_utils
 from cidalloc import wire
 from cidalloc._orphan import end_with_parent
 from cidalloc.codes import Code
-from cidalloc.errors import CidError
+from cidalloc.errors import CidError, InvalidArgument
 from cidalloc.service import Service
 from cidalloc.triton_model.config import settings_from
+
+_log = logging.getLogger("cidalloc.triton_model")
 
 
 class TritonPythonModel:
@@ -45,7 +48,10 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer a batch of requests, each for itself."""
-        self._service.poll()
+        try:
+            self._service.poll()
+        except Exception:
+            _log.exception("could not look after the registry")
         return [self._respond(request) for request in requests]
 
     def finalize(self) -> None:
@@ -53,11 +59,16 @@ class TritonPythonModel:
         self._service.close()
 
     def _respond(self, request: Any) -> Any:
-        code = pb_utils.get_input_tensor_by_name(request, wire.CODE).as_numpy()
-        ids = pb_utils.get_input_tensor_by_name(request, wire.CORRELATION_ID)
-        answer = self._service.answer(
-            code, None if ids is None else ids.as_numpy(), request.parameters()
-        )
+        try:
+            code = pb_utils.get_input_tensor_by_name(request, wire.CODE).as_numpy()
+            ids = pb_utils.get_input_tensor_by_name(request, wire.CORRELATION_ID)
+            array = None if ids is None else ids.as_numpy()
+            parameters = request.parameters()
+        except Exception as error:
+            # Whatever escaped would fail the whole batch. Text that is not UTF-8 comes here.
+            answer: Any = InvalidArgument(f"a request that cannot be read: {type(error).__name__}")
+        else:
+            answer = self._service.answer(code, array, parameters)
         if isinstance(answer, CidError):
             status = self._status.get(answer.code, pb_utils.TritonError.INVALID_ARG)
             return pb_utils.InferenceResponse(
