@@ -753,8 +753,9 @@ def test_a_forked_child_does_not_keep_a_claim(path: Path) -> None:
 
 def test_the_number_of_a_process_is_its_own() -> None:
     assert process_id(os.getpid()) & 2**22 - 1 == os.getpid()
-    gone = subprocess.Popen(["true"])
+    gone = subprocess.Popen(["sleep", "60"])
     number = process_id(gone.pid)
+    gone.kill()
     gone.wait()
     assert number and process_id(gone.pid) == 0
 
