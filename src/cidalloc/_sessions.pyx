@@ -179,8 +179,7 @@ cdef class Sessions:
                 self.free_row(at)
             elif state_of(row) == ENDING:
                 ending.append(at)
-                self.hang(at, now)
-                self.chain(at)
+                self.start(at, now)
             else:
                 if row.opened_at > now:     # by the clock of another boot
                     row.opened_at = now
@@ -254,7 +253,7 @@ cdef class Sessions:
     def renew(self, uint32_t at, int64_t expires):
         """Let the lease run until `expires`, if that is later. Constant time."""
         self.row(at)
-        session_renew(&self.leases[at], expires)
+        self.leases[at].expires = max(expires, self.leases[at].expires)
 
     def due(self, int64_t now):
         """Return a session whose lease has run out, or 0; `end` it, or it is returned again.
@@ -426,8 +425,3 @@ cdef class Sessions:
                 at = following
         free(old)
         return 0
-
-
-cdef inline void session_renew(Lease *lease, int64_t expires) noexcept nogil:
-    if expires > lease.expires:
-        lease.expires = expires

@@ -161,10 +161,7 @@ class Store:
         store = cls(shape, header, -1 if private else fd, path)
         offset = 1
         for kind, granules in extents_of(header, path):
-            room = store._totals[kind] - store._granules[kind]
-            if kind is Kind.BLOCKS and store._granules[kind] < shape.upper:
-                room = shape.upper - store._granules[kind]
-            if not 0 < granules <= room:
+            if not 0 < granules <= store._room(kind):
                 raise RegistryCorrupt(f"{path}: the list of extents is damaged")
             if (offset + granules) * GRANULE > size:
                 raise RegistryCorrupt(
@@ -240,10 +237,13 @@ class Store:
             if ahead:
                 # A quarter more each time, so that the list of extents stays short.
                 more = max(more, have // 4, 16 if kind is Kind.BLOCKS else 1)
-            limit = self._totals[kind]
-            if kind is Kind.BLOCKS and have < self.shape.upper:
-                limit = self.shape.upper
-            self._add(kind, min(more, limit - have))
+            self._add(kind, min(more, self._room(kind)))
+
+    def _room(self, kind: Kind) -> int:
+        """Return how many granules the next extent can have: it has one place in memory."""
+        have, upper = self._granules[kind], self.shape.upper
+        limit = upper if kind is Kind.BLOCKS and have < upper else self._totals[kind]
+        return limit - have
 
     def _add(self, kind: Kind, granules: int) -> None:
         if self.path is None:
