@@ -22,15 +22,43 @@ _DAY_S = 86_400.0
 _KEEPER_S = 2.0  # for what the keeper has just sent
 
 
-class Driver:
+class _Driver:
+    """What both drivers do alike."""
+
+    def __init__(self, session: Session, model: str, now: Callable[[], float]) -> None:
+        self.session = session
+        self.model = model
+        self.now = now
+        self.lock = threading.Lock()
+
+    def abandon(self) -> None:
+        """End the keeper with its next step, and so in time the session: nobody has the client.
+
+        Takes no lock: in a forked child a thread that is not there may hold it.
+        """
+        self.session.closed = True
+
+    def _step(self, steps: Flow[T], event: Event | None) -> Effect:
+        session = self.session
+        session.now, seen = self.now(), session.version
+        try:
+            # A generator takes nothing in its first step.
+            return next(steps) if event is None else steps.send(event)
+        finally:
+            if session.version != seen:
+                self._notify()
+
+    def _notify(self) -> None:
+        """Let those look again that wait."""
+        raise NotImplementedError
+
+
+class Driver(_Driver):
     """Runs flows of a session in the threads that call, and its keeper in one of its own."""
 
     def __init__(self, session: Session, transport: Transport, model: str) -> None:
-        self.session = session
-        self.model = model
+        super().__init__(session, model, transport.now)
         self.transport = transport
-        self.now = transport.now
-        self.lock = threading.Lock()
         self._changed = threading.Condition(self.lock)
         self._keeper: threading.Thread | None = None
 
@@ -69,28 +97,14 @@ class Driver:
                 )
                 self._keeper.start()
 
-    def abandon(self) -> None:
-        """End the keeper with its next step, and so in time the session: nobody has the client.
-
-        Takes no lock: in a forked child a thread that is not there may hold it.
-        """
-        self.session.closed = True
-
     def close(self) -> None:
         """Close the connections, after the keeper, which ends when its session is closed."""
         if self._keeper is not None:
             self._keeper.join(_KEEPER_S)
         self.transport.close()
 
-    def _step(self, steps: Flow[T], event: Event | None) -> Effect:
-        session = self.session
-        session.now, seen = self.now(), session.version
-        try:
-            # A generator takes nothing in its first step.
-            return next(steps) if event is None else steps.send(event)
-        finally:
-            if session.version != seen:
-                self._changed.notify_all()
+    def _notify(self) -> None:
+        self._changed.notify_all()
 
     def _perform(self, effect: Effect) -> Event:
         try:
@@ -104,15 +118,15 @@ class Driver:
             return Event(error=error)
 
 
-class AsyncDriver:
-    """Runs flows of a session in the tasks that await, and its keeper in one of its own."""
+class AsyncDriver(_Driver):
+    """Runs flows of a session in the tasks that await, and its keeper in one of its own.
+
+    Only one task runs at a time, so its lock is never waited for.
+    """
 
     def __init__(self, session: Session, transport: AsyncTransport, model: str) -> None:
-        self.session = session
-        self.model = model
+        super().__init__(session, model, transport.now)
         self.transport = transport
-        self.now = transport.now
-        self.lock = threading.Lock()  # as the other has it; only one task runs at a time
         self._waiting: set[asyncio.Future[None]] = set()
         self._keeper: asyncio.Task[None] | None = None
 
@@ -141,10 +155,6 @@ class AsyncDriver:
                 self.run(self.session.keep), name="cidalloc-client"
             )
 
-    def abandon(self) -> None:
-        """End the keeper with its next step: nobody has the client any more."""
-        self.session.closed = True
-
     async def close(self) -> None:
         """Close the connections, after the keeper, which ends when its session is closed."""
         if self._keeper is not None:
@@ -153,15 +163,6 @@ class AsyncDriver:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._keeper
         await self.transport.close()
-
-    def _step(self, steps: Flow[T], event: Event | None) -> Effect:
-        session = self.session
-        session.now, seen = self.now(), session.version
-        try:
-            return next(steps) if event is None else steps.send(event)
-        finally:
-            if session.version != seen:
-                self._notify()
 
     def _notify(self) -> None:
         for each in self._waiting:
