@@ -357,9 +357,10 @@ class Registry:
 
     # ---- The whole
 
-    def tick(self, now: int) -> None:
-        """Let time pass: end the sessions whose lease has run out."""
+    def tick(self, now: int) -> Allocator:
+        """Let time pass: end the sessions whose lease has run out. Returns the pool."""
         self._advance(now)
+        return self.pool
 
     @property
     def anonymous(self) -> int:

@@ -61,9 +61,9 @@ class Service:
         self._apply: dict[Operation, Callable[[Registry, Request, int], IDs | list[int] | int]] = {
             Operation.NEW: _new,
             Operation.DELETE: _delete,
-            Operation.ACTIVE: lambda registry, request, now: registry.pool.active,
-            Operation.INACTIVE: lambda registry, request, now: registry.pool.inactive,
-            Operation.PEAK: lambda registry, request, now: registry.pool.peak,
+            Operation.ACTIVE: lambda registry, request, now: registry.tick(now).active,
+            Operation.INACTIVE: lambda registry, request, now: registry.tick(now).inactive,
+            Operation.PEAK: lambda registry, request, now: registry.tick(now).peak,
             Operation.OPEN: _open,
             Operation.RENEW: _renew,
             Operation.CLOSE: _close,
@@ -118,7 +118,6 @@ class Service:
         now = self._clock()
         if request.operation is Operation.STATUS:
             return _NOTHING, self._status(registry, now)
-        registry.tick(now)
         output = self._apply[request.operation](registry, request, now)
         return np.asarray(output, np.uint64).reshape(1, -1), ""
 
