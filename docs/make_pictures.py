@@ -11,7 +11,7 @@ from rich import _export_format
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
-from cidalloc.cli import show_lanes
+from cidalloc.cli._demo import show_lanes
 from cidalloc.demo import demo_server
 from cidalloc.demo.collide import collide
 

@@ -31,7 +31,7 @@ from cidalloc import errors
 from cidalloc.client import Client
 from cidalloc.demo.sequences import number
 
-cids = Client(sys.argv[1], model="quick", ttl=2.0, timeout=1.0)
+cids = Client(sys.argv[1], model=sys.argv[2], ttl=2.0, timeout=1.0)
 sequence = cids.sequence("simple_sequence", timeout=1.0)
 sequence.infer(number(1))
 ids = cids.acquire_many(9)
@@ -46,8 +46,8 @@ for line in sys.stdin:
 
 
 @contextlib.contextmanager
-def holder(url: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", HOLDER, url]
+def holder(url: str, model: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", HOLDER, url, model]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
         try:
@@ -67,7 +67,7 @@ def say(process: subprocess.Popen[str]) -> str:
 def test_the_ids_of_a_killed_client_are_free_in_time_and_not_before(triton: TritonServer) -> None:
     # Without a session, since it must not hold any in a stock.
     other = Anonymous(connect(triton.grpc_url), "quick")
-    with other, holder(triton.grpc_url) as process:
+    with other, holder(triton.grpc_url, "quick") as process:
         assert process.stdout is not None
         assert len(process.stdout.readline().split()) == 9
         assert other.active() >= 10
@@ -89,7 +89,8 @@ def test_the_ids_of_a_killed_client_are_free_in_time_and_not_before(triton: Trit
 
 
 def test_a_client_that_was_frozen_says_so_and_sends_nothing(triton: TritonServer) -> None:
-    with Client(triton.grpc_url, model="quick") as cids, holder(triton.grpc_url) as process:
+    url, model = triton.grpc_url, "quick_too"
+    with Client(url, model=model) as cids, holder(url, model) as process:
         assert process.stdout is not None
         process.stdout.readline()
         assert say(process) == "sum 2\n"

@@ -23,7 +23,6 @@ LAYERS = [
     {"service", "server"},
     {"triton_model", "client"},
     {"demo"},
-    {"cli_registry"},
     {"cli"},
     {"__main__"},
 ]

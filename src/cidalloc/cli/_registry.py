@@ -11,13 +11,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from .errors import RegistryCorrupt
-from .handover import boot_id
-from .locks import process_id
-from .registry import Registry
-from .service import boottime_ms
-from .store import writer_of
-from .upgrade import upgrade
+from ..errors import RegistryCorrupt
+from ..handover import boot_id
+from ..locks import process_id
+from ..registry import Registry
+from ..service import boottime_ms
+from ..store import writer_of
+from ..upgrade import upgrade
 
 __all__ = ["registry"]
 

@@ -1,0 +1,44 @@
+"""The ``cidalloc`` command: what a person types, and what they read."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+import click
+
+from .. import __version__
+from ..codes import Code
+from ..errors import CidError
+from ._demo import demo, stress
+from ._model import model
+from ._registry import registry
+from ._serve import serve
+
+__all__ = ["main", "run"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="cidalloc %(version)s")
+def main() -> None:
+    """Correlation IDs that no two live sequences share, for stateful models on Triton."""
+
+
+for command in (demo, stress, serve, model, registry):
+    main.add_command(command)
+
+
+def run() -> None:
+    """Run the command; an error is one line on stderr and exit status 1."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    try:
+        main()
+    except CidError as error:
+        failure = f"{error.code.name}: {error}"
+    except OSError as error:
+        failure = f"{Code.INVALID_ARGUMENT.name}: {error}"
+    else:
+        return
+    click.echo(f"error: {failure}", err=True)
+    sys.exit(1)
