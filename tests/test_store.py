@@ -805,6 +805,23 @@ def test_a_look_beside_a_busy_writer(path: Path) -> None:
     assert path.read_bytes() == before, "it is only a copy"
 
 
+def test_a_copy_of_a_file_that_moved_meanwhile(used: Path) -> None:
+    """A file that is always busy is copied in pieces of different times."""
+    registry = Registry.look(used, 0, BOOT)
+    held = registry.status(0)["held"]
+    registry.close()
+    gone = offset_of(used, Kind.ROWS) + 128
+    poke(used, gone, bytes(128))  # a session that ended before its row was copied
+    poke(used, offset_of(used, Kind.BLOCKS) + 32, bytes(32))  # opened after its record was
+    with pytest.raises(RegistryCorrupt, match="the record of ID"):
+        Registry.look(used, 0, BOOT)
+    poke(used, Word.PID * 8, struct.pack("=Q", os.getpid()))
+    registry = Registry.look(used, 0, BOOT)
+    registry._check()
+    assert 0 < registry.status(0)["held"] < held
+    registry.close()
+
+
 def test_a_look_at_nothing(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="no registry at"):
         Registry.look(tmp_path / "registry", 0, BOOT)

@@ -105,11 +105,14 @@ cdef object refusal(const Pool *pool, int code, object cid, object where=""):
     return error_for(code, f"ID {cid}{where} stands twice in this call")
 
 
-cdef int recover(Pool *pool, object holders, int64_t latest, object reuse_at) except -1:
+cdef int recover(
+    Pool *pool, object holders, int64_t latest, object reuse_at, bint moving
+) except -1:
     cdef const uint8_t[::1] holds = holders
     cdef uint64_t at = 0
     cdef Past past
     past.holds, past.owners, past.latest = NULL, holds.shape[0], latest
+    past.moving = moving
     if past.owners:
         past.holds = &holds[0]
     past.suspect = reuse_at is not None
@@ -151,12 +154,14 @@ cdef class Allocator:
         reuse_at: with `holders`, some of the last stores may be missing, too, as after a power cut:
             only who holds what is believed, of the owners in `holders`, and every other ID of the
             ready blocks cools until this time.
+        moving: with `holders`, the buffer is a copy that was taken while the earlier pool was at
+            work. IDs of owners that are not in `holders` are then free, and no damage.
 
     Raises `RegistryCorrupt` for a buffer that no pool leaves behind, and does not write to it then.
     """
 
     def __cinit__(self, capacity=(1 << 30) - 1, first=1, block=64, *, start=None, buffer=None,
-                  ready=None, holders=None, latest=INT64_MAX, reuse_at=None):
+                  ready=None, holders=None, latest=INT64_MAX, reuse_at=None, moving=False):
         cdef uint32_t shift = as_shift(block)
         cdef int64_t n = as_capacity(capacity)
         cdef int64_t low = as_int(first, 1, INT64_MAX - (n - 1), "first")
@@ -174,7 +179,7 @@ cdef class Allocator:
         if ready is not None:
             pool_set_ready(&self.pool, as_int(ready, 0, self.pool.count, "ready"))
         if used:
-            recover(&self.pool, holders, as_time(latest, "latest"), reuse_at)
+            recover(&self.pool, holders, as_time(latest, "latest"), reuse_at, moving)
         pthread_mutex_init(&self.busy, NULL)
         self.forks = forks
 

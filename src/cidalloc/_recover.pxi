@@ -18,27 +18,28 @@ cdef bint is_sound(const Pool *pool, uint64_t at, const Past *past) noexcept nog
         return True
     if block.reuse_at > past.latest:
         return False
-    return not block.used or (block.owner < past.owners and past.holds[block.owner] != 0)
+    return past.moving or not block.used or is_known(block.owner, past)
+
+
+cdef inline bint is_known(uint32_t owner, const Past *past) noexcept nogil:
+    return owner < past.owners and past.holds[owner] != 0
 
 
 cdef int pool_recover(Pool *pool, const Past *past, uint64_t *at) noexcept nogil:
-    cdef uint64_t n, opened
+    cdef uint64_t n, opened = 0
     # Look first, so that nothing is written to memory that is none of ours.
     at[0] = 0
     if not is_blank(pool.blocks):
         return REGISTRY_CORRUPT
-    for opened in range(pool.ready):
-        at[0] = nth_block(pool, opened)
-        if not pool.blocks[at[0]].end and not past.suspect:
-            break
-        if not is_sound(pool, at[0], past):
-            return REGISTRY_CORRUPT
-    else:
-        opened = pool.ready
-    for n in range(opened, pool.ready):
+    for n in range(pool.ready):
         at[0] = nth_block(pool, n)
-        if not is_blank(&pool.blocks[at[0]]):
+        if not pool.blocks[at[0]].end and not past.suspect:
+            if not is_blank(&pool.blocks[at[0]]):
+                return REGISTRY_CORRUPT
+        elif not is_sound(pool, at[0], past) or (n > opened and not past.moving):
             return REGISTRY_CORRUPT
+        else:
+            opened = n + 1
     pool.opened = opened
     for n in range(opened):
         at[0] = nth_block(pool, n)
@@ -53,10 +54,12 @@ cdef inline void take_over(Pool *pool, uint64_t at, const Past *past) noexcept n
     cdef uint32_t owner = block.owner
     cdef Owner *own = &pool.owners[owner]
     cdef uint64_t above = block.used >> (at << pool.shift & 63)
-    if past.suspect:
-        block.end, block.reuse_at = room_of(pool, at), past.reuse_at
+    if past.suspect or past.moving:
+        block.end = room_of(pool, at)
+        if past.suspect:
+            block.reuse_at = past.reuse_at
         keep_order()
-        if owner >= past.owners or not past.holds[owner]:
+        if not is_known(owner, past):
             above = block.used = 0
     if above and past.suspect:
         block.bump = block.end      # whatever else is in it may have been issued, and has to cool

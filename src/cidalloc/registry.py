@@ -65,12 +65,18 @@ class Registry:
         now: the time.
         store: where the records are; in memory if it is left out.
         boot: the 16 bytes that tell this boot of the machine from others.
+        moving: the records are a copy that was taken while another process changed them.
 
     Any call may raise `Forked` in a child process, and `Unavailable` after `close`.
     """
 
     def __init__(
-        self, settings: Settings, now: int, store: Store | None = None, boot: bytes = _NO_BOOT
+        self,
+        settings: Settings,
+        now: int,
+        store: Store | None = None,
+        boot: bytes = _NO_BOOT,
+        moving: bool = False,
     ) -> None:
         self.settings = settings
         self.expired = 0
@@ -104,6 +110,7 @@ class Registry:
                 holders=holders,
                 latest=now + max(MAX_COOLDOWN_MS, store.header[Word.HORIZON]),
                 reuse_at=reuse_at,
+                moving=moving,
             )
         except RegistryCorrupt as error:
             raise RegistryCorrupt(f"{store.path}: {error}") from None
@@ -138,7 +145,9 @@ class Registry:
     def look(cls, path: Path, now: int, boot: bytes) -> Registry:
         """Return a copy in memory of the registry in a file, which is only read.
 
-        A manager may be writing the file; a look that falls into a change of it is repeated.
+        A manager may be writing the file; a look that falls into a change of it is repeated. As a
+        large file at a busy manager never rests, later looks do not mind when IDs and the session
+        that holds them were copied at different times.
         """
         for attempt in range(_LOOKS):
             store = Store.look(path)
@@ -149,7 +158,7 @@ class Registry:
                 first=store.shape.first, capacity=store.shape.capacity, max_sessions=2**24 - 2
             )
             try:
-                return cls(settings, now, store, boot)
+                return cls(settings, now, store, boot, busy and attempt >= _LOOKS // 10)
             except RegistryCorrupt:
                 if attempt == _LOOKS - 1 or not busy:
                     raise
