@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from cidalloc import cli, cli_registry
+from cidalloc import cli
 from cidalloc.errors import InvalidArgument, RegistryCorrupt, RegistryLocked, RegistryMismatch
+from cidalloc.handover import boot_id
 from cidalloc.layout import Shape
 from cidalloc.registry import Registry
 from cidalloc.settings import Settings
@@ -93,7 +94,7 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "ids.cidalloc"
-    registry = Registry.in_file(path, settings(1000), 0, cli_registry.boot_id())
+    registry = Registry.in_file(path, settings(1000), 0, boot_id())
     registry.open(TOKEN, 0, ttl_ms=60_000, label="camera 7")
     registry.acquire(5, 0, token=TOKEN, seq=1)
     registry.acquire(2, 0)
