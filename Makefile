@@ -8,6 +8,7 @@
 #   make bench-client  what an ID costs at the client, next to uuid4 and Redis
 #   make crowd   50 client processes with 20 sequences each for a minute, some of them killed
 #   make bench-gate  instructions per call against their limits; needs valgrind
+#   make sanitize  the tests of the core and the registry under ASan and UBSan
 #   make clean   remove everything that these made
 
 # The bundled Triton server runs its models on Python 3.10 to 3.13; 3.13 compiles numpy first.
@@ -30,7 +31,7 @@ BIN := .venv/bin
 NEWS := sed -u "/already satisfied/d"
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
 
-.PHONY: demo test lint dist bench bench-client bench-registry bench-gate crowd clean
+.PHONY: demo test lint dist bench bench-client bench-registry bench-gate sanitize crowd clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.built
@@ -64,6 +65,23 @@ bench-registry: .venv/.built
 bench-gate: .venv/.bench
 	$(BIN)/python -m pytest -q bench --benchmark-disable
 	$(BIN)/python bench/gate.py $(ARGS)
+
+# The extension modules once more, so that a stray access or an overflow ends the process.
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+LIBRARIES = $(foreach name,libasan.so libubsan.so,$(shell gcc -print-file-name=$(name)))
+
+sanitize: build/sanitized/.built
+	LD_PRELOAD="$(LIBRARIES)" PYTHONPATH=build/sanitized PYTHONMALLOC=malloc \
+		ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
+		CIDALLOC_SANITIZED=1 $(BIN)/python -m pytest -m 'not server' tests/test_sanitized.py \
+		tests/test_alloc*.py tests/test_sessions.py tests/test_store.py tests/test_registry*.py \
+		tests/test_upgrade.py tests/test_service.py tests/test_handover.py
+
+build/sanitized/.built: .venv/.built
+	rm -rf build/sanitized
+	SKBUILD_BUILD_DIR=build/sanitize CFLAGS="$(SANITIZERS) -O1 -g" \
+		$(BIN)/python -m pip install -q --no-build-isolation --no-deps --target build/sanitized .
+	@touch $@
 
 # Once as with the bundled server (numpy 1), once as most users have it (numpy 2, no server).
 dist: .venv/.built
