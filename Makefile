@@ -6,6 +6,8 @@
 #   make bench   the allocator next to its peers: half an hour; fills docs/performance.md in
 #   make bench-registry  what the manager's registry costs: sessions, opening it again
 #   make bench-client  what an ID costs at the client, next to uuid4 and Redis
+#   make load    the manager's requests a second next to a model that does nothing: 12 minutes;
+#                needs wrk and h2load (the Debian packages wrk and nghttp2-client)
 #   make crowd   50 client processes with 20 sequences each for a minute, some of them killed
 #   make bench-gate  instructions per call against their limits; needs valgrind
 #   make sanitize  the tests of the core and the registry under ASan and UBSan
@@ -31,7 +33,7 @@ BIN := .venv/bin
 NEWS := sed -u "/already satisfied/d"
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
 
-.PHONY: demo test lint dist bench bench-client bench-registry bench-gate sanitize crowd clean
+.PHONY: demo test lint dist bench bench-client bench-registry bench-gate load sanitize crowd clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.built
@@ -61,6 +63,11 @@ bench-client: .venv/.bench
 
 bench-registry: .venv/.built
 	$(BIN)/python bench/registry.py $(ARGS)
+
+load: .venv/.built
+	@for each in wrk h2load; do command -v $$each >/dev/null || { \
+		echo "error: $$each is not on PATH: install wrk and nghttp2-client" >&2; exit 1; }; done
+	$(BIN)/python bench/load.py $(ARGS)
 
 bench-gate: .venv/.bench
 	$(BIN)/python -m pytest -q bench --benchmark-disable

@@ -34,6 +34,7 @@ class TritonPythonModel:
         end_with_parent()
         self._service = Service(settings_from(config), name=args["model_name"])
         self._service.start()
+        self._no_detail = _detail("")  # one for all answers: to make a text tensor takes long
         # How Triton shall report a code: as an HTTP and a gRPC status of its own. The backend
         # puts TritonError into pb_utils only after this module was imported.
         kinds = pb_utils.TritonError
@@ -75,13 +76,12 @@ class TritonPythonModel:
                 error=pb_utils.TritonError(wire.error_text(answer), status)
             )
         output, text = answer
-        detail = np.array([[text.encode()]], np.object_) if text else _NO_DETAIL
-        return pb_utils.InferenceResponse(
-            [pb_utils.Tensor(wire.OUTPUT, output), pb_utils.Tensor(wire.DETAIL, detail)]
-        )
+        detail = _detail(text) if text else self._no_detail
+        return pb_utils.InferenceResponse([pb_utils.Tensor(wire.OUTPUT, output), detail])
 
 
-_NO_DETAIL = np.array([[b""]], np.object_)
+def _detail(text: str) -> Any:
+    return pb_utils.Tensor(wire.DETAIL, np.array([[text.encode()]], np.object_))
 
 
 def _check_numpy() -> None:
