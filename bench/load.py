@@ -158,10 +158,8 @@ def milliseconds(text: str) -> float:
 
 def wrk(server: TritonServer, script: Path, clients: int, seconds: float) -> Figures:
     """Alternate NEW and DELETE over HTTP."""
-    text = output_of(
-        ["wrk", "-t1", f"-c{clients}", f"-d{seconds:.0f}s", "--latency", "-s", str(script)]
-        + [server.http_url]
-    )
+    options = ["-t1", f"-c{clients}", f"-d{seconds:.0f}s", "--latency", "-s", str(script)]
+    text = output_of(["wrk", *options, server.http_url])
     if "Non-2xx" in text or "Socket errors" in text:
         raise SystemExit(f"some requests failed:\n{text}")
     rate = re.search(r"Requests/sec:\s+([\d.]+)", text)
