@@ -321,6 +321,8 @@ def test_a_status(service: Service, clock: Clock) -> None:
         "sessions": [{"label": "one", "held": 1, "age_s": 1.5, "expires_in_s": 18.5}],
         "sessions_total": 1,
         "sessions_expired": 0,
+        "acquired": 3,
+        "released": {"ended": 1, "cooled": 0, "expired": 0},
         "uptime_s": 1.5,
         "file": None,
         "operations": {"OPEN": 1, "NEW": 2, "DELETE": 2, "STATUS": 1},

@@ -399,6 +399,8 @@ class Registry:
             "sessions": self.session_list(_SHOWN),
             "sessions_total": len(self.sessions) - len(self._anonymous),
             "sessions_expired": self.expired,
+            "acquired": self.acquired,
+            "released": {how: self.released[how] for how in ("ended", "cooled", "expired")},
             "uptime_s": (self._now - self._opened_at) / 1000,
             "registry": str(self.uuid),
             "file": str(self.store.path) if self.store.path else None,

@@ -11,20 +11,30 @@ from .. import __version__
 from ..codes import Code
 from ..errors import CidError
 from ._demo import demo, stress
+from ._doctor import doctor
 from ._model import model
 from ._registry import registry
 from ._serve import serve
+from ._top import top
+from ._watch import acquire, probe, release, status
 
 __all__ = ["main", "run"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit status: 0 if all is well, 1 after an error (one line on stderr: the code, then"
+    " words) or a failed check, 2 if the command was used wrongly.",
+)
 @click.version_option(__version__, message="cidalloc %(version)s")
 def main() -> None:
     """Correlation IDs that no two live sequences share, for stateful models on Triton."""
 
 
-for command in (demo, stress, serve, model, registry):
+for command in (
+    *(demo, stress, serve, model, registry),
+    *(status, top, acquire, release, probe, doctor),
+):
     main.add_command(command)
 
 
