@@ -34,13 +34,13 @@ from .settings import Settings
 from .store import Store
 from .wire import MAX_COOLDOWN_MS, IDs
 
-__all__ = ["Grant", "Registry", "shape_for"]
+__all__ = ["SHOWN", "Grant", "Registry", "shape_for"]
 
 _SMALL = 2**24  # a pool of fewer IDs has no place where nobody is likely to be
 _SLICES = 8  # anonymous IDs of so much of their age share a session
 _LABEL_BYTES = 64
 _LOOKS = 50  # at a file that somebody writes
-_SHOWN = 100  # sessions in a status
+SHOWN = 100  # sessions in a status
 _NO_BOOT = bytes(16)
 
 
@@ -381,8 +381,8 @@ class Registry:
         """The registry's identity, which it keeps for as long as its file."""
         return self._uuid
 
-    def status(self, now: int) -> dict[str, Any]:
-        """Return what a person or a program wants to know, as it goes into JSON."""
+    def status(self, now: int, sessions: int = SHOWN) -> dict[str, Any]:
+        """Return what a person or a program wants to know, with at most so many sessions."""
         self._advance(now)
         pool, shape = self.pool, self.store.shape
         pool.acquire_many(0, now=self._now)  # so that it knows the time
@@ -396,7 +396,7 @@ class Registry:
             "peak": pool.peak,
             "high_water": pool.high_water,
             "anonymous": self.anonymous,
-            "sessions": self.session_list(_SHOWN),
+            "sessions": self.session_list(sessions),
             "sessions_total": len(self.sessions) - len(self._anonymous),
             "sessions_expired": self.expired,
             "acquired": self.acquired,

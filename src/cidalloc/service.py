@@ -21,7 +21,7 @@ from . import __version__
 from .codes import Operation
 from .errors import CidError, InternalError, InvalidArgument, RegistryMismatch
 from .handover import HEARTBEAT_S, IMPATIENCE_S, Holder
-from .registry import Registry
+from .registry import SHOWN, Registry
 from .settings import Settings
 from .wire import MODEL, PROTOCOL, IDs, Request
 
@@ -85,6 +85,17 @@ class Service:
         with self._lock:
             self._holder.poll()
 
+    def figures(self) -> dict[str, Any] | None:
+        """Return what STATUS says, without sessions; None while another process has the registry.
+
+        It counts as no request.
+        """
+        with self._lock:
+            try:
+                return self._status(self._holder.registry(), self._clock(), 0)
+            except CidError:
+                return None
+
     def answer(
         self, code: npt.NDArray[Any], ids: npt.NDArray[Any] | None, parameters: str
     ) -> Answer | CidError:
@@ -117,18 +128,17 @@ class Service:
         _check_registry(registry, request)
         now = self._clock()
         if request.operation is Operation.STATUS:
-            return _NOTHING, self._status(registry, now)
+            return _NOTHING, json.dumps(self._status(registry, now, SHOWN))
         output = self._apply[request.operation](registry, request, now)
         return np.asarray(output, np.uint64).reshape(1, -1), ""
 
-    def _status(self, registry: Registry, now: int) -> str:
-        status = {
+    def _status(self, registry: Registry, now: int, sessions: int) -> dict[str, Any]:
+        return {
             "version": __version__,
-            **registry.status(now),
+            **registry.status(now, sessions),
             "operations": dict(self._operations),
             "errors": dict(self._errors),
         }
-        return json.dumps(status)
 
     def _look_after(self) -> None:
         while not self._stopped.wait(IMPATIENCE_S if self._holder.waits else HEARTBEAT_S):

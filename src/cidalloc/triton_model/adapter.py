@@ -19,6 +19,7 @@ from cidalloc.codes import Code
 from cidalloc.errors import CidError, InvalidArgument
 from cidalloc.service import Service
 from cidalloc.triton_model.config import settings_from
+from cidalloc.triton_model.metrics import Metrics
 
 _log = logging.getLogger("cidalloc.triton_model")
 
@@ -34,6 +35,12 @@ class TritonPythonModel:
         end_with_parent()
         self._service = Service(settings_from(config), name=args["model_name"])
         self._service.start()
+        self._metrics: Metrics | None = None
+        if hasattr(pb_utils, "MetricFamily"):
+            self._metrics = Metrics(
+                self._service.figures, args["model_name"], pb_utils.MetricFamily
+            )
+            self._metrics.start()
         self._no_detail = _detail("")  # one for all answers: to make a text tensor takes long
         # How Triton shall report a code: as an HTTP and a gRPC status of its own. The backend
         # puts TritonError into pb_utils only after this module was imported.
@@ -58,6 +65,8 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Unload: let a newer process have the registry. Triton does not always call this."""
         self._service.close()
+        if self._metrics is not None:
+            self._metrics.close()
 
     def _respond(self, request: Any) -> Any:
         try:

@@ -1,0 +1,97 @@
+"""What `deploy/` holds: it fits the manager, and what reads it takes it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cidalloc.cli import main
+from cidalloc.triton_model.metrics import FAMILIES
+
+DEPLOY = Path(__file__).parent.parent / "deploy"
+
+pytestmark = pytest.mark.skipif(not DEPLOY.is_dir(), reason="a source distribution has none")
+
+
+def named(text: str) -> set[str]:
+    """The metrics that a text names."""
+    return set(re.findall(r"\bcidmgr_[a-z_]+", text))
+
+
+def dashboard() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((DEPLOY / "grafana.json").read_text())
+    return found
+
+
+def test_metrics_that_are_named_are_there() -> None:
+    for name in ("alerts.yml", "alerts_test.yml", "grafana.json"):
+        assert named((DEPLOY / name).read_text()) <= set(FAMILIES), name
+    assert named((DEPLOY / "grafana.json").read_text()) == set(FAMILIES), "each one is shown"
+
+
+def test_the_dashboard() -> None:
+    board = dashboard()
+    assert {each["name"] for each in board["templating"]["list"]} == {"datasource", "model"}
+    panels = board["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    places = {(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels}
+    assert len(places) == len(panels), "none lies upon another"
+    for panel in panels:
+        assert panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24
+        assert panel["datasource"]["uid"] == "${datasource}"
+        assert all(named(target["expr"]) for target in panel["targets"])
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not on PATH")
+@pytest.mark.parametrize("what", ["check rules alerts.yml", "test rules alerts_test.yml"])
+def test_the_alerts(what: str) -> None:
+    done = subprocess.run(
+        ["promtool", *what.split()], cwd=DEPLOY, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not on PATH")
+def test_the_queries_of_the_dashboard(tmp_path: Path) -> None:
+    """Prometheus itself reads each of them."""
+    rules = [
+        {"record": f"x:y{n}", "expr": target["expr"].replace("$model", "cidmgr")}
+        for n, target in enumerate(t for p in dashboard()["panels"] for t in p["targets"])
+    ]
+    file = tmp_path / "rules.yml"
+    file.write_text(yaml.safe_dump({"groups": [{"name": "board", "rules": rules}]}))
+    done = subprocess.run(
+        ["promtool", "check", "rules", str(file)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_kubernetes() -> None:
+    parts = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
+    assert [each["kind"] for each in parts] == ["Service", "StatefulSet"]
+    spec = parts[1]["spec"]
+    assert spec["replicas"] == 1, "a session belongs to one manager"
+    assert spec["selector"]["matchLabels"] == spec["template"]["metadata"]["labels"]
+    (container,) = spec["template"]["spec"]["containers"]
+    volumes = {each["name"] for each in spec["template"]["spec"]["volumes"]}
+    volumes |= {each["metadata"]["name"] for each in spec["volumeClaimTemplates"]}
+    assert {each["name"] for each in container["volumeMounts"]} == volumes
+    for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+        command, *arguments = container[name]["exec"]["command"]
+        assert command == "cidalloc"
+        probe = main.commands[arguments[0]]
+        probe.make_context("probe", arguments[1:])  # raises if it does not take them
+
+
+def test_the_image() -> None:
+    text = (DEPLOY / "Dockerfile").read_text()
+    assert "Not run" in text
+    (line,) = re.findall(r"cidalloc (model .*?) &&", text)
+    main.commands["model"].make_context("model", line.split()[1:])

@@ -1,0 +1,153 @@
+"""The manager's metrics: their arithmetic, and on a real server."""
+
+from __future__ import annotations
+
+import os
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tritonclient.grpc
+
+from cidalloc.client import Client
+from cidalloc.server import TritonServer
+from cidalloc.settings import Settings
+from cidalloc.triton_model import export
+from cidalloc.triton_model.metrics import FAMILIES, SETTLED, Metrics
+
+
+class Family:
+    """Stands for Triton's families, and keeps what is said to them."""
+
+    COUNTER, GAUGE = "counter", "gauge"
+    values: dict[str, float]
+
+    def __init__(self, name: str, description: str, kind: str) -> None:
+        assert name not in FAMILIES or FAMILIES[name] == (kind, description)
+        self.name, self.kind = name, kind
+
+    def Metric(self, labels: dict[str, str]) -> Series:
+        return Series(self, labels)
+
+
+class Series:
+    def __init__(self, family: Family, labels: dict[str, str]) -> None:
+        assert labels.pop("model") == "ids"
+        self.family = family
+        self.key = " ".join([family.name, *labels.values()])
+        assert self.key not in Family.values, "two of one name"
+        Family.values[self.key] = 0.0
+
+    def set(self, value: float) -> None:
+        assert self.family.kind == "gauge"
+        Family.values[self.key] = value
+
+    def increment(self, value: float) -> None:
+        assert self.family.kind == "counter"
+        assert value >= 0, "or the server may end"
+        Family.values[self.key] += value
+
+    def __del__(self) -> None:
+        Family.values.pop(self.key, None)
+
+
+@pytest.fixture
+def values() -> dict[str, float]:
+    Family.values = {}
+    return Family.values
+
+
+def status(**more: Any) -> dict[str, Any]:
+    zero = dict.fromkeys(("held", "cooling", "peak", "sessions_total", "anonymous", "acquired"), 0)
+    released = {"ended": 0, "cooled": 0, "expired": 0}
+    rest = {"pool": {"capacity": 9}, "errors": {}, "sessions_expired": 0, "uptime_s": 5.0}
+    return {**zero, **rest, "released": released, **more}
+
+
+def test_they_follow_the_status(values: dict[str, float]) -> None:
+    now: dict[str, Any] | None = status(held=3, acquired=5, errors={"NOT_HELD": 2})
+    metrics = Metrics(lambda: now, "ids", Family, lambda: 100.0)
+    for _ in range(SETTLED - 1):
+        metrics.flush()
+        assert values == {}, "whoever had the registry before may still have its series"
+    metrics.flush()
+    assert {name.split()[0] for name in values} == set(FAMILIES), "all of them, at once"
+    assert values["cidmgr_ids held"] == 3
+    assert values["cidmgr_acquired_total"] == 5
+    assert values["cidmgr_errors_total NOT_HELD"] == 2
+    assert values["cidmgr_start_time_seconds"] == 95.0
+    now = status(held=1, acquired=7, released={"ended": 4, "cooled": 2, "expired": 0})
+    metrics.flush()
+    assert values["cidmgr_ids held"] == 1
+    assert values["cidmgr_acquired_total"] == 7
+    assert values["cidmgr_released_total ended"] == 4
+    now = None  # handed over
+    metrics.flush()
+    assert values == {}
+    now = status(acquired=1)  # and had back: another registry object, which counts from zero
+    for _ in range(SETTLED):
+        metrics.flush()
+    assert values["cidmgr_acquired_total"] == 1
+
+
+def scraped(server: TritonServer) -> dict[str, float]:
+    with urllib.request.urlopen(server.metrics_url, timeout=10) as answer:
+        text = answer.read().decode()
+    found = (line.rpartition(" ") for line in text.splitlines() if line.startswith("cidmgr_"))
+    return {name: float(value) for name, _, value in found}
+
+
+def wait_for(server: TritonServer, name: str, value: float) -> dict[str, float]:
+    deadline = time.monotonic() + 60
+    while (found := scraped(server)).get(name) != value:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.2)
+    return found
+
+
+@pytest.mark.server
+def test_on_the_server(tmp_path: Path) -> None:
+    state, models = tmp_path / "state", tmp_path / "models"
+    state.mkdir()
+    folder = export(models, Settings(first=1, capacity=5000, fresh=True, state=str(state)))
+    options = ["--model-control-mode=explicit", "--load-model=*"]
+    with TritonServer(models, arguments=options) as server:
+        with Client(server.grpc_url) as cids:
+            ids = cids.acquire_many(500)
+            held = cids.status()["held"]
+            found = wait_for(server, 'cidmgr_ids{model="cidmgr",state="held"}', held)
+            assert found['cidmgr_sessions{model="cidmgr"}'] == 1
+            assert found['cidmgr_capacity{model="cidmgr"}'] == 5000
+            assert found['cidmgr_acquired_total{model="cidmgr"}'] == held
+            began = found['cidmgr_start_time_seconds{model="cidmgr"}']
+            # Another process: it takes what is held over, and counts anew.
+            file = folder / "1" / "model.py"
+            file.write_text(file.read_text() + "# changed\n")
+            os.utime(file)
+            triton = tritonclient.grpc.InferenceServerClient(server.grpc_url)
+            triton.load_model("cidmgr")
+            triton.close()
+            deadline = time.monotonic() + 60
+            while (found := scraped(server)).get(
+                'cidmgr_start_time_seconds{model="cidmgr"}', began
+            ) == began:
+                assert time.monotonic() < deadline, found
+                time.sleep(0.2)
+            wait_for(server, 'cidmgr_ids{model="cidmgr",state="held"}', held)
+            cids.release_many(ids, ended=True)
+        found = wait_for(server, 'cidmgr_ids{model="cidmgr",state="held"}', 0)
+        assert sum(v for n, v in found.items() if n.startswith("cidmgr_released_total")) == held
+
+
+@pytest.mark.server
+def test_a_server_without_metrics(tmp_path: Path) -> None:
+    export(tmp_path, Settings(first=1, capacity=5000, fresh=True))
+    log = tmp_path / "log"
+    with TritonServer(tmp_path, log=log, arguments=["--allow-metrics=false"]) as server:
+        with Client(server.grpc_url) as cids:
+            cids.acquire()
+            time.sleep(SETTLED + 2)  # by then it has tried
+            assert cids.acquire_many(200).size == 200
+    assert "Traceback" not in log.read_text()
