@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cidalloc import __version__
+from cidalloc.errors import Unavailable
+from cidalloc.server import TritonServer
+from cidalloc.settings import Settings
+from cidalloc.triton_model.config import settings_from
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -69,6 +76,82 @@ def test_model(tmp_path: Path) -> None:
     assert again.returncode == 1
     assert "exists" in again.stderr
     assert run("model", str(folder), "-n", "ids", "-o").returncode == 0
+
+
+def test_what_is_chosen_stands_in_the_configuration(tmp_path: Path) -> None:
+    options = "--no-state --first 10 --capacity 500 --max-ttl 5m --grace 1.5s --cooldown 750ms"
+    options += " --max-count 7 --anonymous-age 2h --fresh --batch-size 32"
+    done = run("model", str(tmp_path), *options.split())
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "cidmgr" / "config.pbtxt").read_text()
+    assert "max_batch_size: 32\n" in text
+    found = dict(re.findall(r'key: "(\w+)" value { string_value: "(.*?)" }', text))
+    chosen = {"first": "10", "capacity": "500", "max_ttl_ms": "300000", "grace_ms": "1500"}
+    chosen |= {"cooldown_ms": "750", "max_count": "7", "anonymous_age_ms": "7200000"}
+    assert found == found | chosen | {"fresh": "true", "state": ""}
+    parameters = {name: {"string_value": value} for name, value in found.items()}
+    config = {"max_batch_size": 32, "parameters": parameters}
+    assert settings_from(config) == Settings(
+        first=10,
+        capacity=500,
+        max_ttl_ms=300_000,
+        grace_ms=1500,
+        cooldown_ms=750,
+        max_count=7,
+        anonymous_age_ms=7_200_000,
+        fresh=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "words"),
+    [
+        (["--cooldown", "soon"], 2, "'soon' is no time"),
+        (["--capacity", "0"], 1, "error: INVALID_ARGUMENT: capacity=0 is not"),
+        (["--min-ttl", "1h"], 1, "min_ttl_ms=3600000 is more than max_ttl_ms"),
+        (["--batch-size", "0"], 1, "batch_size=0"),
+        (["--python", "3.10"], 1, "--python goes with --vendor"),
+        (["--vendor", "--python", "2.7"], 1, "the server has 2.7: run this command with"),
+    ],
+)
+def test_what_cannot_be_chosen(tmp_path: Path, options: list[str], status: int, words: str) -> None:
+    done = run("model", str(tmp_path), "--no-state", *options)
+    assert done.returncode == status
+    assert words in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.server
+def test_a_server_whose_python_lacks_the_package(
+    tmp_path: Path,
+) -> None:
+    """A stock Triton: numpy is there, and cidalloc only within the model."""
+    bare = tmp_path / "bare"
+    venv.create(bare, symlinks=True)
+    (packages,) = bare.glob("lib/python*/site-packages")
+    numpy = Path(np.__file__).parent
+    for each in (numpy, numpy.parent / "numpy.libs"):
+        if each.exists():
+            (packages / each.name).symlink_to(each)
+    models = tmp_path / "models"
+
+    def export(*options: str) -> None:
+        done = run("model", str(models), "--no-state", *options)
+        assert done.returncode == 0, done.stderr
+        with (models / "cidmgr" / "config.pbtxt").open("a") as config:
+            value = f'value {{ string_value: "{bare}" }}'
+            config.write(f'parameters {{ key: "EXECUTION_ENV_PATH" {value} }}\n')
+
+    export()
+    with pytest.raises(Unavailable, match="cidalloc"):
+        with TritonServer(models):
+            pass
+    export("-o", "--vendor")
+    with TritonServer(models) as server:
+        assert run("probe", server.grpc_url).returncode == 0
+    export("-o")
+    left = {each.name for each in (models / "cidmgr" / "1").iterdir()}
+    assert left - {"__pycache__"} == {"model.py"}
 
 
 def test_without_its_libraries_the_command_says_what_to_install() -> None:

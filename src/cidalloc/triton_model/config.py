@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib.metadata
 import os
 import re
+import shutil
+import sys
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +22,7 @@ from ..wire import MODEL
 __all__ = ["default_state_folder", "export", "settings_from"]
 
 _HERE = Path(__file__).parent
+_PACKAGE = _HERE.parent
 
 
 def default_state_folder() -> Path:
@@ -33,6 +39,8 @@ def export(
     name: str = MODEL,
     version: int = 1,
     overwrite: bool = False,
+    batch_size: int = 256,
+    vendor: bool | str = False,
 ) -> Path:
     """Write the manager model into a model repository and return its folder.
 
@@ -42,9 +50,13 @@ def export(
         name: the model's name.
         version: the model's version, a positive integer.
         overwrite: replace the files of an earlier export.
+        batch_size: how many requests are answered together, at most.
+        vendor: put a copy of this package beside the model, so that the server's Python, which
+            must be of this version, need not have it; ``"3.12"`` makes sure of that.
 
     Raises:
-        InvalidArgument: the model is there already, or the name or version is none.
+        InvalidArgument: the model is there already, a name or number is none, or this package
+            was built for another Python than the server's.
     """
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise InvalidArgument(
@@ -52,19 +64,65 @@ def export(
         )
     if type(version) is not int or version < 1:
         raise InvalidArgument(f"{version!r} cannot be a model's version: it is 1 or more")
+    if type(batch_size) is not int or batch_size < 1:
+        raise InvalidArgument(f"batch_size={batch_size!r} is not 1 or more")
+    if vendor:
+        _check_python(vendor)
     folder = Path(repository) / name
     if folder.exists() and not overwrite:
         raise InvalidArgument(f"{folder} exists; to replace the model there, ask for overwriting")
     values = settings or Settings()
     template = Template((_HERE / "config.pbtxt").read_text())
     config = template.substitute(
-        model=name, **{each.name: _as_text(getattr(values, each.name)) for each in fields(values)}
+        model=name,
+        batch_size=batch_size,
+        **{each.name: _as_text(getattr(values, each.name)) for each in fields(values)},
     )
-    (folder / str(version)).mkdir(parents=True, exist_ok=True)
+    home = folder / str(version)
+    home.mkdir(parents=True, exist_ok=True)
     # The configuration comes last: a server that polls does not see half a model.
-    _write(folder / str(version) / "model.py", (_HERE / "model.py").read_text())
+    _replace_package(home / _PACKAGE.name, vendor=bool(vendor))
+    _write(home / "model.py", (_HERE / "model.py").read_text())
     _write(folder / "config.pbtxt", config)
     return folder
+
+
+def _check_python(wanted: bool | str) -> None:
+    here = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    if isinstance(wanted, str) and wanted != here:
+        raise InvalidArgument(
+            f"this cidalloc is built for Python {here}, and the server has {wanted}: run this"
+            f" command with a Python {wanted} that has cidalloc, or build one there"
+        )
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    if not (_PACKAGE / f"_alloc{suffix}").is_file():
+        raise InvalidArgument(
+            f"{_PACKAGE} holds no extension module for this Python ({suffix}): install the wheel,"
+            " and no editable copy"
+        )
+
+
+def _replace_package(place: Path, *, vendor: bool) -> None:
+    """Put a copy of this package into a model's folder, or take an earlier one away."""
+    draft, old = (place.with_name(f".{place.name}.{os.getpid()}.{end}") for end in ("new", "old"))
+    try:
+        if vendor:
+            shutil.copytree(_PACKAGE, draft, ignore=shutil.ignore_patterns("__pycache__"))
+        if place.exists():
+            place.replace(old)
+        if vendor:
+            draft.replace(place)
+    finally:
+        for each in (draft, old):
+            shutil.rmtree(each, ignore_errors=True)
+    # By its metadata the copy knows its version.
+    for stale in place.parent.glob(f"{place.name}-*.dist-info"):
+        shutil.rmtree(stale)
+    if vendor:
+        metadata = importlib.metadata.distribution(_PACKAGE.name)
+        home = place.with_name(f"{place.name}-{metadata.version}.dist-info")
+        home.mkdir()
+        (home / "METADATA").write_text(metadata.read_text("METADATA") or "")
 
 
 def settings_from(config: Mapping[str, Any]) -> Settings:
@@ -104,7 +162,9 @@ def settings_from(config: Mapping[str, Any]) -> Settings:
         if name.isupper():
             continue  # Triton's own
         if name not in kinds:
-            raise InvalidArgument(f"unknown parameter {name}; there are {', '.join(kinds)}")
+            near = difflib.get_close_matches(name, kinds, 1)
+            hint = f"did you mean {near[0]}? There" if near else "there"
+            raise InvalidArgument(f"unknown parameter {name}; {hint} are {', '.join(kinds)}")
         values[name] = _from_text(name, value.get("string_value", ""), kinds[name])
     return Settings(**values)  # type: ignore[arg-type]
 
