@@ -138,6 +138,12 @@ def test_links(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "index.md").read_text()
+    linked = set(re.findall(r"\]\((\S+?\.md)\)", index))
+    assert linked == {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
+
+
 def test_the_protocol_names_every_operation_and_code() -> None:
     text = (ROOT / "docs" / "protocol.md").read_text()
     for operation in Operation:

@@ -313,7 +313,7 @@ class Histories(RuleBasedStateMachine):
         elif count > limits.max_count or len(session.held) + count > limits.max_held:
             with pytest.raises(errors.LimitExceeded, match="max_"):
                 call()
-        elif cooldown is not None and cooldown > MAX_COOLDOWN_MS:
+        elif cooldown is not None and cooldown > limits.max_cooldown_ms:
             with pytest.raises(errors.LimitExceeded, match="cooldown_ms"):
                 call()
         else:

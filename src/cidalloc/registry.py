@@ -471,8 +471,11 @@ class Registry:
     def _cooldown(self, asked: int | None) -> int:
         if asked is None:
             asked = self.settings.unended_cooldown_ms
-        if asked > MAX_COOLDOWN_MS:
-            raise LimitExceeded(f"cooldown_ms={asked} is more than {MAX_COOLDOWN_MS}")
+        if asked > self.settings.max_cooldown_ms:
+            raise LimitExceeded(
+                f"cooldown_ms={asked} is more than {self.settings.max_cooldown_ms}, the setting"
+                " max_cooldown_ms"
+            )
         return max(asked, self.settings.cooldown_ms)
 
     def _reckon(self, time_ms: int) -> None:

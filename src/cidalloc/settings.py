@@ -29,6 +29,8 @@ class Settings:
             and duplicated packets of its former user must have died out.
         unended_cooldown_ms: the same for an ID that comes back without a word on END or on a time
             that would do: long enough for most models to forget an idle sequence.
+        max_cooldown_ms: the longest time that a client may ask for. After a power cut all that was
+            in use cools for the longest that anybody has asked for, so this bounds that, too.
         min_ttl_ms, max_ttl_ms: the times to live that a session may ask for.
         grace_ms: for how much longer than that a session that is silent is kept.
         max_count: the most IDs that one request may take or give back.
@@ -53,6 +55,7 @@ class Settings:
     capacity: int = 2**30
     cooldown_ms: int = 5_000
     unended_cooldown_ms: int = 120_000
+    max_cooldown_ms: int = MAX_COOLDOWN_MS
     min_ttl_ms: int = 1_000
     max_ttl_ms: int = 600_000
     grace_ms: int = 10_000
@@ -70,6 +73,7 @@ class Settings:
             ("capacity", 1, 2**38),
             ("cooldown_ms", 0, MAX_COOLDOWN_MS),
             ("unended_cooldown_ms", 0, MAX_COOLDOWN_MS),
+            ("max_cooldown_ms", 0, MAX_COOLDOWN_MS),
             ("min_ttl_ms", 1, 30 * _DAY_MS),
             ("max_ttl_ms", 1, 30 * _DAY_MS),
             ("grace_ms", 0, _DAY_MS),
@@ -93,5 +97,11 @@ class Settings:
             raise InvalidArgument(
                 f"min_ttl_ms={self.min_ttl_ms} is more than max_ttl_ms={self.max_ttl_ms}"
             )
+        for name in ("cooldown_ms", "unended_cooldown_ms"):
+            if getattr(self, name) > self.max_cooldown_ms:
+                raise InvalidArgument(
+                    f"{name}={getattr(self, name)} is more than"
+                    f" max_cooldown_ms={self.max_cooldown_ms}"
+                )
         if type(self.state) is not str or (self.state and not Path(self.state).is_absolute()):
             raise InvalidArgument(f"state={self.state!r} is not the absolute path of a folder")

@@ -49,6 +49,7 @@ _OPTIONS = (
         "unended_cooldown_ms",
         "How long an ID cools that comes back without a word on END.",
     ),
+    ("--max-cooldown", "max_cooldown_ms", "The longest that a client may ask for."),
     ("--max-count", "max_count", "The most IDs in one request."),
     ("--max-sessions", "max_sessions", "The most sessions that are open at once."),
     ("--max-held", "max_held", "The most IDs that one session may hold."),
