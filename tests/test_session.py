@@ -130,6 +130,20 @@ def test_large_batches_are_cut_to_what_the_manager_takes() -> None:
         world.acquire(session, 200)
 
 
+def test_a_cooldown_that_the_manager_refuses_stops_nothing_else() -> None:
+    """Such IDs stay the session's until it ends; nobody gets them too early."""
+    world = World(Settings(first=1, capacity=99, fresh=True, max_cooldown_ms=200_000))
+    session = world.session(TTL)
+    cids = world.acquire(session, 20)
+    world.release(session, *cids[:3], cooldown_ms=200_001)
+    world.release(session, *cids[3:], cooldown_ms=200_000)
+    world.keep(session, world.now + 2 * TTL)
+    assert session.opened
+    assert session.now < session.fence, "heartbeats went on"
+    assert world.held() == 3 + len(session.stock.fresh)
+    assert session.stock.used == set(cids[:3])
+
+
 @pytest.mark.parametrize(
     ("cids", "kind"),
     [

@@ -361,10 +361,12 @@ class Session(Lease):
                 how = {"cooldown_ms": cooldown_ms}
             try:
                 yield from self._change(Operation.DELETE, deadline, cids, **how)
-            except LimitExceeded:
-                if self._chunk == 1:
-                    raise
-                self._chunk = max(1, self._chunk // 8)
+            except LimitExceeded as error:
+                self._chunk = max(1, len(cids) // 8)
+                if len(cids) == 1:  # so it is the cooldown that is too long
+                    _log.error("%r: %s stays ours until we close: %s", self, cids[0], error)
+                    self.stock.keep(cids[0], cooldown_ms)
+                    self._chunk = _MOST_AT_ONCE
                 continue
             except (NotHeld, NotOwner, OutOfRange):
                 self._doubtful = True  # we are wrong about what we hold

@@ -159,6 +159,13 @@ class Stock:
             self.leaving.setdefault(self.sent_cooldown, []).extend(self.sent)
             self.sent = []
 
+    def keep(self, cid: int, cooldown_ms: int) -> None:
+        """Let an ID that was to leave count as used: the manager does not take it."""
+        self.leaving[cooldown_ms].remove(cid)
+        if not self.leaving[cooldown_ms]:
+            del self.leaving[cooldown_ms]
+        self.used.add(cid)
+
     def settle(self, held: set[int]) -> list[int]:
         """Compare with what the manager says that the session holds, and believe it.
 
