@@ -48,6 +48,7 @@ def test_usage_errors(arguments: list[str]) -> None:
         (["demo", "--url", "x:y"], "error: INVALID_ARGUMENT: "),
         (["demo", "--collide", "--url", "localhost:1"], "error: INVALID_ARGUMENT: "),
         (["demo", "--collide", "--url", "http://127.0.0.1:1"], "error: UNAVAILABLE: "),
+        (["serve", "--grpc-port", "8000"], "error: INVALID_ARGUMENT: the ports "),
         (["stress", "-p", "0"], "error: INVALID_ARGUMENT: "),
         (["model", "DIR", "-n", "a/b"], "error: INVALID_ARGUMENT: "),
         (["model", "DIR", "-m", "0"], "error: INVALID_ARGUMENT: "),

@@ -7,7 +7,9 @@ import fcntl
 import json
 import os
 import pty
+import re
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -20,6 +22,7 @@ from pathlib import Path
 import pytest
 from test_cli import run
 
+from cidalloc import demo
 from cidalloc.client import Client
 from cidalloc.demo import write_repository
 from cidalloc.server import TritonServer
@@ -240,3 +243,29 @@ def test_top_where_there_is_no_terminal(triton: TritonServer) -> None:
     )
     assert "\x1b" not in done.stdout
     assert "pool" in lines(done.stdout)
+
+
+@pytest.mark.server
+def test_serve_takes_more_models_and_flags(opened: Opened, tmp_path: Path) -> None:
+    folder = tmp_path / "more" / "other"
+    shutil.copytree(Path(demo.__file__).parent / "models" / demo.MODEL, folder)
+    config = folder / "config.pbtxt"
+    config.write_text(config.read_text().replace(demo.MODEL, "other"))
+    ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+    more = ["--repository", str(folder.parent), "--state", str(tmp_path)]
+    terminal = opened("serve", *ports, *more, "--", "--exit-on-error=true")
+    terminal.until("Ctrl-C stops it.", 60)
+    (url,) = re.findall(r"http://[\d.]+:\d+(?!\d*/metrics)", terminal.text)
+    done = run("doctor", url)
+    assert "other: the pool fits" in done.stdout
+    assert str(tmp_path / "cidmgr.cidalloc") in done.stdout
+    terminal.type("\x03")
+    assert terminal.status() == 0
+
+
+@pytest.mark.server
+def test_serve_says_why_triton_would_not(tmp_path: Path) -> None:
+    done = run("serve", "--http-port", "0", "--", "--no-such-flag")
+    assert done.returncode == 1
+    (line,) = (each for each in done.stderr.splitlines() if each.startswith("error: "))
+    assert line.startswith("error: UNAVAILABLE: Triton did not become ready: ")

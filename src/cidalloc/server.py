@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
-from .errors import Unavailable
+from .errors import InvalidArgument, Unavailable
 
 __all__ = ["TritonServer"]
 
@@ -43,6 +43,7 @@ class TritonServer:
         ports: the HTTP, gRPC and metrics ports; 0 picks a free one.
 
     Raises:
+        InvalidArgument: two of the ports are the same.
         Unavailable: no Triton was found, or it did not become ready.
     """
 
@@ -56,7 +57,10 @@ class TritonServer:
         self._repositories = repositories
         self._log = log
         self._arguments = tuple(arguments)
+        if len(set(filter(None, ports))) < len(list(filter(None, ports))):
+            raise InvalidArgument(f"the ports {ports} are not three different ones")
         self._wanted_ports = ports
+        self._output = Path()
         self._cleanup = contextlib.ExitStack()
         self._process: subprocess.Popen[bytes] | None = None
         self._starter = ThreadPoolExecutor(1, "cidalloc-server")
@@ -103,7 +107,7 @@ class TritonServer:
         """Start the server and wait until it and its models are ready; ``timeout`` in seconds."""
         folder = Path(self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="cidalloc-")))
         binary, options, environment = _find_triton(folder)
-        log = self._log or folder / "tritonserver.log"
+        self._output = log = self._log or folder / "tritonserver.log"
         for attempt in range(3):
             self._choose_ports()
             command = [binary, *options, "--exit-timeout-secs=5"]
@@ -161,6 +165,10 @@ class TritonServer:
         """Return the exit status of the server process, or None while it runs."""
         assert self._process is not None, "the server has not been started"
         return self._process.poll()
+
+    def complaint(self) -> str:
+        """Return what of the server's log says why it ended, or else its last words."""
+        return _complaint(self._output.read_text(errors="replace"))
 
     def _choose_ports(self) -> None:
         with contextlib.ExitStack() as stack:

@@ -18,7 +18,7 @@ from ..errors import CidError, Unavailable
 from ._screen import rates_between, status_view
 from ._watch import Manager, ask_options
 
-__all__ = ["top"]
+__all__ = ["View", "top"]
 
 _AROUND = 14  # lines of the screen that are no sessions
 
@@ -40,7 +40,7 @@ def top(url: str, model: str, timeout: float, interval: float) -> None:
     """
     console = Console(highlight=False)
     with Manager(url, model, timeout) as manager:
-        view = _View(manager, url)
+        view = View(manager, url)
         shown = view.look(console.height)
         if view.error:
             raise view.error
@@ -56,7 +56,7 @@ def top(url: str, model: str, timeout: float, interval: float) -> None:
                 live.update(view.look(console.height), refresh=True)
 
 
-class _View:
+class View:
     """The last look at a manager, and the one before for the rates."""
 
     def __init__(self, manager: Manager, url: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..server import TritonServer
@@ -34,10 +34,14 @@ def write_repository(folder: Path, settings: Settings) -> None:
 
 @contextlib.contextmanager
 def demo_server(
-    settings: Settings = FRESH, ports: tuple[int, int, int] = (0, 0, 0)
+    settings: Settings = FRESH,
+    ports: tuple[int, int, int] = (0, 0, 0),
+    repositories: Iterable[Path] = (),
+    arguments: Iterable[str] = (),
 ) -> Iterator[TritonServer]:
-    """Run a Triton server with both models; ``ports`` as `TritonServer` takes them."""
+    """Run a Triton server with both models and what else there is; as `TritonServer` takes it."""
     with tempfile.TemporaryDirectory(prefix="cidalloc-models-") as name:
         write_repository(Path(name), settings)
-        with TritonServer(Path(name), ports=ports) as server:
+        served = (Path(name), *repositories)
+        with TritonServer(*served, ports=ports, arguments=arguments) as server:
             yield server
