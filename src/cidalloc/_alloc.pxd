@@ -119,8 +119,7 @@ cdef struct Past:
     int64_t latest          # a later reuse_at than this is damage
     bint suspect            # some stores may be missing: believe only who holds what, and let every
     int64_t reuse_at        # other ID of the ready blocks cool until then
-    bint moving             # a copy, taken record by record while that pool was at work: an owner
-                            # that is not in `holds` has come or gone meanwhile
+    bint moving             # a copy, taken while that pool was at work: owners came and went
 
 # Take over what an earlier pool of the same shape left in the memory of this one, which has issued
 # nothing yet. Its process may have died between any two stores. OK, or REGISTRY_CORRUPT if no pool
