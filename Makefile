@@ -10,6 +10,7 @@
 #                needs wrk and h2load (the Debian packages wrk and nghttp2-client)
 #   make crowd   50 client processes with 20 sequences each for a minute, some of them killed
 #   make bench-gate  instructions per call against their limits; needs valgrind
+#   make fuzz    anything for what reads requests, files, URLs and settings: SECONDS=30 each
 #   make sanitize  the tests of the core and the registry under ASan and UBSan
 #   make clean   remove everything that these made
 
@@ -33,7 +34,7 @@ BIN := .venv/bin
 NEWS := sed -u "/already satisfied/d"
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
 
-.PHONY: demo test lint dist bench bench-client bench-registry bench-gate load sanitize crowd clean
+.PHONY: demo test lint dist bench bench-client bench-registry bench-gate load fuzz sanitize crowd clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.built
@@ -72,6 +73,18 @@ load: .venv/.built
 bench-gate: .venv/.bench
 	$(BIN)/python -m pytest -q bench --benchmark-disable
 	$(BIN)/python bench/gate.py $(ARGS)
+
+# What was found stays in .cache/fuzz; what is worth keeping goes to fuzz/corpus.
+SECONDS := 30
+FUZZ := $(patsubst fuzz/corpus/%,%,$(wildcard fuzz/corpus/*))
+fuzz: .venv/.fuzz
+	@set -e; for each in $(FUZZ); do mkdir -p .cache/fuzz/$$each; echo "== $$each"; \
+		$(BIN)/python fuzz/fuzz.py $$each -max_total_time=$(SECONDS) -timeout=20 -verbosity=0 \
+		-artifact_prefix=.cache/fuzz/ $(ARGS) .cache/fuzz/$$each fuzz/corpus/$$each; done
+
+.venv/.fuzz: .venv/.built
+	$(BIN)/python -m pip install --group fuzz | $(NEWS)
+	@touch $@
 
 # The extension modules once more, so that a stray access or an overflow ends the process.
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer

@@ -417,6 +417,20 @@ def test_a_damaged_list_of_extents(used: Path) -> None:
     refused(used, RegistryCorrupt, "header is damaged")
 
 
+@pytest.mark.parametrize("n", [0, 1])
+def test_an_extent_that_was_wiped_from_the_list(used: Path, n: int) -> None:
+    """Its records would be taken for new ones."""
+    poke(used, (Word.EXTENTS + n) * 8, bytes(8))
+    refused(used, RegistryCorrupt, "list of extents")
+
+
+def test_space_that_was_never_put_to_use(used: Path) -> None:
+    """As after a crash between the growth of the file and that of the list."""
+    with used.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), used.stat().st_size, 3 * GRANULE)
+    opened(used).close()
+
+
 def offset_of(path: Path, kind: Kind) -> int:
     """Where the first extent of a kind begins."""
     store = Store.look(path)

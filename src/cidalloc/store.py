@@ -170,6 +170,10 @@ class Store:
                 )
             store._put(kind, granules, offset, fd if private else -1)
             offset += granules
+        # The list may be behind the file, but then nothing was stored there yet. While another
+        # process writes the file, it may have gone on since we read the list.
+        if not (private and header[Word.PID]) and not _is_blank(fd, offset * GRANULE):
+            raise RegistryCorrupt(f"{path}: records follow that its list of extents does not have")
         return store
 
     @staticmethod
@@ -402,6 +406,19 @@ def _copy_of(fd: int) -> memoryview:
 def _read(fd: int, memory: memoryview, offset: int) -> None:
     while memory and (n := os.preadv(fd, [memory], offset)):
         memory, offset = memory[n:], offset + n
+
+
+def _is_blank(fd: int, offset: int) -> bool:
+    """Tell whether a file has only zeros from somewhere on; where it has no data is not read."""
+    while True:
+        try:
+            offset = os.lseek(fd, offset, os.SEEK_DATA)
+        except OSError:  # there is no more data
+            return True
+        data = os.pread(fd, 1 << 20, offset)
+        if any(data):
+            return False
+        offset += len(data)
 
 
 def _sync_folder(folder: Path) -> None:
