@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,15 @@ def scraped(server: TritonServer) -> dict[str, float]:
     return {name: float(value) for name, _, value in found}
 
 
-def wait_for(server: TritonServer, name: str, value: float) -> dict[str, float]:
+def wait_for(server: TritonServer, name: str, value: Callable[[], float]) -> dict[str, float]:
     deadline = time.monotonic() + 60
-    while (found := scraped(server)).get(name) != value:
+    while (found := scraped(server)).get(name) != value():
         assert time.monotonic() < deadline, found
         time.sleep(0.2)
     return found
+
+
+HELD = 'cidmgr_ids{model="cidmgr",state="held"}'
 
 
 @pytest.mark.server
@@ -116,11 +120,10 @@ def test_on_the_server(tmp_path: Path) -> None:
     with TritonServer(models, arguments=options) as server:
         with Client(server.grpc_url) as cids:
             ids = cids.acquire_many(500)
-            held = cids.status()["held"]
-            found = wait_for(server, 'cidmgr_ids{model="cidmgr",state="held"}', held)
+            found = wait_for(server, HELD, lambda: cids.status()["held"])
             assert found['cidmgr_sessions{model="cidmgr"}'] == 1
             assert found['cidmgr_capacity{model="cidmgr"}'] == 5000
-            assert found['cidmgr_acquired_total{model="cidmgr"}'] == held
+            assert found['cidmgr_acquired_total{model="cidmgr"}'] >= 500
             began = found['cidmgr_start_time_seconds{model="cidmgr"}']
             # Another process: it takes what is held over, and counts anew.
             file = folder / "1" / "model.py"
@@ -135,10 +138,10 @@ def test_on_the_server(tmp_path: Path) -> None:
             ) == began:
                 assert time.monotonic() < deadline, found
                 time.sleep(0.2)
-            wait_for(server, 'cidmgr_ids{model="cidmgr",state="held"}', held)
+            wait_for(server, HELD, lambda: cids.status()["held"])
             cids.release_many(ids, ended=True)
-        found = wait_for(server, 'cidmgr_ids{model="cidmgr",state="held"}', 0)
-        assert sum(v for n, v in found.items() if n.startswith("cidmgr_released_total")) == held
+        found = wait_for(server, HELD, lambda: 0)
+        assert sum(v for n, v in found.items() if n.startswith("cidmgr_released_total")) >= 500
 
 
 @pytest.mark.server
