@@ -100,14 +100,21 @@ def scraped(server: TritonServer) -> dict[str, float]:
     return {name: float(value) for name, _, value in found}
 
 
-def wait_for(server: TritonServer, name: str, value: Callable[[], float]) -> dict[str, float]:
+def wait_until(
+    server: TritonServer, condition: Callable[[dict[str, float]], bool]
+) -> dict[str, float]:
+    """Wait until all series are there, the last one, too, and say what they should."""
     deadline = time.monotonic() + 60
-    while (found := scraped(server)).get(name) != value():
+    while RELEASED[-1] not in (found := scraped(server)) or not condition(found):
         assert time.monotonic() < deadline, found
         time.sleep(0.2)
     return found
 
 
+STARTED = 'cidmgr_start_time_seconds{model="cidmgr"}'
+RELEASED = [
+    f'cidmgr_released_total{{how="{how}",model="cidmgr"}}' for how in ("ended", "cooled", "expired")
+]
 HELD = 'cidmgr_ids{model="cidmgr",state="held"}'
 
 
@@ -120,11 +127,11 @@ def test_on_the_server(tmp_path: Path) -> None:
     with TritonServer(models, arguments=options) as server:
         with Client(server.grpc_url) as cids:
             ids = cids.acquire_many(500)
-            found = wait_for(server, HELD, lambda: cids.status()["held"])
+            found = wait_until(server, lambda found: found.get(HELD) == cids.status()["held"])
             assert found['cidmgr_sessions{model="cidmgr"}'] == 1
             assert found['cidmgr_capacity{model="cidmgr"}'] == 5000
             assert found['cidmgr_acquired_total{model="cidmgr"}'] >= 500
-            began = found['cidmgr_start_time_seconds{model="cidmgr"}']
+            began = found[STARTED]
             # Another process: it takes what is held over, and counts anew.
             file = folder / "1" / "model.py"
             file.write_text(file.read_text() + "# changed\n")
@@ -132,16 +139,13 @@ def test_on_the_server(tmp_path: Path) -> None:
             triton = tritonclient.grpc.InferenceServerClient(server.grpc_url)
             triton.load_model("cidmgr")
             triton.close()
-            deadline = time.monotonic() + 60
-            while (found := scraped(server)).get(
-                'cidmgr_start_time_seconds{model="cidmgr"}', began
-            ) == began:
-                assert time.monotonic() < deadline, found
-                time.sleep(0.2)
-            wait_for(server, HELD, lambda: cids.status()["held"])
+            wait_until(server, lambda found: found.get(STARTED, began) != began)
+            wait_until(server, lambda found: found.get(HELD) == cids.status()["held"])
             cids.release_many(ids, ended=True)
-        found = wait_for(server, HELD, lambda: 0)
-        assert sum(v for n, v in found.items() if n.startswith("cidmgr_released_total")) >= 500
+        wait_until(
+            server,
+            lambda found: found.get(HELD) == 0 and sum(map(found.__getitem__, RELEASED)) >= 500,
+        )
 
 
 @pytest.mark.server
