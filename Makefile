@@ -103,13 +103,14 @@ build/sanitized/.built: .venv/.built
 		$(BIN)/python -m pip install -q --no-build-isolation --no-deps --target build/sanitized .
 	@touch $@
 
-# Once as with the bundled server (numpy 1), once as most users have it (numpy 2, no server).
+# The tests with the server where that is (numpy 1), the others as most users have it (numpy 2, no
+# server).
 dist: .venv/.built
 	rm -rf build/dist build/clean
 	$(BIN)/python -m build --outdir build/dist .
 	tar -C build/dist -xzf build/dist/cidalloc-*.tar.gz
 	$(call clean_environment,all)
-	cd build/dist/cidalloc-*/ && ../../clean/bin/python -m pytest
+	cd build/dist/cidalloc-*/ && ../../clean/bin/python -m pytest -m server
 	$(call clean_environment,client) 'numpy>=2'
 	cd build/dist/cidalloc-*/ && ../../clean/bin/python -m pytest -m 'not server'
 
