@@ -154,9 +154,7 @@ class Registry:
             busy = store.header[Word.PID] != 0
             if busy:
                 store.header[Word.GENERATION] |= 2**32 - 1  # sessions may be opened meanwhile
-            settings = Settings(
-                first=store.shape.first, capacity=store.shape.capacity, max_sessions=2**24 - 2
-            )
+            settings = Settings(first=store.shape.first, capacity=store.shape.capacity)
             try:
                 return cls(settings, now, store, boot, busy and attempt >= _LOOKS // 10)
             except RegistryCorrupt:

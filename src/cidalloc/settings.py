@@ -11,7 +11,8 @@ from .wire import MAX_COOLDOWN_MS
 __all__ = ["MAX_SESSIONS", "Settings"]
 
 MAX_SESSIONS = 2**24 - 2
-"""The most sessions that a registry can have: the owners that a pool can have, less nobody."""
+"""The most sessions that a registry can have: the owners that a pool can have, less nobody. Those
+that hold anonymous IDs are among them, so fewer can be asked for."""
 
 _DAY_MS = 86_400_000
 
@@ -78,7 +79,7 @@ class Settings:
             ("max_ttl_ms", 1, 30 * _DAY_MS),
             ("grace_ms", 0, _DAY_MS),
             ("max_count", 1, 1_000_000),
-            ("max_sessions", 1, MAX_SESSIONS),
+            ("max_sessions", 1, 16_000_000),
             ("max_held", 1, 2**38),
             ("max_anonymous", 0, 2**38),
             ("anonymous_age_ms", 1_000, 365 * _DAY_MS),

@@ -182,10 +182,10 @@ def _from_text(name: str, text: str, kind: type) -> int | bool | str:
         if text not in ("true", "false"):
             raise InvalidArgument(f"parameter {name}={text!r} is neither true nor false")
         return text == "true"
-    try:
-        return int(text)
-    except ValueError:
-        raise InvalidArgument(f"parameter {name}={text!r} is not an integer") from None
+    # int() alone would also take "1_0" and " 5 ".
+    if not re.fullmatch(r"-?[0-9]{1,20}", text):
+        raise InvalidArgument(f"parameter {name}={text!r} is not an integer")
+    return int(text)
 
 
 def _write(path: Path, text: str) -> None:
