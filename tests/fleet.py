@@ -1,0 +1,430 @@
+"""A fleet in one thread: clients, a manager and a Triton, with virtual time and every fault.
+
+The clients' own decisions and the real service run against each other; what is simulated is the
+clock, the network, the processes and the model that keeps state. A seed decides everything, so a
+run that fails can be repeated: `python fleet.py SEED`. `make simulate` runs thousands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import itertools
+import json
+import logging
+import os
+import random
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Generator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import history
+from tritonclient.utils import InferenceServerException
+
+from cidalloc import wire
+from cidalloc.client._base import Base
+from cidalloc.client._flow import Config, Event, Idle, Send
+from cidalloc.client._talk import Plan, Talk
+from cidalloc.errors import CidError, Unavailable
+from cidalloc.registry import Registry
+from cidalloc.service import Service
+from cidalloc.settings import Settings
+
+TTL_S, GRACE_S, COOLDOWN_S = 10.0, 2.0, 2.0
+IDLE_S, LIMIT_S = 4.0, 3.0  # of the model, and of a request to it
+DRIFT = 0.003
+RULES = history.Rules(TTL_S, GRACE_S, COOLDOWN_S, slack=0.01 + 2 * DRIFT * (TTL_S + GRACE_S))
+CLIENTS, TALKERS = 4, 3
+LENGTH_S = 150.0
+SETTINGS = {
+    "first": 1,
+    "capacity": 40,
+    "cooldown_ms": int(COOLDOWN_S * 1000),
+    "unended_cooldown_ms": 9_000,
+    "grace_ms": int(GRACE_S * 1000),
+    "fresh": True,
+}
+
+
+@dataclass
+class Infer:
+    """A request to the model, as part of a sequence."""
+
+    talk: SimTalk
+    flags: dict[str, Any]
+
+
+class SimTalk(Talk):
+    """A sequence whose requests are simulated."""
+
+    def __init__(self, client: SimClient, plan: Plan, holder: str) -> None:
+        super().__init__(client, "simulated", "model", None)  # type: ignore[arg-type]
+        self._begin(plan)
+        self.holder = holder
+
+
+class SimClient(Base):
+    """A client's decisions, without its ways to wait."""
+
+    def __init__(self, rng: random.Random, now: Callable[[], float]) -> None:
+        super().__init__("cidmgr", TTL_S, "simulated", 2.0, None, SimpleNamespace(url="simulated"))
+        self._rng = self._session._rng = rng  # type: ignore[assignment]
+        self.session = self._session
+        self.lock = nullcontext()
+        self.now = now
+
+    def wake(self) -> None:
+        """The keeper looks after each step anyway."""
+
+
+Task = Generator[Any, Any, None]
+
+
+class Node:
+    """A client process."""
+
+    def __init__(self, fleet: Fleet, name: str) -> None:
+        dice = fleet.dice
+        self.fleet, self.name = fleet, name
+        self.alive = True
+        self.frozen_until = self.cut_until = 0.0
+        self._offset, self._rate = dice.uniform(0, 1e6), 1 + dice.uniform(-DRIFT, DRIFT)
+        self.client = SimClient(random.Random(dice.getrandbits(64)), self.clock)
+        self.recorder = history.Recorder(name, fleet.log.append, lambda: fleet.now)
+        self.waiting: set[Callable[[Event], None]] = set()
+        self.messages: dict[int, Any] = {}
+        self._keeping = False
+        for _ in range(TALKERS):
+            self.run(self.talker())
+
+    def clock(self) -> float:
+        return self._offset + self.fleet.now * self._rate
+
+    def real(self, local: float) -> float:
+        return (local - self._offset) / self._rate
+
+    def run(self, task: Task) -> None:
+        self.resume(task, None)
+
+    def resume(self, task: Task, result: Any) -> None:
+        """Run one step of a task, as soon as the process runs at all."""
+        if not self.alive:
+            return
+        if self.fleet.now < self.frozen_until:
+            self.fleet.at(self.frozen_until, lambda: self.resume(task, result))
+            return
+        session = self.client.session
+        session.now, seen = self.clock(), session.version
+        try:
+            if isinstance(result, BaseException):
+                effect = task.throw(result)
+            else:
+                effect = next(task) if result is None else task.send(result)
+        except StopIteration:
+            return
+        finally:
+            if not self._keeping and session.opened:
+                self._keeping = True
+                self.fleet.at(self.fleet.now, lambda: self.run(session.keep()))
+            if session.version != seen or session.wants:
+                session.wants = False
+                waiting, self.waiting = self.waiting, set()
+                for wake in waiting:
+                    wake(Event())
+        self.perform(effect, self.once(task))
+
+    def once(self, task: Task) -> Callable[[Any], None]:
+        """Return what resumes the task, the first time that it is called."""
+        done = False
+
+        def go(result: Any) -> None:
+            nonlocal done
+            if not done:
+                done = True
+                self.waiting.discard(go)
+                self.fleet.at(self.fleet.now, lambda: self.resume(task, result))
+
+        return go
+
+    def perform(self, effect: Any, resume: Callable[[Any], None]) -> None:
+        if isinstance(effect, Idle):
+            self.waiting.add(resume)
+            if effect.until < float("inf"):
+                self.fleet.at(max(self.real(effect.until), self.fleet.now), lambda: resume(Event()))
+        elif isinstance(effect, Config):
+            idle = int(IDLE_S * 1e6)
+            config = {"name": "model", "sequence_batching": {}}
+            config["sequence_batching"] = {"max_sequence_idle_microseconds": idle}
+            resume(Event(config=config))
+        elif isinstance(effect, Send):
+            self.send(effect, resume)
+        else:
+            self.infer(effect, resume)
+
+    def send(self, effect: Send, resume: Callable[[Any], None]) -> None:
+        """Send a request to the manager, and note it."""
+        fleet, session = self.fleet, self.client.session
+        request, epoch, more = effect.request, session.epoch, {}
+        if request.operation.name == "OPEN":
+            more["first"] = self.real(session._first_sent)
+        number = self.recorder.invoke("message", operation=request.operation.name, **more)
+        renews = "session" in request.parameters
+
+        def answered(event: Event) -> None:
+            if event.error is None and renews and epoch == session.epoch and self.alive:
+                fields = request.operation.name == "OPEN"
+                generation = event.output.tolist()[1] if fields else session._generation
+                self.recorder.done(number, session=generation)
+            resume(event)
+
+        fleet.carry(self, lambda: fleet.manage(request), answered)
+        timeout = Event(error=Unavailable("no answer"))
+        fleet.at(fleet.now + effect.timeout, lambda: resume(timeout))
+
+    def infer(self, effect: Infer, resume: Callable[[Any], None]) -> None:
+        """Send a request to the model, and note it."""
+        fleet, talk = self.fleet, effect.talk
+        number = self.recorder.invoke(
+            "use", cid=talk.cid, holder=talk.holder, session=self.client.session._generation
+        )
+
+        def answered(result: Any) -> None:
+            if self.alive:
+                self.recorder.done(number, "fail" if isinstance(result, Exception) else "ok")
+                resume(result)
+
+        fleet.carry(self, lambda: fleet.triton(talk, effect.flags), answered, LIMIT_S)
+        timeout = Unavailable("no answer")
+        fleet.at(fleet.now + LIMIT_S + 5.0, lambda: resume(timeout))
+
+    def talker(self) -> Task:
+        """The application: one sequence after the other."""
+        dice, client = self.fleet.dice, self.client
+        while True:
+            try:
+                plan = yield from client._begin_sequence("model", LIMIT_S, None, True)
+            except CidError:
+                yield from self.pause(dice.uniform(0.1, 2.0))
+                continue
+            holder = f"{self.name}.{next(self.fleet.numbers)}"
+            talk = SimTalk(client, plan, holder)
+            self.recorder.note(
+                "hold",
+                cid=talk.cid,
+                holder=holder,
+                session=client.session._generation,
+                need=IDLE_S + LIMIT_S,
+            )
+            self.fleet.counts["sequences"] += 1
+            yield from self.converse(talk, dice.randint(1, 8))
+            talk._mark_closed()
+            yield from self.pause(dice.expovariate(4))
+
+    def converse(self, talk: SimTalk, length: int) -> Task:
+        dice = self.fleet.dice
+        for step in range(length):
+            end = step == length - 1 and dice.random() < 0.8
+            try:
+                flags = talk._prepare(end, {})
+            except CidError:
+                return
+            error: BaseException | None = None
+            try:
+                yield Infer(talk, flags)
+            except Exception as caught:
+                error = talk._explain(caught)
+            talk._settle(end, error)
+            if error is not None and dice.random() < 0.7:
+                return
+            if end and talk.state == "ended":
+                self.recorder.note("ended", holder=talk.holder)
+            yield from self.pause(dice.choice([0.0, 0.05, 0.5, dice.uniform(0, 4.5)]))
+
+    def pause(self, seconds: float) -> Task:
+        until = self.clock() + seconds
+        while self.clock() < until:
+            yield Idle(until)
+
+
+class Fleet:
+    """The whole of it."""
+
+    def __init__(self, seed: int, folder: Path) -> None:
+        self.dice = random.Random(seed)
+        self.now = 1000.0
+        self.log: list[history.Event] = []
+        self.counts: Counter[str] = Counter()
+        self.numbers = itertools.count(1)
+        self.mixed: list[str] = []
+        self._queue: list[tuple[float, int, Callable[[], object]]] = []
+        self._order = itertools.count()
+        self._state: dict[int, tuple[str, float]] = {}  # of the model, by ID
+        self._slow_until = 0.0
+        self._settings = Settings(state=str(folder), **SETTINGS)  # type: ignore[arg-type]
+        self._service: Service | None = None
+        self._processes = itertools.count(1)
+        self.begin_manager()
+        self.nodes = [Node(self, f"client{n}") for n in range(CLIENTS)]
+
+    def at(self, when: float, what: Callable[[], object]) -> None:
+        heapq.heappush(self._queue, (when, next(self._order), what))
+
+    def run(self) -> list[str]:
+        """Run to the end and return what is wrong."""
+        until = self.now + LENGTH_S
+        self.at(self.now + 5.0, self.trouble)
+        while self._queue and self._queue[0][0] < until:
+            self.now, _, what = heapq.heappop(self._queue)
+            what()
+        self.crash_manager()
+        return self.mixed + history.check(self.log, RULES)
+
+    # ---- The manager
+
+    def begin_manager(self) -> None:
+        if self._service is None:
+            name = f"manager{next(self._processes)}"
+            recorder = history.Recorder(name, self.log.append, lambda: self.now)
+            recorder.note("start")
+            history.writer = recorder
+            self._service = Service(self._settings, lambda: int(self.now * 1000))
+
+    def crash_manager(self) -> None:
+        if self._service is not None:
+            store = self._service._holder.registry().store
+            store._signed = False  # as if killed: nothing is written any more
+            store.close()
+            self._service = None
+
+    def manage(self, request: wire.Request) -> Event:
+        if self._service is None:
+            return Event(error=Unavailable("nobody listens"))
+        tensors = request.encode()
+        answer = self._service.answer(
+            tensors[wire.CODE], tensors[wire.CORRELATION_ID], json.dumps(dict(request.parameters))
+        )
+        if isinstance(answer, CidError):
+            return Event(error=wire.parse_error(wire.error_text(answer)))
+        return Event(answer[0][0], answer[1])
+
+    # ---- The model
+
+    def triton(self, talk: SimTalk, flags: dict[str, Any]) -> Any:
+        cid, holder = flags["sequence_id"], talk.holder
+        owner, last = self._state.get(cid, ("", 0.0))
+        if owner and self.now > last + IDLE_S:
+            owner = ""
+        if flags["sequence_start"]:
+            owner = holder
+        elif not owner:
+            return InferenceServerException("the first request must specify the START flag")
+        elif owner != holder:
+            self.mixed.append(f"U: {holder} met the state of {owner} in ID {cid} at {self.now:.3f}")
+        if flags["sequence_end"]:
+            self._state.pop(cid, None)
+        else:
+            self._state[cid] = owner, self.now
+        self.counts["inferences"] += 1
+        return Event()
+
+    # ---- The network
+
+    def carry(
+        self,
+        node: Node,
+        deliver: Callable[[], Any],
+        back: Callable[[Any], None],
+        most: float = 30.0,
+    ) -> None:
+        """Carry a message there and its answer back, or lose one, or bring it twice."""
+
+        def arrive(answer: bool) -> None:
+            if self.now < node.cut_until:
+                return
+            result = deliver()
+            if answer and self.dice.random() >= lost:
+                self.at(self.now + self.delay(), lambda: back(result))
+
+        slow = self.now < self._slow_until
+        lost = 0.1 if slow else 0.005
+        if self.now < node.cut_until:
+            return
+        if self.dice.random() >= lost:
+            self.at(self.now + min(self.delay(), most), lambda: arrive(True))
+        if self.dice.random() < lost:  # a second time, even if it was lost
+            self.counts["late or twice"] += 1
+            # After END was answered a packet may be late, but not by more than the least cooldown.
+            late = min(most, 0.9 * COOLDOWN_S) if most < 30 else most
+            self.at(self.now + self.dice.uniform(0, late), lambda: arrive(False))
+
+    def delay(self) -> float:
+        if self.now < self._slow_until:
+            return self.dice.uniform(0, 1.9)
+        return self.dice.uniform(0.001, 0.02)
+
+    # ---- The nemesis
+
+    def trouble(self) -> None:
+        """One fault, and the next one later."""
+        dice = self.dice
+        node = dice.choice(self.nodes)
+        fault = dice.choice(["freeze", "kill", "cut", "cut all", "manager", "slow", "freeze all"])
+        self.counts[fault] += 1
+        seconds = dice.choice([0.3, 3.0, TTL_S, TTL_S + GRACE_S, 2 * TTL_S]) * dice.uniform(0.5, 1.5)
+        if fault == "freeze":
+            node.frozen_until = self.now + seconds
+        elif fault == "freeze all":
+            for each in self.nodes:
+                each.frozen_until = self.now + seconds
+        elif fault == "kill":
+            node.alive = False
+            name = f"{node.name.split('.')[0]}.{next(self.numbers)}"
+            self.nodes[self.nodes.index(node)] = Node(self, name)
+        elif fault.startswith("cut"):
+            for each in self.nodes if fault == "cut all" else [node]:
+                each.cut_until = self.now + seconds
+        elif fault == "manager":
+            self.crash_manager()
+            self.at(self.now + dice.choice([0.1, seconds / 2]), self.begin_manager)
+        else:
+            self._slow_until = self.now + seconds
+        self.at(self.now + dice.uniform(1.0, 20.0), self.trouble)
+
+
+def simulate(seed: int, keep: Path | None = None) -> tuple[list[str], Counter[str]]:
+    """Run one fleet; return what is wrong, and what happened."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
+        with history.watched(Registry):
+            fleet = Fleet(seed, Path(name))
+            wrong = fleet.run()
+    if keep is not None:
+        keep.write_text("".join(json.dumps(each) + "\n" for each in fleet.log))
+    return wrong, fleet.counts + history.counts(fleet.log)
+
+
+def main() -> None:
+    """Run many; end with 1 at the first that is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("seed", type=int, nargs="?", default=0)
+    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--keep", type=Path, help="write the history to this file")
+    options = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    total: Counter[str] = Counter()
+    for seed in range(options.seed, options.seed + options.runs):
+        wrong, counts = simulate(seed, options.keep)
+        total += counts
+        if wrong:
+            print(f"seed {seed}: {len(wrong)} wrong", *wrong[:5], sep="\n  ")
+            sys.exit(1)
+    print(f"{options.runs} runs, nothing wrong:", dict(total.most_common()))
+
+
+if __name__ == "__main__":
+    main()
