@@ -97,8 +97,7 @@ class Node:
         self._offset, self._rate = dice.uniform(0, 1e6), 1 + dice.uniform(-DRIFT, DRIFT)
         self.client = SimClient(random.Random(dice.getrandbits(64)), self.clock)
         self.recorder = history.Recorder(name, fleet.log.append, lambda: fleet.now)
-        self.waiting: set[Callable[[Event], None]] = set()
-        self.messages: dict[int, Any] = {}
+        self.waiting: dict[Callable[[Event], None], None] = {}  # in order
         self._keeping = False
         for _ in range(TALKERS):
             self.run(self.talker())
@@ -134,7 +133,7 @@ class Node:
                 self.fleet.at(self.fleet.now, lambda: self.run(session.keep()))
             if session.version != seen or session.wants:
                 session.wants = False
-                waiting, self.waiting = self.waiting, set()
+                waiting, self.waiting = self.waiting, {}
                 for wake in waiting:
                     wake(Event())
         self.perform(effect, self.once(task))
@@ -147,14 +146,14 @@ class Node:
             nonlocal done
             if not done:
                 done = True
-                self.waiting.discard(go)
+                self.waiting.pop(go, None)
                 self.fleet.at(self.fleet.now, lambda: self.resume(task, result))
 
         return go
 
     def perform(self, effect: Any, resume: Callable[[Any], None]) -> None:
         if isinstance(effect, Idle):
-            self.waiting.add(resume)
+            self.waiting[resume] = None
             if effect.until < float("inf"):
                 self.fleet.at(max(self.real(effect.until), self.fleet.now), lambda: resume(Event()))
         elif isinstance(effect, Config):

@@ -164,9 +164,11 @@ def _of_manager(every: Iterable[Op], rules: Rules) -> Iterator[str]:
                 due[cid] = op.began + op.cooldown
             heard.pop(who, None)
             continue
-        heard[who] = op.began
         if op.what == "open":
             ttl[who] = op.ttl
+            heard.setdefault(who, op.began)  # a second one renews nothing
+        else:
+            heard[who] = op.began
         seq = op.more.get("seq") or 0
         if seq and op.outcome == "ok":
             if seq <= seqs[who]:
