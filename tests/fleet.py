@@ -42,6 +42,7 @@ DRIFT = 0.003
 RULES = history.Rules(TTL_S, GRACE_S, COOLDOWN_S, slack=0.01 + 2 * DRIFT * (TTL_S + GRACE_S))
 CLIENTS, TALKERS = 4, 3
 LENGTH_S = 150.0
+_LIVELOCK = 5_000  # steps without time
 SETTINGS = {
     "first": 1,
     "capacity": 40,
@@ -106,7 +107,7 @@ class Node:
         return self._offset + self.fleet.now * self._rate
 
     def real(self, local: float) -> float:
-        return (local - self._offset) / self._rate
+        return (local - self._offset) / self._rate + 1e-6  # not before it, however it is rounded
 
     def run(self, task: Task) -> None:
         self.resume(task, None)
@@ -278,9 +279,13 @@ class Fleet:
         """Run to the end and return what is wrong."""
         until = self.now + LENGTH_S
         self.at(self.now + 5.0, self.trouble)
+        steps = 0
         while self._queue and self._queue[0][0] < until:
-            self.now, _, what = heapq.heappop(self._queue)
+            then, (self.now, _, what) = self.now, heapq.heappop(self._queue)
             what()
+            steps = steps + 1 if self.now == then else 0
+            if steps > _LIVELOCK:
+                return [f"it stands still at {self.now:.3f}"]
         self.crash_manager()
         return self.mixed + history.check(self.log, RULES)
 
