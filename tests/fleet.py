@@ -12,6 +12,7 @@ import heapq
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import random
 import sys
@@ -20,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +33,7 @@ from cidalloc import wire
 from cidalloc.client._base import Base
 from cidalloc.client._flow import Config, Event, Idle, Send
 from cidalloc.client._talk import Plan, Talk
+from cidalloc.codes import Operation
 from cidalloc.errors import CidError, Unavailable
 from cidalloc.registry import Registry
 from cidalloc.service import Service
@@ -42,8 +45,9 @@ DRIFT = 0.003
 RULES = history.Rules(TTL_S, GRACE_S, COOLDOWN_S, slack=0.01 + 2 * DRIFT * (TTL_S + GRACE_S))
 CLIENTS, TALKERS = 4, 3
 LENGTH_S = 150.0
+FAULTS = ["freeze", "freeze all", "kill", "cut", "cut all", "manager", "slow"]
 _LIVELOCK = 5_000  # steps without time
-SETTINGS = {
+SETTINGS: dict[str, int] = {
     "first": 1,
     "capacity": 40,
     "cooldown_ms": int(COOLDOWN_S * 1000),
@@ -261,7 +265,7 @@ class Fleet:
         self.log: list[history.Event] = []
         self.counts: Counter[str] = Counter()
         self.numbers = itertools.count(1)
-        self.mixed: list[str] = []
+        self.wrong: list[str] = []
         self._queue: list[tuple[float, int, Callable[[], object]]] = []
         self._order = itertools.count()
         self._state: dict[int, tuple[str, float]] = {}  # of the model, by ID
@@ -279,6 +283,7 @@ class Fleet:
         """Run to the end and return what is wrong."""
         until = self.now + LENGTH_S
         self.at(self.now + 5.0, self.trouble)
+        self.at(self.now + 5.0, self.theft)
         steps = 0
         while self._queue and self._queue[0][0] < until:
             then, (self.now, _, what) = self.now, heapq.heappop(self._queue)
@@ -287,7 +292,7 @@ class Fleet:
             if steps > _LIVELOCK:
                 return [f"it stands still at {self.now:.3f}"]
         self.crash_manager()
-        return self.mixed + history.check(self.log, RULES)
+        return history.check(self.log, RULES) + self.wrong
 
     # ---- The manager
 
@@ -297,7 +302,10 @@ class Fleet:
             recorder = history.Recorder(name, self.log.append, lambda: self.now)
             recorder.note("start")
             history.writer = recorder
-            self._service = Service(self._settings, lambda: int(self.now * 1000))
+            try:
+                self._service = Service(self._settings, lambda: int(self.now * 1000))
+            except CidError as error:
+                self.wrong.append(f"C: the manager cannot start again: {error}")
 
     def crash_manager(self) -> None:
         if self._service is not None:
@@ -329,7 +337,7 @@ class Fleet:
         elif not owner:
             return InferenceServerException("the first request must specify the START flag")
         elif owner != holder:
-            self.mixed.append(f"U: {holder} met the state of {owner} in ID {cid} at {self.now:.3f}")
+            self.wrong.append(f"U: {holder} met the state of {owner} in ID {cid} at {self.now:.3f}")
         if flags["sequence_end"]:
             self._state.pop(cid, None)
         else:
@@ -378,9 +386,11 @@ class Fleet:
         """One fault, and the next one later."""
         dice = self.dice
         node = dice.choice(self.nodes)
-        fault = dice.choice(["freeze", "kill", "cut", "cut all", "manager", "slow", "freeze all"])
+        fault = dice.choice(FAULTS)
         self.counts[fault] += 1
-        seconds = dice.choice([0.3, 3.0, TTL_S, TTL_S + GRACE_S, 2 * TTL_S]) * dice.uniform(0.5, 1.5)
+        seconds = dice.choice([0.3, 3.0, TTL_S, TTL_S + GRACE_S, 2 * TTL_S]) * dice.uniform(
+            0.5, 1.5
+        )
         if fault == "freeze":
             node.frozen_until = self.now + seconds
         elif fault == "freeze all":
@@ -400,6 +410,17 @@ class Fleet:
             self._slow_until = self.now + seconds
         self.at(self.now + dice.uniform(1.0, 20.0), self.trouble)
 
+    def theft(self) -> None:
+        """Somebody tries to give back what is another's: by a session of its own, and without."""
+        token = {"session": "5" * 32}
+        stolen = wire.as_ids([self.dice.randint(1, SETTINGS["capacity"])])
+        self.manage(wire.Request(Operation.OPEN, parameters={**token, "ttl_ms": 600_000}))
+        own = {**token, "seq": next(self.numbers), "cooldown_ms": 0}
+        for parameters in (own, {"cooldown_ms": 0}):
+            event = self.manage(wire.Request(Operation.DELETE, stolen, parameters))
+            self.counts["thefts"] += event.error is None or event.error.answered
+        self.at(self.now + self.dice.uniform(0.5, 2.0), self.theft)
+
 
 def simulate(seed: int, keep: Path | None = None) -> tuple[list[str], Counter[str]]:
     """Run one fleet; return what is wrong, and what happened."""
@@ -417,16 +438,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("seed", type=int, nargs="?", default=0)
     parser.add_argument("--runs", type=int, default=1)
-    parser.add_argument("--keep", type=Path, help="write the history to this file")
+    parser.add_argument("--keep", type=Path, help="write the history of one run to this file")
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
     total: Counter[str] = Counter()
-    for seed in range(options.seed, options.seed + options.runs):
-        wrong, counts = simulate(seed, options.keep)
-        total += counts
-        if wrong:
-            print(f"seed {seed}: {len(wrong)} wrong", *wrong[:5], sep="\n  ")
-            sys.exit(1)
+    seeds = range(options.seed, options.seed + options.runs)
+    with multiprocessing.Pool(min(len(os.sched_getaffinity(0)), len(seeds))) as pool:
+        results = pool.imap(partial(simulate, keep=options.keep), seeds, 10)
+        for seed, (wrong, counts) in zip(seeds, results, strict=True):
+            total += counts
+            if wrong:
+                first = {each[0]: each for each in reversed(wrong)}  # by rule
+                print(f"seed {seed}: {len(wrong)} wrong", *first.values(), sep="\n  ")
+                sys.exit(1)
     print(f"{options.runs} runs, nothing wrong:", dict(total.most_common()))
 
 

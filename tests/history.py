@@ -37,8 +37,11 @@ class Recorder:
 
     def invoke(self, what: str, **more: Any) -> int:
         number = next(self._numbers)
-        self._write({"at": self._clock(), "by": self._by, "op": number, "type": "invoke"}
-                    | {"what": what} | more)
+        self._write(
+            {"at": self._clock(), "by": self._by, "op": number, "type": "invoke"}
+            | {"what": what}
+            | more
+        )
         return number
 
     def done(self, number: int, outcome: str = "ok", **more: Any) -> None:
@@ -127,7 +130,7 @@ def _by_effect(events: list[Event]) -> Iterator[Op]:
             begun[key] = None
             continue
         begun.pop(key, None)
-        if event.get("what") == "start":
+        if every[key].what == "start":
             yield from (every[each] for each in begun)
             begun.clear()
         yield every[key]
@@ -216,11 +219,13 @@ def _of_clients(every: list[Op], rules: Rules) -> Iterator[str]:
             if last > other.began:
                 yield f"U: ID {cid} was used by {one.holder} when {other.holder} had it"
             due = last + one.need if last else 0.0
-            if one.holder in ended:
-                due = ended[one.holder] + rules.cooldown
+            if one.holder in ended:  # which it may have learnt late
+                due = min(due, ended[one.holder] + rules.cooldown)
             if due - other.began > rules.slack:
-                yield f"F: ID {cid} went from {one.holder} to {other.holder} {due - other.began:.3f}"\
-                      " s too early"
+                yield (
+                    f"F: ID {cid} went from {one.holder} to {other.holder} {due - other.began:.3f}"
+                    " s too early"
+                )
 
 
 def gap(events: Iterable[Event]) -> float:

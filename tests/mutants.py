@@ -1,0 +1,153 @@
+"""Mutants: this package with one promise broken in each, which the fleet must notice.
+
+`python mutants.py` runs them all, and says which rule told.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import cidalloc
+
+_HERE = Path(__file__).parent
+_PACKAGE = Path(cidalloc.__file__).parent
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault: in which file, what stands there, and what in its place."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    rules: str
+
+
+_RELEASE = "self.pool.release_many(ids, at, self._now + cooldown)"
+
+MUTANTS = [
+    Mutant(
+        "reuse without cooldown",
+        "registry.py",
+        _RELEASE,
+        "self.pool.release_many(ids, at, self._now)",
+        "F",
+    ),
+    Mutant(
+        "reuse out of the stock without cooldown",
+        "client/_stock.py",
+        "self.cooling.append((now + self.cooldown, cid))",
+        "self.cooling.append((now, cid))",
+        "F",
+    ),
+    Mutant(
+        "deadline at the reply and not at the send",
+        "client/_lease.py",
+        "self._renewed(sent)",
+        "self._renewed(self.now)",
+        "L",
+    ),
+    Mutant(
+        "expiry without grace",
+        "registry.py",
+        "self._now + self.sessions.ttl(at) + self.settings.grace_ms)",
+        "self._now + self.sessions.ttl(at))",
+        "L",
+    ),
+    Mutant(
+        "expiry without the announced cooldown",
+        "registry.py",
+        'self.released["expired"] += self._end(at, self.sessions.cooldown(at))',
+        'self.released["expired"] += self._end(at, 0)',
+        "F",
+    ),
+    Mutant(
+        "use after the lease",
+        "client/_session.py",
+        "if self.now >= self.fence:\n            raise SessionExpired(self._expired())",
+        "if False:\n            raise SessionExpired(self._expired())",
+        "L",
+    ),
+    Mutant(
+        "release without owner check",
+        "registry.py",
+        _RELEASE,
+        "[self.pool.release_many(ids[n : n + 1], self.pool.owner_of(int(ids[n])),"
+        " self._now + cooldown) for n in range(len(ids))]",
+        "O",
+    ),
+    Mutant(
+        "release without a session of what a session holds",
+        "registry.py",
+        "if owner not in self._anonymous:",
+        "if False:",
+        "O",
+    ),
+    Mutant("a retried change acts twice", "registry.py", "if seq <= last:", "if False:", "A"),
+    Mutant(
+        "an owner number is reused too early",
+        "registry.py",
+        "return self.sessions.end(at, ",
+        "return self._leave(at, ",
+        "OU",
+    ),
+    Mutant(
+        "a reopened file starts at first",
+        "registry.py",
+        "return cls(settings, now, store, boot)",
+        "store.close()\n            return cls(settings, now, None, boot)",
+        "CU",
+    ),
+]
+
+# Sessions.end gives the IDs back before the number is free; here they go to somebody else first.
+_LEAVE = """
+    def _leave(self, at: int, reuse_at: int) -> int:
+        kept = self.pool.held_by(at)
+        released = self.sessions.end(at, 0)
+        if len(kept):
+            self.pool.acquire_many(len(kept), at, self._now + 1)
+        return released
+"""
+
+
+def write(mutant: Mutant, folder: Path) -> None:
+    """Write a copy of the package with the fault in it."""
+    shutil.copytree(_PACKAGE, folder / "cidalloc", ignore=shutil.ignore_patterns("__pycache__"))
+    file = folder / "cidalloc" / mutant.file
+    text = file.read_text()
+    if text.count(mutant.old) != 1:
+        raise SystemExit(f"{mutant.file} has not {mutant.old!r} once: bring the mutant up to date")
+    text = text.replace(mutant.old, mutant.new)
+    if "self._leave(" in mutant.new:
+        text = text.replace("\n    def _digest(", _LEAVE + "\n    def _digest(")
+    file.write_text(text)
+
+
+def run(mutant: Mutant, runs: int, seed: int = 0) -> str:
+    """Return what the fleet says of it; empty if it noticed nothing."""
+    with tempfile.TemporaryDirectory() as name:
+        write(mutant, Path(name))
+        done = subprocess.run(
+            [sys.executable, str(_HERE / "fleet.py"), str(seed), "--runs", str(runs)],
+            env={**os.environ, "PYTHONPATH": name, "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+    if done.returncode == 0:
+        return ""
+    assert done.returncode == 1 and "wrong" in done.stdout, done.stdout + done.stderr
+    return done.stdout
+
+
+if __name__ == "__main__":
+    for each in MUTANTS:
+        print(f"{each.name}: {run(each, 300) or 'NOT NOTICED'}", flush=True)
