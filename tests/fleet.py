@@ -44,7 +44,7 @@ IDLE_S, LIMIT_S = 4.0, 3.0  # of the model, and of a request to it
 DRIFT = 0.003
 RULES = history.Rules(TTL_S, GRACE_S, COOLDOWN_S, slack=0.01 + 2 * DRIFT * (TTL_S + GRACE_S))
 CLIENTS, TALKERS = 4, 3
-LENGTH_S = 150.0
+LENGTH_S = 75.0
 FAULTS = ["freeze", "freeze all", "kill", "cut", "cut all", "manager", "slow"]
 _LIVELOCK = 5_000  # steps without time
 SETTINGS: dict[str, int] = {
@@ -408,7 +408,7 @@ class Fleet:
             self.at(self.now + dice.choice([0.1, seconds / 2]), self.begin_manager)
         else:
             self._slow_until = self.now + seconds
-        self.at(self.now + dice.uniform(1.0, 20.0), self.trouble)
+        self.at(self.now + dice.uniform(1.0, 12.0), self.trouble)
 
     def theft(self) -> None:
         """Somebody tries to give back what is another's: by a session of its own, and without."""

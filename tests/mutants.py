@@ -96,7 +96,7 @@ MUTANTS = [
         "registry.py",
         "return self.sessions.end(at, ",
         "return self._leave(at, ",
-        "OU",
+        "COU",
     ),
     Mutant(
         "a reopened file starts at first",
