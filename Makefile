@@ -10,6 +10,8 @@
 #                needs wrk and h2load (the Debian packages wrk and nghttp2-client)
 #   make crowd   50 client processes with 20 sequences each for a minute, some of them killed
 #   make simulate  2000 fleets of clients with virtual time and every fault: ARGS="SEED --runs N"
+#   make chaos   a real server and 20 client processes for three minutes, while all is broken in
+#                turns: ARGS="--seed N --seconds S --clients C"; a full disk only as root
 #   make bench-gate  instructions per call against their limits; needs valgrind
 #   make fuzz    anything for what reads requests, files, URLs and settings: SECONDS=30 each
 #   make sanitize  the tests of the core and the registry under ASan and UBSan
@@ -35,7 +37,7 @@ BIN := .venv/bin
 NEWS := sed -u "/already satisfied/d"
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
 
-.PHONY: demo test lint dist bench bench-client bench-registry bench-gate load simulate fuzz sanitize crowd clean
+.PHONY: demo test lint dist bench bench-client bench-registry bench-gate load simulate chaos fuzz sanitize crowd clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.built
@@ -59,6 +61,9 @@ crowd: .venv/.built
 simulate: ARGS = 1000 --runs 2000
 simulate: .venv/.built
 	$(BIN)/python tests/fleet.py $(ARGS)
+
+chaos: .venv/.built
+	$(BIN)/python tests/chaos.py $(ARGS)
 
 bench: .venv/.bench
 	$(BIN)/python -m pytest -q bench/test_peers.py

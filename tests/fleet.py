@@ -27,6 +27,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import history
+import recorder
+from recorder import Recorder
 from tritonclient.utils import InferenceServerException
 
 from cidalloc import wire
@@ -101,7 +103,7 @@ class Node:
         self.frozen_until = self.cut_until = 0.0
         self._offset, self._rate = dice.uniform(0, 1e6), 1 + dice.uniform(-DRIFT, DRIFT)
         self.client = SimClient(random.Random(dice.getrandbits(64)), self.clock)
-        self.recorder = history.Recorder(name, fleet.log.append, lambda: fleet.now)
+        self.recorder = Recorder(name, fleet.log.append, lambda: fleet.now)
         self.waiting: dict[Callable[[Event], None], None] = {}  # in order
         self._keeping = False
         for _ in range(TALKERS):
@@ -299,9 +301,7 @@ class Fleet:
     def begin_manager(self) -> None:
         if self._service is None:
             name = f"manager{next(self._processes)}"
-            recorder = history.Recorder(name, self.log.append, lambda: self.now)
-            recorder.note("start")
-            history.writer = recorder
+            recorder.writer = Recorder(name, self.log.append, lambda: self.now)
             try:
                 self._service = Service(self._settings, lambda: int(self.now * 1000))
             except CidError as error:
@@ -425,7 +425,7 @@ class Fleet:
 def simulate(seed: int, keep: Path | None = None) -> tuple[list[str], Counter[str]]:
     """Run one fleet; return what is wrong, and what happened."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
-        with history.watched(Registry):
+        with recorder.watched(Registry):
             fleet = Fleet(seed, Path(name))
             wrong = fleet.run()
     if keep is not None:

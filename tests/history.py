@@ -1,7 +1,8 @@
 """Histories: what clients and a manager did, as JSON lines, and the checker that judges them.
 
 An operation is a line of type ``invoke`` when it begins and one of type ``ok`` or ``fail`` when it
-returns; without the second one nobody knows whether it happened. What takes no time is a line
+returns, or ``refused`` if it was not even sent; without the second one nobody knows whether it
+happened. What takes no time is a line
 ``ok`` alone. Times are seconds of one clock. The checker knows nothing of cidalloc's code.
 
 By a client: ``message`` (`session`, `operation`; an ``OPEN`` has `first`, when its token was first
@@ -17,39 +18,12 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 Event = dict[str, Any]
 NEVER = float("inf")
-
-
-class Recorder:
-    """Writes what one process does. ``write`` takes a line's event; ``clock`` returns seconds."""
-
-    def __init__(
-        self, by: str, write: Callable[[Event], object], clock: Callable[[], float]
-    ) -> None:
-        self._by, self._write, self._clock = by, write, clock
-        self._numbers = itertools.count(1)
-
-    def invoke(self, what: str, **more: Any) -> int:
-        number = next(self._numbers)
-        self._write(
-            {"at": self._clock(), "by": self._by, "op": number, "type": "invoke"}
-            | {"what": what}
-            | more
-        )
-        return number
-
-    def done(self, number: int, outcome: str = "ok", **more: Any) -> None:
-        self._write({"at": self._clock(), "by": self._by, "op": number, "type": outcome} | more)
-
-    def note(self, what: str, **more: Any) -> None:
-        """Write what takes no time."""
-        self.done(next(self._numbers), what=what, **more)
 
 
 @dataclass
@@ -203,7 +177,7 @@ def _of_clients(every: list[Op], rules: Rules) -> Iterator[str]:
     for op in every:
         if op.what == "message" and op.outcome == "ok":
             answers[op.session].append((op.ended, op.more.get("first") or op.began))
-        elif op.what == "use":
+        elif op.what == "use" and op.outcome != "refused":
             uses[op.holder].append(op)
         elif op.what == "hold":
             holds[op.cid].append(op)
@@ -237,87 +211,3 @@ def gap(events: Iterable[Event]) -> float:
 def counts(events: Iterable[Event]) -> Counter[str]:
     """Return how many operations of each kind there are."""
     return Counter(op.what for op in ops(events))
-
-
-writer: Recorder | None = None
-"""Of the manager in this process."""
-
-
-@contextmanager
-def watched(registry: type) -> Iterator[None]:
-    """Let `writer` record what is done to registries of this class, from within."""
-    before = {name: getattr(registry, name) for name in (*_WATCHED, "_end")}
-
-    def wrap(name: str, what: str) -> Callable[..., Any]:
-        def call(self: Any, *args: Any, **named: Any) -> Any:
-            to = writer
-            if to is None:
-                return before[name](self, *args, **named)
-            token = named.get("token", None if name in ("acquire", "release") else args[0])
-            at = self.sessions.find(self._digest(token)) if token else 0
-            who = self.sessions.generation(at) if at else 0
-            now = max(self._now, args[1]) / 1000
-            more = _asked(self, name, args, named)
-            number = to.invoke(what, now=now, session=who, seq=named.get("seq"), **more)
-            outer, self.cause = getattr(self, "cause", None), name
-            try:
-                result = before[name](self, *args, **named)
-            except Exception as error:
-                code = getattr(error, "code", None)
-                to.done(number, "fail", code=getattr(code, "name", type(error).__name__))
-                raise
-            finally:
-                self.cause = outer
-            to.done(number, **_found(name, result))
-            return result
-
-        return call
-
-    def end(self: Any, at: int, cooldown: int) -> Any:
-        to = writer
-        if to is None:
-            return before["_end"](self, at, cooldown)
-        why = "closed" if getattr(self, "cause", None) == "close_session" else "expired"
-        if not hasattr(self, "_horizon") or not hasattr(self, "_anonymous"):
-            why = "finished"  # what a process before had begun
-        who = 0 if self.sessions.anonymous(at) else self.sessions.generation(at)
-        seconds = max(cooldown, self.settings.cooldown_ms) / 1000
-        number = to.invoke("end", now=self._now / 1000, session=who, why=why, cooldown=seconds)
-        result = before["_end"](self, at, cooldown)
-        to.done(number)
-        return result
-
-    for name, what in _WATCHED.items():
-        setattr(registry, name, wrap(name, what))
-    registry._end = end  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        for name, method in before.items():
-            setattr(registry, name, method)
-
-
-_WATCHED = {
-    "open": "open",
-    "renew": "renew",
-    "held": "held",
-    "acquire": "issue",
-    "release": "release",
-    "close_session": "renew",
-}
-
-
-def _asked(registry: Any, name: str, args: tuple[Any, ...], named: Event) -> Event:
-    if name != "release":
-        return {}
-    least, cooldown = registry.settings.cooldown_ms, named.get("cooldown_ms")
-    if cooldown is None:
-        cooldown = registry.settings.unended_cooldown_ms
-    cooldown = least if named.get("ended") else max(least, cooldown)
-    return {"cids": args[0].tolist(), "cooldown": cooldown / 1000}
-
-
-def _found(name: str, result: Any) -> Event:
-    if name == "open":
-        return {"session": result.generation, "ttl": result.ttl_ms / 1000}
-    return {"cids": result.tolist()} if name in ("acquire", "held") else {}

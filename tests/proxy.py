@@ -1,0 +1,70 @@
+"""A TCP proxy that can be told to cut all connections, to refuse new ones, and to be slow."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+
+
+class Proxy:
+    """Listens on a port of loopback, and carries what comes to another port.
+
+    Attributes:
+        target: that port; it may change.
+        delay: seconds that each piece takes more, each way.
+        cut: no connection is made; those that were are broken by `cut_all`.
+    """
+
+    def __init__(self, target: int) -> None:
+        self.target, self.delay, self.cut = target, 0.0, False
+        self._loop = asyncio.new_event_loop()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._server = self._run(asyncio.start_server(self._serve, "127.0.0.1", 0))
+        self.url = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    def cut_all(self) -> None:
+        """Break all connections, and make none until `mend`."""
+        self.cut = True
+        self._loop.call_soon_threadsafe(self._break)
+
+    def mend(self) -> None:
+        """Be a good network again."""
+        self.cut, self.delay = False, 0.0
+
+    def close(self) -> None:
+        """End it."""
+        self.cut_all()
+        self._loop.call_soon_threadsafe(self._server.close)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+
+    def _run(self, what):  # type: ignore[no-untyped-def]
+        return asyncio.run_coroutine_threadsafe(what, self._loop).result(5)
+
+    def _break(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.cut:
+            writer.transport.abort()
+            return
+        with contextlib.suppress(OSError):
+            back, there = await asyncio.open_connection("127.0.0.1", self.target)
+            self._writers |= {writer, there}
+            await asyncio.gather(self._carry(reader, there), self._carry(back, writer))
+            self._writers -= {writer, there}
+            there.close()
+        writer.close()
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 16):
+                if self.delay:
+                    await asyncio.sleep(self.delay)
+                writer.write(data)
+                await writer.drain()
+        writer.transport.abort()
