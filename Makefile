@@ -8,6 +8,7 @@
 #   make bench-client  what an ID costs at the client, next to uuid4 and Redis
 #   make load    the manager's requests a second next to a model that does nothing: 12 minutes;
 #                needs wrk and h2load (the Debian packages wrk and nghttp2-client)
+#   make scale   what an operation costs with up to 100 million held IDs and a million sessions
 #   make crowd   50 client processes with 20 sequences each for a minute, some of them killed
 #   make simulate  2000 fleets of clients with virtual time and every fault: ARGS="SEED --runs N"
 #   make chaos   a real server and 20 client processes for three minutes, while all is broken in
@@ -37,7 +38,7 @@ BIN := .venv/bin
 NEWS := sed -u "/already satisfied/d"
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
 
-.PHONY: demo test lint dist bench bench-client bench-registry bench-gate load simulate chaos fuzz sanitize crowd clean
+.PHONY: demo test lint dist bench bench-client bench-registry bench-gate load scale simulate chaos fuzz sanitize crowd clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.built
@@ -74,6 +75,9 @@ bench-client: .venv/.bench
 
 bench-registry: .venv/.built
 	$(BIN)/python bench/registry.py $(ARGS)
+
+scale: .venv/.built
+	$(BIN)/python bench/scale.py $(ARGS)
 
 load: .venv/.built
 	@for each in wrk h2load; do command -v $$each >/dev/null || { \

@@ -34,7 +34,7 @@ def settings(capacity: int) -> Settings:
         fresh=True,
         max_held=2**38,
         max_count=10**6,
-        max_sessions=2**24 - 2,
+        max_sessions=16_000_000,
         max_ttl_ms=10**9,
     )
 
