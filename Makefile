@@ -16,6 +16,7 @@
 #   make bench-gate  instructions per call against their limits; needs valgrind
 #   make fuzz    anything for what reads requests, files, URLs and settings: SECONDS=30 each
 #   make sanitize  the tests of the core and the registry under ASan and UBSan
+#   make coverage  which branches of the Python code, and lines of the Cython code, no test reaches
 #   make clean   remove everything that these made
 
 # The bundled Triton server runs its models on Python 3.10 to 3.13; 3.13 compiles numpy first.
@@ -38,7 +39,7 @@ BIN := .venv/bin
 NEWS := sed -u "/already satisfied/d"
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
 
-.PHONY: demo test lint dist bench bench-client bench-registry bench-gate load scale simulate chaos fuzz sanitize crowd clean
+.PHONY: demo test lint dist bench bench-client bench-registry bench-gate load scale simulate chaos fuzz sanitize coverage crowd clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.built
@@ -115,6 +116,22 @@ build/sanitized/.built: .venv/.built
 	rm -rf build/sanitized
 	SKBUILD_BUILD_DIR=build/sanitize CFLAGS="$(SANITIZERS) -O1 -g" \
 		$(BIN)/python -m pip install -q --no-build-isolation --no-deps --target build/sanitized .
+	@touch $@
+
+# Processes that are killed leave no counts, so a little more is reached than is shown.
+coverage: build/covered/.built
+	rm -f .coverage .coverage.*
+	find build/coverage -name '*.gcda' -delete
+	-PYTHONPATH=build/covered $(BIN)/python -m coverage run -m pytest $(ARGS)
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report
+	$(BIN)/python tests/cython_lines.py build/coverage
+
+build/covered/.built: .venv/.built
+	$(BIN)/python -m pip install --group coverage | $(NEWS)
+	rm -rf build/covered build/coverage
+	SKBUILD_BUILD_DIR=build/coverage $(BIN)/python -m pip install -q --no-build-isolation --no-deps \
+		--config-settings=cmake.define.CIDALLOC_COVERAGE=ON --target build/covered .
 	@touch $@
 
 # The tests with the server where that is (numpy 1), the others as most users have it (numpy 2, no

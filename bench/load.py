@@ -1,7 +1,8 @@
 """How many requests a second the manager answers, next to a model that does nothing.
 
 Both are Python-backend models of the same tensors on the same Triton server, under the load of
-real generators in turns: `wrk` alternates NEW and DELETE over HTTP, `h2load` sends RENEW over gRPC.
+real generators in turns (or, with ``--against silent``, the other is a manager without metrics):
+`wrk` alternates NEW and DELETE over HTTP, `h2load` sends RENEW over gRPC.
 `make load` runs this; it prints tables in Markdown. The generator shares the machine's cores with
 the server, so only ratios of one run mean anything.
 """
@@ -28,8 +29,7 @@ from cidalloc.settings import Settings
 from cidalloc.triton_model import export
 from cidalloc.wire import Request, as_ids
 
-MANAGER, EMPTY = "cidmgr", "empty"
-MODELS = (MANAGER, EMPTY)
+MANAGER, EMPTY, SILENT = "cidmgr", "empty", "silent"
 TOKEN = "0123456789abcdef" * 2
 
 # A reply to NEW holds an ID of the manager's pool; the empty model says to everything that it is
@@ -75,6 +75,12 @@ class TritonPythonModel:
         ]
 """
 
+WITHOUT_METRICS = """
+import triton_python_backend_utils as pb_utils
+
+del pb_utils.MetricFamily
+"""
+
 
 @dataclass
 class Figures:
@@ -94,13 +100,17 @@ class Figures:
     model: float = 0.0
 
 
-def repository(folder: Path) -> Path:
-    """Write the manager, its file included, and the model that does nothing."""
+def repository(folder: Path, against: str) -> Path:
+    """Write the manager, its file included, and the model that it is compared with."""
     state = folder / "state"
     state.mkdir()
     settings = Settings(state=str(state), fresh=True, cooldown_ms=0, max_anonymous=10**6)
     models = folder / "models"
     config = (export(models, settings) / "config.pbtxt").read_text()
+    if against == SILENT:
+        code = export(models, settings, name=SILENT) / "1" / "model.py"
+        code.write_text(WITHOUT_METRICS + code.read_text())
+        return models
     other = models / EMPTY / "1"
     other.mkdir(parents=True)
     (other / "model.py").write_text(NOTHING)
@@ -111,7 +121,7 @@ def repository(folder: Path) -> Path:
     return models
 
 
-def processes(server: TritonServer) -> dict[str, int]:
+def processes(server: TritonServer, models: tuple[str, str]) -> dict[str, int]:
     """Return the process of each model, and the server's."""
     found = {"server": server.pid}
     for entry in Path("/proc").iterdir():
@@ -121,7 +131,7 @@ def processes(server: TritonServer) -> dict[str, int]:
         except (OSError, ValueError, IndexError):
             continue
         if parent == server.pid:
-            found |= {name: int(entry.name) for name in MODELS if f"/{name}/" in " ".join(words)}
+            found |= {name: int(entry.name) for name in models if f"/{name}/" in " ".join(words)}
     return found
 
 
@@ -205,17 +215,20 @@ def median(turns: list[Figures], name: str) -> float:
     return statistics.median(getattr(each, name) for each in turns)
 
 
-def table(title: str, kind: str, results: dict[tuple[int, str], list[Figures]]) -> None:
+def table(
+    title: str, kind: str, models: tuple[str, str], results: dict[tuple[int, str], list[Figures]]
+) -> None:
     """Print the figures of both models side by side."""
+    other = models[1]
     latency = "p50 / p99 ms" if kind == "wrk" else "mean ms"
     print(f"\n{title}\n")
     print(
-        f"| clients | requests/s: manager | empty | ratio | {latency}: manager | empty |"
-        " CPU µs a request: manager | empty | of it the model: manager | empty |"
+        f"| clients | requests/s: manager | {other} | ratio | {latency}: manager | {other} |"
+        f" CPU µs a request: manager | {other} | of it the model: manager | {other} |"
     )
     print("|---" * 10 + "|")
     for clients in sorted({clients for clients, _ in results}):
-        both = [results[clients, model] for model in MODELS]
+        both = [results[clients, model] for model in models]
         ratio = statistics.median(a.rate / b.rate for a, b in zip(*both, strict=True))
         rates = [f"{median(turns, 'rate'):,.0f}" for turns in both]
         times = [
@@ -238,15 +251,19 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each turn")
+    parser.add_argument("--against", choices=[EMPTY, SILENT], default=EMPTY)
     options = parser.parse_args()
+    models = (MANAGER, options.against)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with TritonServer(repository(folder)) as server:
+        with TritonServer(repository(folder, options.against)) as server:
             opened = Request(Operation.OPEN, as_ids([]), {"session": TOKEN, "ttl_ms": 600_000})
             with contextlib.closing(connect(server.grpc_url)) as transport:
-                transport.call(MANAGER, opened, 10.0)
-            pids = processes(server)
-            assert set(pids) == {"server", *MODELS}, pids
+                for model in models:
+                    if model != EMPTY:
+                        transport.call(model, opened, 10.0)
+            pids = processes(server, models)
+            assert set(pids) == {"server", *models}, pids
             for kind, title in (
                 ("wrk", "NEW and DELETE in turns, HTTP (`wrk`)"),
                 ("h2load", "RENEW, gRPC (`h2load`)"),
@@ -254,14 +271,14 @@ def main() -> None:
                 results: dict[tuple[int, str], list[Figures]] = {}
                 for clients in options.clients:
                     for turn in range(-1, options.rounds):  # the first one warms up
-                        for model in MODELS if turn % 2 else MODELS[::-1]:
+                        for model in models if turn % 2 else models[::-1]:
                             figures = one(
                                 kind, server, folder, pids, model, clients, options.seconds
                             )
                             if turn >= 0:
                                 results.setdefault((clients, model), []).append(figures)
                     print(".", end="", file=sys.stderr, flush=True)
-                table(title, kind, results)
+                table(title, kind, models, results)
 
 
 def one(
