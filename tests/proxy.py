@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class Proxy:
@@ -36,12 +40,20 @@ class Proxy:
 
     def close(self) -> None:
         """End it."""
-        self.cut_all()
-        self._loop.call_soon_threadsafe(self._server.close)
+        self.cut = True
+        self._run(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
+        self._loop.close()
 
-    def _run(self, what):  # type: ignore[no-untyped-def]
+    async def _end(self) -> None:
+        self._server.close()
+        self._break()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        if others:
+            await asyncio.wait(others, timeout=3)
+
+    def _run(self, what: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(what, self._loop).result(5)
 
     def _break(self) -> None:

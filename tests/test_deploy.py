@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -76,6 +77,8 @@ def test_the_queries_of_the_dashboard(tmp_path: Path) -> None:
 def test_kubernetes() -> None:
     parts = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
     assert [each["kind"] for each in parts] == ["Service", "StatefulSet"]
+    for part in parts:
+        kubernetes_validate.validate(part, "1.31", strict=True)
     spec = parts[1]["spec"]
     assert spec["replicas"] == 1, "a session belongs to one manager"
     assert spec["selector"]["matchLabels"] == spec["template"]["metadata"]["labels"]

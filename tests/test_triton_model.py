@@ -11,7 +11,7 @@ import pytest
 from cidalloc.errors import InvalidArgument, Unavailable
 from cidalloc.server import TritonServer
 from cidalloc.settings import Settings
-from cidalloc.triton_model import export, settings_from
+from cidalloc.triton_model import config, export, settings_from
 
 CONFIG: dict[str, Any] = {
     "name": "cidmgr",
@@ -97,6 +97,40 @@ def test_export_refuses_and_replaces(tmp_path: Path) -> None:
     export(tmp_path, name="ids", overwrite=True)
     assert "dynamic_batching" in (folder / "config.pbtxt").read_text()
     assert sorted(path.name for path in folder.rglob("*")) == ["1", "config.pbtxt", "model.py"]
+
+
+def test_a_new_model_is_there_at_once_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    write = config._write
+
+    def watch(path: Path, text: str) -> None:
+        seen.append([each.name for each in tmp_path.glob("[!.]*")])
+        if path.name == "config.pbtxt" and len(seen) < 3:
+            raise OSError(28, "No space left on device")
+        write(path, text)
+
+    monkeypatch.setattr(config, "_write", watch)
+    with pytest.raises(OSError, match="No space"):
+        export(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    export(tmp_path)
+    assert seen == [[]] * 4
+    assert [each.name for each in tmp_path.iterdir()] == ["cidmgr"]
+
+
+def test_two_that_export_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill = config._fill
+
+    def late(folder: Path, *args: Any, **named: Any) -> None:
+        fill(folder, *args, **named)
+        fill(tmp_path / "cidmgr", *args, **named)
+
+    monkeypatch.setattr(config, "_fill", late)
+    with pytest.raises(InvalidArgument, match="just made"):
+        export(tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["cidmgr"]
 
 
 @pytest.mark.server

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib.metadata
 import os
 import re
@@ -78,13 +79,30 @@ def export(
         batch_size=batch_size,
         **{each.name: _as_text(getattr(values, each.name)) for each in fields(values)},
     )
+    if folder.exists():
+        _fill(folder, version, config, vendor=bool(vendor))
+        return folder
+    # All at once: a server that polls does not see half a model.
+    draft = folder.with_name(f".{name}.{os.getpid()}.new")
+    try:
+        _fill(draft, version, config, vendor=bool(vendor))
+        draft.rename(folder)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise InvalidArgument(f"{folder} exists: somebody has just made it") from None
+        raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def _fill(folder: Path, version: int, config: str, *, vendor: bool) -> None:
+    """Write the model's files, each at once, the configuration last."""
     home = folder / str(version)
     home.mkdir(parents=True, exist_ok=True)
-    # The configuration comes last: a server that polls does not see half a model.
-    _replace_package(home / _PACKAGE.name, vendor=bool(vendor))
+    _replace_package(home / _PACKAGE.name, vendor=vendor)
     _write(home / "model.py", (_HERE / "model.py").read_text())
     _write(folder / "config.pbtxt", config)
-    return folder
 
 
 def _check_python(wanted: bool | str) -> None:
