@@ -76,9 +76,20 @@ class TritonPythonModel:
 """
 
 WITHOUT_METRICS = """
-import triton_python_backend_utils as pb_utils
+from cidalloc.triton_model import adapter
 
-del pb_utils.MetricFamily
+
+class Metrics:
+    def __init__(self, *_):
+        pass
+
+    def start(self):
+        pass
+
+    close = start
+
+
+adapter.Metrics = Metrics
 """
 
 
@@ -109,7 +120,7 @@ def repository(folder: Path, against: str) -> Path:
     config = (export(models, settings) / "config.pbtxt").read_text()
     if against == SILENT:
         code = export(models, settings, name=SILENT) / "1" / "model.py"
-        code.write_text(WITHOUT_METRICS + code.read_text())
+        code.write_text(code.read_text() + WITHOUT_METRICS)
         return models
     other = models / EMPTY / "1"
     other.mkdir(parents=True)

@@ -58,6 +58,7 @@ Parameter = int | bool | str | float
 
 _NO_IDS: IDs = np.empty(0, np.uint64)
 _NO_PARAMETERS: Mapping[str, Parameter] = {}
+_UINT64 = np.dtype(np.uint64)
 
 
 @dataclass(slots=True)
@@ -101,7 +102,7 @@ class Request:
             raise UnknownOperation(f"{CODE} {number} is no operation; there are {known}")
         if ids is None:
             ids = _NO_IDS
-        elif ids.ndim != 2 or ids.shape[0] != 1 or ids.dtype != np.uint64:
+        elif ids.ndim != 2 or ids.shape[0] != 1 or ids.dtype != _UINT64:
             raise InvalidArgument(
                 f"{CORRELATION_ID} is {ids.dtype} of the shape {list(ids.shape)}, not uint64 of"
                 " the shape [1, n]"

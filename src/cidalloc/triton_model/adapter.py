@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from cidalloc import wire
 from cidalloc._orphan import end_with_parent
 from cidalloc.codes import Code
 from cidalloc.errors import CidError, InvalidArgument
+from cidalloc.handover import IMPATIENCE_S
 from cidalloc.service import Service
 from cidalloc.triton_model.config import settings_from
 from cidalloc.triton_model.metrics import Metrics
@@ -35,6 +37,7 @@ class TritonPythonModel:
         end_with_parent()
         self._service = Service(settings_from(config), name=args["model_name"])
         self._service.start()
+        self._look_at = 0.0
         self._metrics: Metrics | None = None
         if hasattr(pb_utils, "MetricFamily"):
             self._metrics = Metrics(
@@ -56,10 +59,13 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer a batch of requests, each for itself."""
-        try:
-            self._service.poll()
-        except Exception:
-            _log.exception("could not look after the registry")
+        now = time.monotonic()
+        if now >= self._look_at:  # which costs as much as a request
+            self._look_at = now + IMPATIENCE_S
+            try:
+                self._service.poll()
+            except Exception:
+                _log.exception("could not look after the registry")
         return [self._respond(request) for request in requests]
 
     def finalize(self) -> None:
