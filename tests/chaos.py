@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -24,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import history
 import tritonclient.http
@@ -38,7 +40,7 @@ from cidalloc.errors import CidError, Unavailable
 from cidalloc.server import TritonServer
 from cidalloc.settings import Settings
 from cidalloc.store import writer_of
-from cidalloc.wire import Request, as_ids
+from cidalloc.wire import IDs, Request, as_ids
 
 _HERE = Path(__file__).parent
 GRACE_S, COOLDOWN_S = 1.0, 1.0
@@ -227,16 +229,27 @@ class Chaos:
         self.seen["with room again: " + self._hoard()] += 1
 
     def _hoard(self) -> str:
-        """Take many IDs without a session and give them back; return the outcome."""
-        transport = connect(self.server.grpc_url)
-        with contextlib.closing(transport):
-            try:
-                new = Request(Operation.NEW, as_ids([]), {"count": self._hoarded})
-                cids, _ = transport.call("cidmgr", new, 5.0)
-                transport.call("cidmgr", Request(Operation.DELETE, cids, {"ended": True}), 5.0)
-            except CidError as error:
-                return error.code.name
-        return "OK"
+        """Take many IDs and give them back, as soon as the manager answers; return the outcome."""
+        token, seq = {"session": os.urandom(16).hex()}, itertools.count(1)
+        deadline = time.monotonic() + 20
+        with contextlib.closing(connect(self.server.grpc_url)) as transport:
+
+            def ask(operation: Operation, cids: IDs, **more: Any) -> IDs:
+                request = Request(operation, cids, {**token, **more})
+                return transport.call("cidmgr", request, 5.0)[0]
+
+            while True:
+                try:
+                    ask(Operation.OPEN, as_ids([]), ttl_ms=int(TTL_S * 1000))
+                    cids = ask(Operation.NEW, as_ids([]), seq=next(seq), count=self._hoarded)
+                    ask(Operation.DELETE, cids, seq=next(seq), ended=True)
+                    return "OK"
+                except CidError as error:
+                    if "make room" in str(error):
+                        return "FULL"
+                    if not isinstance(error, Unavailable) or time.monotonic() > deadline:
+                        return error.code.name
+                time.sleep(0.1)
 
     def _stub(self) -> int:
         return writer_of(self.state / "cidmgr.cidalloc")[0] or self.server.pid

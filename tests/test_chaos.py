@@ -23,5 +23,5 @@ def test_no_promise_is_broken(tmp_path: Path) -> None:
     assert set(report.faults) == set(FAULTS) - set(report.left_out)
     assert report.seen["sums"] > 100
     if "fill the disk" not in report.left_out:
-        assert report.seen["on a full disk: UNAVAILABLE"], report.seen
+        assert report.seen["on a full disk: FULL"], report.seen
         assert report.seen["with room again: OK"], report.seen
