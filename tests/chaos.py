@@ -31,6 +31,7 @@ import history
 import tritonclient.http
 from chaos_client import IDLE_S, TTL_S
 from proxy import Proxy
+from tritonclient.utils import InferenceServerException
 
 from cidalloc import demo
 from cidalloc.client import Client
@@ -144,7 +145,8 @@ class Chaos:
 
     def _serve(self) -> TritonServer:
         options = ["--model-control-mode=explicit", "--load-model=*"]
-        server = TritonServer(self._models, arguments=options)
+        log = self.logs / f"triton{next(self._names)}.log"
+        server = TritonServer(self._models, arguments=options, log=log)
         server.start()
         return server
 
@@ -172,9 +174,17 @@ class Chaos:
         for at, fault, lasting in list(self.schedule(seconds)):
             time.sleep(max(0.0, began + at - time.monotonic()))
             print(f"{time.monotonic() - began:6.1f} s: {fault}", flush=True)
-            getattr(self, "_" + fault.replace(" ", "_"))(lasting)
+            try:
+                getattr(self, "_" + fault.replace(" ", "_"))(lasting)
+            except (OSError, InferenceServerException):
+                # Triton 2.51 crashes or hangs at times when a model's process dies in a request.
+                self.seen["Triton did not outlive it"] += 1
+                self._kill_the_server(0.0)
             self.faults[fault] += 1
         time.sleep(TTL_S)
+        if self.server.poll() is not None:
+            self.seen["Triton did not outlive it"] += 1
+            self._kill_the_server(0.0)
         self._rest()
 
     def _kill_a_client(self, _: float) -> None:
@@ -196,7 +206,8 @@ class Chaos:
         self._stop(self._stub(), seconds)
 
     def _kill_the_server(self, seconds: float) -> None:
-        os.kill(self.server.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.server.pid, signal.SIGKILL)
         self.server.stop()
         time.sleep(min(seconds, 1.0))
         self.server = self._serve()
