@@ -173,19 +173,25 @@ class Chaos:
         began = time.monotonic()
         for at, fault, lasting in list(self.schedule(seconds)):
             time.sleep(max(0.0, began + at - time.monotonic()))
+            self._revive()
             print(f"{time.monotonic() - began:6.1f} s: {fault}", flush=True)
             try:
                 getattr(self, "_" + fault.replace(" ", "_"))(lasting)
             except (OSError, InferenceServerException):
-                # Triton 2.51 crashes or hangs at times when a model's process dies in a request.
-                self.seen["Triton did not outlive it"] += 1
-                self._kill_the_server(0.0)
+                self._revive(hangs=True)
             self.faults[fault] += 1
         time.sleep(TTL_S)
-        if self.server.poll() is not None:
+        self._revive()
+        self._rest()
+
+    def _revive(self, *, hangs: bool = False) -> None:
+        """Start Triton anew: 2.51 at times does not outlive that a model's process dies or stops.
+
+        It crashes, or hangs, when that process has a request.
+        """
+        if hangs or self.server.poll() is not None:
             self.seen["Triton did not outlive it"] += 1
             self._kill_the_server(0.0)
-        self._rest()
 
     def _kill_a_client(self, _: float) -> None:
         at = self.dice.randrange(len(self.clients))
@@ -243,24 +249,27 @@ class Chaos:
         """Take many IDs and give them back, as soon as the manager answers; return the outcome."""
         token, seq = {"session": os.urandom(16).hex()}, itertools.count(1)
         deadline = time.monotonic() + 20
-        with contextlib.closing(connect(self.server.grpc_url)) as transport:
 
-            def ask(operation: Operation, cids: IDs, **more: Any) -> IDs:
-                request = Request(operation, cids, {**token, **more})
+        def ask(operation: Operation, cids: IDs, **more: Any) -> IDs:
+            request = Request(operation, cids, {**token, **more})
+            with contextlib.closing(connect(self.server.grpc_url)) as transport:
                 return transport.call("cidmgr", request, 5.0)[0]
 
-            while True:
-                try:
-                    ask(Operation.OPEN, as_ids([]), ttl_ms=int(TTL_S * 1000))
-                    cids = ask(Operation.NEW, as_ids([]), seq=next(seq), count=self._hoarded)
-                    ask(Operation.DELETE, cids, seq=next(seq), ended=True)
-                    return "OK"
-                except CidError as error:
-                    if "make room" in str(error):
-                        return "FULL"
-                    if not isinstance(error, Unavailable) or time.monotonic() > deadline:
-                        return error.code.name
-                time.sleep(0.1)
+        while True:
+            try:
+                ask(Operation.OPEN, as_ids([]), ttl_ms=int(TTL_S * 1000))
+                cids = ask(Operation.NEW, as_ids([]), seq=next(seq), count=self._hoarded)
+                ask(Operation.DELETE, cids, seq=next(seq), ended=True)
+                return "OK"
+            except Unavailable as error:
+                if "make room" in str(error):
+                    return "FULL"
+                if time.monotonic() > deadline:
+                    raise TimeoutError from None
+            except CidError as error:
+                return error.code.name
+            self._revive()
+            time.sleep(0.1)
 
     def _stub(self) -> int:
         return writer_of(self.state / "cidmgr.cidalloc")[0] or self.server.pid

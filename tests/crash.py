@@ -110,7 +110,7 @@ def _all_free(registry: Registry, at: int) -> list[int]:
     got: list[int] = []
     while len(got) < MOST:
         try:
-            got += registry._issue(1, at).tolist()
+            got += registry._records.issue(1, at, registry._now).tolist()
         except Exhausted:
             break
     return got

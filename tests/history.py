@@ -2,8 +2,8 @@
 
 An operation is a line of type ``invoke`` when it begins and one of type ``ok`` or ``fail`` when it
 returns, or ``refused`` if it was not even sent; without the second one nobody knows whether it
-happened. What takes no time is a line
-``ok`` alone. Times are seconds of one clock. The checker knows nothing of cidalloc's code.
+happened. What takes no time is a line ``ok`` alone. Times are seconds of one clock. The checker
+knows nothing of cidalloc's code.
 
 By a client: ``message`` (`session`, `operation`; an ``OPEN`` has `first`, when its token was first
 sent), ``hold`` (`cid`, `holder`, `session`, and `need`: seconds for which Triton may know a

@@ -127,7 +127,7 @@ def write(mutant: Mutant, folder: Path) -> None:
         raise SystemExit(f"{mutant.file} has not {mutant.old!r} once: bring the mutant up to date")
     text = text.replace(mutant.old, mutant.new)
     if "self._leave(" in mutant.new:
-        text = text.replace("\n    def _digest(", _LEAVE + "\n    def _digest(")
+        text = text.replace("\n    def _renewed(", _LEAVE + "\n    def _renewed(")
     file.write_text(text)
 
 

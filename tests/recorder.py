@@ -92,7 +92,7 @@ def _watch(name: str, what: str, method: Callable[..., Any]) -> Callable[..., An
     def call(self: Any, *args: Any, **named: Any) -> Any:
         assert writer is not None
         token = named.get("token", None if name in ("acquire", "release") else args[0])
-        at = self.sessions.find(self._digest(token)) if token else 0
+        at = self.sessions.find(self._records.digest(token)) if token else 0
         who = self.sessions.generation(at) if at else 0
         now = max(self._now, args[1]) / 1000
         more = _asked(self, name, args, named)

@@ -56,7 +56,7 @@ class World:
 
     def number(self, name: str) -> int:
         registry = self.registry
-        return registry.sessions.find(registry._digest(token(name)))
+        return registry.sessions.find(registry._records.digest(token(name)))
 
     def of(self, name: str) -> bytes | None:
         return token(name) if name else None

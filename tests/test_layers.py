@@ -18,6 +18,7 @@ LAYERS = [
     {"_sessions", "settings", "layout", "locks"},
     {"store"},
     {"upgrade"},
+    {"records"},
     {"registry"},
     {"handover"},
     {"service", "server"},
@@ -29,7 +30,7 @@ LAYERS = [
 FORBIDDEN = {
     "client": {
         *("_alloc", "_mapping", "_orphan", "_sessions", "settings", "store"),
-        *("layout", "locks", "upgrade", "registry", "handover", "service", "server"),
+        *("layout", "locks", "upgrade", "records", "registry", "handover", "service", "server"),
     }
 }
 

@@ -17,7 +17,7 @@ PUBLIC = {
     "cidalloc": ["Allocator", "CidError", "Code", "__version__"],
     "cidalloc.client": ["AsyncClient", "AsyncSequence", "Client", "Sequence"],
     "cidalloc.codes": ["Code", "Operation"],
-    "cidalloc.registry": ["SHOWN", "Grant", "Registry", "shape_for"],
+    "cidalloc.registry": ["SHOWN", "Grant", "Registry"],
     "cidalloc.settings": ["MAX_SESSIONS", "Settings"],
     "cidalloc.service": ["Service", "boottime_ms"],
     "cidalloc.server": ["TritonServer"],

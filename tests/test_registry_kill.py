@@ -198,7 +198,7 @@ class Model:
 
 
 def _find(registry: Registry, name: str) -> int:
-    at: int = registry.sessions.find(registry._digest(token(name)))
+    at: int = registry.sessions.find(registry._records.digest(token(name)))
     return at
 
 

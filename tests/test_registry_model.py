@@ -162,7 +162,7 @@ class Histories(RuleBasedStateMachine):
         self.registry.tick(self.now)
         pool, table = self.registry.pool, self.registry.sessions
         for token, session in list(self.sessions.items()):
-            if table.find(self.registry._digest(token)):
+            if table.find(self.registry._records.digest(token)):
                 assert self.now <= session.expires + TICK, "L: expired, and still there"
             else:
                 assert self.now > session.expires, "L: expired too early"
@@ -478,7 +478,7 @@ class Histories(RuleBasedStateMachine):
         registry, table = self.registry, self.registry.sessions
         registry._check()
         for token, session in self.sessions.items():
-            at = table.find(registry._digest(token))
+            at = table.find(registry._records.digest(token))
             assert set(registry.pool.held_by(at).tolist()) == session.held, "O"
             assert table.seq(at) == session.seq
             assert table.generation(at) == session.grant.generation

@@ -136,7 +136,7 @@ class World:
     def cut(self) -> None:
         """Cut the power, and look what the next boot makes of it."""
         for name, ids in self.sessions.items():
-            at = self.registry.sessions.find(self.registry._digest(token(name)))
+            at = self.registry.sessions.find(self.registry._records.digest(token(name)))
             if at:
                 left = self.registry.sessions.ttl(at) + GRACE + self.cooldowns[name]
                 self.cool(ids, left)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from .errors import CidError, RegistryLocked, Unavailable
 from .locks import process_id
-from .registry import Registry, shape_for
+from .records import shape_for
+from .registry import Registry
 from .settings import Settings
 from .store import Claim, Store, writer_of
 

@@ -1,4 +1,4 @@
-"""The registry: a pool and its sessions, and the rules by which IDs come and go.
+"""The registry: the rules by which IDs and sessions come and go.
 
 It has no clock: every call takes ``now``, in milliseconds since the machine was started. It does
 not take turns either: whoever has several threads sees to that. `docs/design.md` says what always
@@ -7,7 +7,6 @@ holds, and why no fault can undo it.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,8 @@ from uuid import UUID
 import numpy as np
 
 from ._alloc import Allocator
-from ._sessions import Sessions
 from .errors import (
     Duplicate,
-    Exhausted,
     InvalidArgument,
     LimitExceeded,
     NotOwner,
@@ -29,19 +26,18 @@ from .errors import (
     SessionUnknown,
     Unavailable,
 )
-from .layout import Kind, Shape, Word
+from .layout import Word
+from .records import NO_BOOT, Records, shape_for, waiting_for
 from .settings import Settings
 from .store import Store
-from .wire import MAX_COOLDOWN_MS, IDs
+from .wire import IDs
 
-__all__ = ["SHOWN", "Grant", "Registry", "shape_for"]
+__all__ = ["SHOWN", "Grant", "Registry"]
 
-_SMALL = 2**24  # a pool of fewer IDs has no place where nobody is likely to be
 _SLICES = 8  # anonymous IDs of so much of their age share a session
 _LABEL_BYTES = 64
 _LOOKS = 50  # at a file that somebody writes
 SHOWN = 100  # sessions in a status
-_NO_BOOT = bytes(16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,58 +71,20 @@ class Registry:
         settings: Settings,
         now: int,
         store: Store | None = None,
-        boot: bytes = _NO_BOOT,
+        boot: bytes = NO_BOOT,
         moving: bool = False,
     ) -> None:
         self.settings = settings
         self.expired = 0
         self.released: Counter[str] = Counter()
         self.acquired = 0
-        waiting = 0
-        if store is None:
-            store = Store.memory(shape_for(settings))
-            store.boot, waiting = boot, _waiting(settings)
-        self.store = store
-        shape, reuse_at = store.shape, None
-        generation = store.header[Word.GENERATION]
-        if waiting:
-            store.grow(Kind.BLOCKS, shape.count)
-            reuse_at = now + waiting
-        elif store.boot != boot:
-            # The times are of another clock, and the last stores may be lost. Generations leap, so
-            # that none comes twice; then whatever a session may have had cools for long enough.
-            generation = (generation | 2**32 - 1) + 1
-            reuse_at = now + max(store.header[Word.HORIZON], settings.cooldown_ms)
-        suspect = reuse_at is not None
-        try:
-            holders = Sessions.holders(store.rows, store.ready_rows, generation, suspect)
-            self.pool = Allocator(
-                shape.capacity,
-                shape.first,
-                shape.block,
-                start=shape.start,
-                buffer=store.blocks,
-                ready=store.ready_blocks,
-                holders=holders,
-                latest=now + max(MAX_COOLDOWN_MS, store.header[Word.HORIZON]),
-                reuse_at=reuse_at,
-                moving=moving,
-            )
-        except RegistryCorrupt as error:
-            raise RegistryCorrupt(f"{store.path}: {error}") from None
-        store.header[Word.GENERATION] = generation
-        self.sessions = Sessions(self.pool, store.rows, store.ready_rows)
-        store.sign()
-        self._uuid = store.uuid  # a forked child has no header
-        self._horizon: int = store.header[Word.HORIZON]
+        self._records = records = Records(settings, now, store, boot, moving)
+        self.store, self.pool, self.sessions = records.store, records.pool, records.sessions
         self._now = self._opened_at = now
         self._closed = False
-        for at in self.sessions.recover(holders, now, settings.grace_ms):
+        for at in records.ending:
             self._end(at, self.sessions.cooldown(at))
         self._anonymous = [at for at in self.sessions.numbers() if self.sessions.anonymous(at)]
-        if suspect and not waiting:
-            store.sync()
-            store.boot = boot
 
     @classmethod
     def in_file(cls, path: Path, settings: Settings, now: int, boot: bytes) -> Registry:
@@ -134,7 +92,7 @@ class Registry:
 
         Raises what `Store.open` does.
         """
-        store = Store.open(path, shape_for(settings), boot=boot, waiting_ms=_waiting(settings))
+        store = Store.open(path, shape_for(settings), boot=boot, waiting_ms=waiting_for(settings))
         try:
             return cls(settings, now, store, boot)
         except BaseException:
@@ -187,7 +145,7 @@ class Registry:
             InvalidArgument: a label that is none.
         """
         self._advance(now)
-        digest = self._digest(token)
+        digest = self._records.digest(token)
         at = self.sessions.find(digest)
         if at:
             return Grant(self.sessions.generation(at), self.sessions.ttl(at))
@@ -207,8 +165,8 @@ class Registry:
                 f"{limits.max_sessions} sessions are open, as many as max_sessions allows"
             )
         cooldown = self._cooldown(cooldown_ms if cooldown_ms is not None else 0)
-        self._reckon(ttl_ms + limits.grace_ms + cooldown)
-        at = self._new_session(digest, ttl_ms, ttl_ms + limits.grace_ms, cooldown, name)
+        self._records.reckon(ttl_ms + limits.grace_ms + cooldown)
+        at = self._records.open(digest, self._now, ttl_ms, ttl_ms + limits.grace_ms, cooldown, name)
         return Grant(self.sessions.generation(at), ttl_ms)
 
     def renew(self, token: bytes, now: int) -> Grant:
@@ -301,9 +259,9 @@ class Registry:
         if token is not None:
             cooldown = self._cooldown(cooldown_ms)
             if cooldown > self.sessions.cooldown(at):
-                self._reckon(self.sessions.ttl(at) + limits.grace_ms + cooldown)
+                self._records.reckon(self.sessions.ttl(at) + limits.grace_ms + cooldown)
                 self.sessions.raise_cooldown(at, cooldown)
-        ids = self._issue(count, at)
+        ids = self._records.issue(count, at, self._now)
         if token is not None:
             self.sessions.set_seq(at, seq)
         self.acquired += count
@@ -354,7 +312,7 @@ class Registry:
         if ended:
             cooldown = self.settings.cooldown_ms
         if token is not None:
-            self._reckon(cooldown)
+            self._records.reckon(cooldown)
             self.pool.release_many(ids, at, self._now + cooldown)
             self.sessions.set_seq(at, seq)
         else:
@@ -377,7 +335,7 @@ class Registry:
     @property
     def uuid(self) -> UUID:
         """The registry's identity, which it keeps for as long as its file."""
-        return self._uuid
+        return self._records.uuid
 
     def status(self, now: int, sessions: int = SHOWN) -> dict[str, Any]:
         """Return what a person or a program wants to know, with at most so many sessions."""
@@ -447,13 +405,10 @@ class Registry:
     def _end(self, at: int, cooldown: int) -> int:
         return self.sessions.end(at, self._now + max(cooldown, self.settings.cooldown_ms))
 
-    def _digest(self, token: bytes) -> bytes:
-        return hashlib.blake2b(token, digest_size=16, key=self.store.secret).digest()
-
     def _renewed(self, token: bytes, now: int) -> int:
         """Return the number of a session after its lease was renewed."""
         self._advance(now)
-        at = self.sessions.find(self._digest(token))
+        at = self.sessions.find(self._records.digest(token))
         if not at:
             raise SessionUnknown(
                 "no such session: it was closed, has expired, or is one of another registry"
@@ -476,26 +431,6 @@ class Registry:
             )
         return max(asked, self.settings.cooldown_ms)
 
-    def _reckon(self, time_ms: int) -> None:
-        """Note on the disk for how long an ID may be in use from now on, before it is."""
-        if time_ms > self._horizon:
-            horizon = 1 << (time_ms - 1).bit_length()  # seldom, since each one is a sync
-            self.store.header[Word.HORIZON] = horizon
-            self.store.sync()
-            self._horizon = horizon
-
-    def _new_session(self, digest: bytes, ttl: int, lease: int, cooldown: int, label: bytes) -> int:
-        header = self.store.header
-        header[Word.GENERATION] += 1
-        arguments = (digest, header[Word.GENERATION], self._now + lease, ttl, cooldown)
-        at = self.sessions.open(*arguments, self._now, label)
-        if not at:
-            self.store.grow(Kind.ROWS, 1)
-            self.sessions.set_ready(self.store.ready_rows)
-            at = self.sessions.open(*arguments, self._now, label)
-        assert at, "a row for every session that the settings allow"
-        return at
-
     def _anonymous_session(self, now: int) -> int:
         """Return the session that holds what is taken without one at about this time."""
         self._advance(now)
@@ -509,35 +444,10 @@ class Registry:
         cooldown = self._cooldown(None)
         # Nobody knows for how long these are in use. If a power cut makes us forget one, it cools
         # for no shorter than if it had been a session's.
-        self._reckon(self.settings.max_ttl_ms + self.settings.grace_ms + cooldown)
-        at = self._new_session(b"", lease, lease, cooldown, b"")
+        self._records.reckon(self.settings.max_ttl_ms + self.settings.grace_ms + cooldown)
+        at = self._records.open(b"", self._now, lease, lease, cooldown, b"")
         self._anonymous.append(at)
         return at
-
-    def _issue(self, count: int, at: int) -> IDs:
-        pool, full = self.pool, None
-        need = count // pool.block + 1
-        # Once more if it came to the end of the pool, to go on at its beginning.
-        while not full and pool.opened + need > pool.ready and pool.ready < self.store.shape.count:
-            try:
-                self.store.grow(Kind.BLOCKS, need)
-            except Unavailable as error:
-                full = error  # what was given back may do
-            pool.ready = self.store.ready_blocks
-        try:
-            return pool.acquire_many(count, at, self._now)
-        except Exhausted:
-            raise full or Exhausted(self._why_exhausted(count)) from None
-
-    def _why_exhausted(self, count: int) -> str:
-        pool, due = self.pool, self.pool.next_due
-        when = "none is cooling"
-        if due is not None:
-            when = f"the next is due in {max(due - self._now, 0) / 1e3:.1f} s"
-        return (
-            f"cannot issue {count} of {pool.capacity} IDs: {pool.active} are held,"
-            f" {pool.cooling} are cooling; {when}"
-        )
 
     def _release_anonymous(self, ids: IDs, cooldown: int) -> None:
         owners = [self.pool.owner_of(cid) for cid in ids.tolist()]
@@ -545,7 +455,7 @@ class Registry:
             if owner not in self._anonymous:
                 raise NotOwner(f"ID {cid} belongs to a session, which alone releases it")
         reuse_at = self._now + cooldown
-        self._reckon(cooldown)  # not before it is known that they can be released
+        self._records.reckon(cooldown)  # not before it is known that they can be released
         if len(set(owners)) == 1:
             self.pool.release_many(ids, owners[0], reuse_at)
             return
@@ -554,21 +464,3 @@ class Registry:
         for owner in set(owners):
             part = np.array([owner == each for each in owners])
             self.pool.release_many(ids[part], owner, reuse_at)
-
-
-def shape_for(settings: Settings) -> Shape:
-    """Return the pool for the settings, which begins at a random place if it has a past.
-
-    Its blocks have a width of 1: every ID for itself, so that nothing is pinned. The manager's cost
-    is the round trip, not the allocator.
-    """
-    if settings.fresh or settings.capacity < _SMALL:
-        return Shape(settings.first, settings.capacity, 1)
-    return Shape.anywhere(settings.first, settings.capacity, 1)
-
-
-def _waiting(settings: Settings) -> int:
-    """Return for how many milliseconds a new registry issues nothing."""
-    if settings.fresh or settings.capacity >= _SMALL:
-        return 0
-    return settings.max_ttl_ms + settings.grace_ms
