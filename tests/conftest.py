@@ -108,6 +108,17 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def few(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository of few models, for tests that need a server of their own: it starts sooner."""
+    folder = tmp_path_factory.mktemp("few")
+    for name in ("cidmgr", demo.MODEL, "patient_sequence"):
+        shutil.copytree(
+            repository / name, folder / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    return folder
+
+
+@pytest.fixture(scope="session")
 def triton(repository: Path) -> Iterator[TritonServer]:
     """The real server. Without it these tests fail; they are never skipped."""
     server = TritonServer(repository)

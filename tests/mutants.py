@@ -28,6 +28,7 @@ class Mutant:
     old: str
     new: str
     rules: str
+    seed: int = 0  # some need rare luck
 
 
 _RELEASE = "self.pool.release_many(ids, at, self._now + cooldown)"
@@ -67,6 +68,7 @@ MUTANTS = [
         'self.released["expired"] += self._end(at, self.sessions.cooldown(at))',
         'self.released["expired"] += self._end(at, 0)',
         "F",
+        190,
     ),
     Mutant(
         "use after the lease",
@@ -150,4 +152,4 @@ def run(mutant: Mutant, runs: int, seed: int = 0) -> str:
 
 if __name__ == "__main__":
     for each in MUTANTS:
-        print(f"{each.name}: {run(each, 300) or 'NOT NOTICED'}", flush=True)
+        print(f"{each.name}: {run(each, 500, each.seed) or 'NOT NOTICED'}", flush=True)

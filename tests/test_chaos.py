@@ -1,12 +1,11 @@
 """A short form of `make chaos`: a real server, some clients, and each fault at least once.
 
-CIDALLOC_SEED says which; it is printed.
+CIDALLOC_SEED says in which order.
 """
 
 from __future__ import annotations
 
 import os
-import random
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,7 @@ from chaos import FAULTS, run
 @pytest.mark.server
 @pytest.mark.timeout(300)
 def test_no_promise_is_broken(tmp_path: Path) -> None:
-    seed = int(os.environ.get("CIDALLOC_SEED", random.randrange(2**32)))
-    print(f"seed {seed}")
+    seed = int(os.environ.get("CIDALLOC_SEED", "7"))
     report = run(seed, 25.0, 6, tmp_path / "histories")
     assert not report.wrong, f"seed {seed}: {report.wrong[:10]}"
     assert set(report.faults) == set(FAULTS) - set(report.left_out)

@@ -223,8 +223,8 @@ def test_top_in_a_terminal(opened: Opened, triton: TritonServer, key: str) -> No
 
 
 @pytest.mark.server
-def test_top_outlives_the_server(opened: Opened, repository: Path) -> None:
-    with TritonServer(repository) as server:
+def test_top_outlives_the_server(opened: Opened, few: Path) -> None:
+    with TritonServer(few) as server:
         terminal = opened("top", server.grpc_url, "--interval", "0.2", "--timeout", "1")
         terminal.until("a restart forgets")
     terminal.until("no answer")

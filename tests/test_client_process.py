@@ -114,9 +114,9 @@ def executions(triton: TritonServer) -> int:
 
 
 @pytest.mark.server
-def test_a_server_that_is_away_for_a_while_costs_no_sequence(repository: Path) -> None:
+def test_a_server_that_is_away_for_a_while_costs_no_sequence(few: Path) -> None:
     """Stopped and continued: what was idle meanwhile and still lives there goes on."""
-    with TritonServer(repository) as server:
+    with TritonServer(few) as server:
         with Client(server.grpc_url, ttl=30.0, timeout=1.0) as cids:
             with cids.sequence("patient_sequence", timeout=20.0) as sequence:
                 sequence.infer(number(1))

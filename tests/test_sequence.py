@@ -405,9 +405,9 @@ def test_what_waits_in_line_may_be_cancelled(triton: TritonServer) -> None:
 
 
 @pytest.fixture
-def frozen(repository: Path) -> Iterator[tuple[Client, TritonServer]]:
+def frozen(few: Path) -> Iterator[tuple[Client, TritonServer]]:
     """A server that a test may stop and kill."""
-    with TritonServer(repository) as server:
+    with TritonServer(few) as server:
         with Client(server.grpc_url, timeout=1.0) as client:
             yield client, server
         with contextlib.suppress(ProcessLookupError):
