@@ -447,6 +447,22 @@ def test_a_server_that_dies_or_hangs(
         assert threading.active_count() <= threads + 2, threading.enumerate()
 
 
+@pytest.mark.server
+def test_a_broken_stream_fails_the_future_not_the_call(frozen: tuple[Client, TritonServer]) -> None:
+    """Whether the stream broke before a request or after it is nothing a caller could know."""
+    client, server = frozen
+    sequence = client.sequence(MODEL, streaming=True, timeout=1.0)
+    sequence.infer(number(1))
+    os.kill(server.pid, signal.SIGKILL)
+    stream = sequence._sender._triton._stream  # type: ignore[union-attr]
+    deadline = time.monotonic() + 10
+    while stream._active and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not stream._active
+    assert isinstance(sequence.async_infer(number(1)).exception(0), errors.Unavailable)
+    sequence.close()
+
+
 def test_threads_leave_no_files_open(triton: TritonServer) -> None:
     """The HTTP client would give every thread files of its own, and never close them."""
     with Client(triton.http_url) as cids:

@@ -89,6 +89,9 @@ class Sequence(Talk):
 
         The model gets the requests in the order of the calls. On a stream they are sent without
         waiting for answers; otherwise each is sent when the one before it was answered.
+
+        Raises:
+            InvalidArgument: as `infer`. What goes wrong with the request is in the future.
         """
         return self._submit(inputs, end, options, self._sender.async_infer)
 
@@ -208,11 +211,12 @@ class _StreamSender:
         except BaseException as error:
             with self._lock:
                 self._waiting.pop(number, None)
-            if isinstance(error, InferenceServerException) and "valid state" in str(error):
-                raise Unavailable(
-                    f"the stream to {self._url} broke: open a new sequence"
-                ) from error
-            raise
+            if not (isinstance(error, InferenceServerException) and "valid state" in str(error)):
+                raise
+            # It broke before this request, not after: the caller cannot know which, so need not.
+            broke = Unavailable(f"the stream to {self._url} broke: open a new sequence")
+            broke.__cause__ = error
+            future.set_exception(broke)
         return future
 
     async_infer = infer
