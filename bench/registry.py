@@ -152,6 +152,41 @@ def expiry(folder: Path, held: int) -> str:
     return f"| {held:,} | {taken:,.2f} ms | {taken / held * 1e6:,.0f} ns |"
 
 
+def memories(folder: Path, held: int) -> str:
+    """Give IDs back and take others, in a registry in a file and in one without, in turns."""
+    both = [
+        Registry.in_file(folder / "memory", settings(2**22), 0, BOOT),
+        Registry(settings(2**22), 0),
+    ]
+    dice = np.random.default_rng(1)
+    own = []
+    for registry in both:
+        registry.open(token(1), 0, ttl_ms=10**6)
+        own.append(registry.acquire(held, 0, token=token(1), seq=1))
+    seq = 1
+
+    def swap(which: int, places: list[int]) -> float:
+        registry, ids, at = both[which], own[which], seq
+        began = time.perf_counter()
+        for place in places:
+            at += 2
+            registry.release(ids[place : place + 1], 0, token=token(1), seq=at, cooldown_ms=0)
+            ids[place] = registry.acquire(1, 0, token=token(1), seq=at + 1)[0]
+        return time.perf_counter() - began
+
+    ratios = []
+    for turn in range(-1, 31):  # the first one warms up
+        places = dice.integers(0, held, 2_000).tolist()
+        times = [swap(which, places) for which in ((0, 1) if turn % 2 else (1, 0))]
+        seq += 2 * len(places)
+        if turn >= 0:
+            ratios.append(times[0] / times[1] if turn % 2 else times[1] / times[0])
+    for registry in both:
+        registry.close()
+    (folder / "memory").unlink()
+    return f"| {held:,} | {statistics.median(ratios):.2f} |"
+
+
 def main() -> None:
     """Measure everything."""
     options = argparse.ArgumentParser(description=__doc__)
@@ -177,6 +212,9 @@ def main() -> None:
         print("\n| IDs of a session that expires | in all | per ID |\n|---|---|---|")
         for held in (1, 1_000, 1_000_000):
             print(expiry(folder, held), flush=True)
+        print("\n| held IDs | DELETE and NEW: in a file / in memory |\n|---|---|")
+        for held in (1_000, 1_000_000):
+            print(memories(folder, held), flush=True)
 
 
 if __name__ == "__main__":
