@@ -1,6 +1,7 @@
 """What one operation of the registry costs when many IDs are held, and many sessions are open.
 
-It must stay flat. IDs and sessions are picked at random, so what grows is what the caches miss; the
+It must stay flat. IDs and sessions are picked at random, so the caches miss more the more there are.
+What one such miss costs stands beside it: a loop that changes one record's worth of memory. The
 ratios are to the first row of the same run. `make scale` runs this; ARGS="--ids 1e6" stops early.
 100 million held IDs take 3.5 GB.
 """
@@ -58,8 +59,18 @@ def each_ns(work: Callable[[int], object], choices: Callable[[], int]) -> float:
 
 
 def held(count: int) -> list[float]:
-    """Return the cost of a swap in the core, of one in the registry, and the bytes an ID takes."""
-    return [core(count), *in_registry(count)]
+    """Return the cost of a miss, of a swap in core and registry, and the bytes an ID takes."""
+    return [touch(count), core(count), *in_registry(count)]
+
+
+def touch(count: int) -> float:
+    """Change 8 of the 32 bytes that one of so many IDs has."""
+    memory = memoryview(np.ones(4 * count, np.uint64))
+
+    def change(at: int) -> None:
+        memory[4 * at] = 2
+
+    return each_ns(change, lambda: DICE.randrange(count))
 
 
 def core(count: int) -> float:
@@ -139,7 +150,12 @@ def main() -> None:
     parser.add_argument("--sessions", type=float, default=1e6, help="at most so many")
     options = parser.parse_args()
     print("Nanoseconds, and the ratio to the first row.")
-    names = ["core: release + acquire", "registry: DELETE + NEW", "bytes an ID"]
+    names = [
+        "one record touched",
+        "core: release + acquire",
+        "registry: DELETE + NEW",
+        "bytes an ID",
+    ]
     table("held IDs", names, [10**n for n in range(3, 9) if 10**n <= options.ids], held)
     names = ["renew", "NEW + DELETE", "bytes a session"]
     table("sessions", names, [10**n for n in range(7) if 10**n <= options.sessions], sessions)
