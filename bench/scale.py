@@ -1,9 +1,9 @@
 """What one operation of the registry costs when many IDs are held, and many sessions are open.
 
-It must stay flat. IDs and sessions are picked at random, so the caches miss more the more there are.
-What one such miss costs stands beside it: a loop that changes one record's worth of memory. The
-ratios are to the first row of the same run. `make scale` runs this; ARGS="--ids 1e6" stops early.
-100 million held IDs take 3.5 GB.
+It must stay flat. IDs and sessions are picked at random, so the caches miss more the more there
+are. What one such miss costs stands beside it: a loop that changes one record's worth of memory.
+The ratios are to the first row of the same run. `make scale` runs this; ARGS="--ids 1e6" stops
+early. 100 million held IDs take 3.5 GB.
 """
 
 from __future__ import annotations
