@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from cidalloc import wire
 from cidalloc.client._flow import Config, Event, Flow, Idle, Send
 from cidalloc.client._session import Session
+from cidalloc.codes import Operation
 from cidalloc.errors import CidError, Unavailable
 from cidalloc.service import Service
 from cidalloc.settings import Settings
@@ -29,6 +30,7 @@ class World:
         self.service = Service(settings, self.clock)
         self.fates: list[str] = []  # of the next requests: "lost", "unanswered", "late" or "ok"
         self.late: list[wire.Request] = []
+        self.lies: dict[Operation, Event] = {}  # what is answered once, while nothing is done
         self.sent: list[wire.Request] = []
         self.lost_after = 0.5  # seconds that a request takes whose answer does not come
 
@@ -60,6 +62,8 @@ class World:
             return Event()
         assert isinstance(effect, Send)
         self.sent.append(effect.request)
+        if effect.request.operation in self.lies:
+            return self.lies.pop(effect.request.operation)
         fate = self.fates.pop(0) if self.fates else "ok"
         if fate == "ok":
             return self.apply(effect.request)

@@ -52,10 +52,13 @@ def test_usage_errors(arguments: list[str]) -> None:
         (["stress", "-p", "0"], "error: INVALID_ARGUMENT: "),
         (["model", "DIR", "-n", "a/b"], "error: INVALID_ARGUMENT: "),
         (["model", "DIR", "-m", "0"], "error: INVALID_ARGUMENT: "),
+        (["model", "/dev/null/models", "--no-state"], "error: INVALID_ARGUMENT: [Errno 20] "),
+        (["model", "DIR", "--state", "DIR/state"], "error: INVALID_ARGUMENT: --state "),
+        (["model", "DIR", "--state", "DIR", "--no-state"], "error: INVALID_ARGUMENT: --state "),
     ],
 )
 def test_an_error_is_one_line(arguments: list[str], start: str, tmp_path: Path) -> None:
-    done = run(*[str(tmp_path / "models") if each == "DIR" else each for each in arguments])
+    done = run(*[each.replace("DIR", str(tmp_path / "models")) for each in arguments])
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.startswith(start)
@@ -110,6 +113,7 @@ def test_what_is_chosen_stands_in_the_configuration(tmp_path: Path) -> None:
         (["--cooldown", "soon"], 2, "'soon' is no time"),
         (["--capacity", "0"], 1, "error: INVALID_ARGUMENT: capacity=0 is not"),
         (["--min-ttl", "1h"], 1, "min_ttl_ms=3600000 is more than max_ttl_ms"),
+        (["--cooldown", "2m", "--max-cooldown", "1m"], 1, "cooldown_ms=120000 is more than"),
         (["--batch-size", "0"], 1, "batch_size=0"),
         (["--python", "3.10"], 1, "--python goes with --vendor"),
         (["--vendor", "--python", "2.7"], 1, "the server has 2.7: run this command with"),

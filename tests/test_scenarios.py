@@ -7,8 +7,13 @@ results are wrapped, and the scenario's coroutine never really waits.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
+import os
+import signal
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +21,7 @@ import pytest
 import tritonclient.grpc
 import tritonclient.http
 from loopback import AsyncLoopback, Loopback
+from tritonclient.utils import InferenceServerException
 
 from cidalloc import errors
 from cidalloc.client import AsyncClient, AsyncSequence, Client, Sequence
@@ -307,6 +313,53 @@ def test_a_farewell(real: Way, error: type[Exception] | None) -> None:
     real.run(scenario)
 
 
+def test_a_farewell_that_fails(real: Way) -> None:
+    """The ID cools, as without one."""
+    tensor = real.module.InferInput("INPUT", [1, 1], "FP32")
+    bad = [tensor.set_data_from_numpy(np.zeros([1, 1], np.float32))]
+
+    async def scenario() -> None:
+        async with real.client() as cids:
+            async with cids.sequence(MODEL, farewell=bad) as sequence:
+                await sequence.infer(real.send(5))
+            assert sequence.state == "closed, cooling"
+
+    real.run(scenario)
+
+
+def test_only_grpc_has_streams(real: Way) -> None:
+    """And nothing stays held where one was asked for."""
+
+    async def scenario() -> None:
+        async with real.client() as cids:
+            if real.where == "http":
+                with pytest.raises(errors.InvalidArgument, match="streaming needs gRPC"):
+                    async with cids.sequence(MODEL, streaming=True):
+                        raise AssertionError("there is none")
+            assert cids.held().tolist() == []
+
+    real.run(scenario)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_input_that_the_model_refuses(real: Way, streaming: bool) -> None:
+    if streaming and real.where == "http":
+        return
+    tensor = real.module.InferInput("INPUT", [1, 1], "FP32")
+    bad = [tensor.set_data_from_numpy(np.zeros([1, 1], np.float32))]
+
+    async def scenario() -> None:
+        async with real.client() as cids:
+            async with cids.sequence(MODEL, streaming=streaming) as sequence:
+                with pytest.raises(InferenceServerException):
+                    await sequence.infer(bad)
+                # START was not spent on it.
+                assert total(await sequence.infer(real.send(4))) == 4
+            assert sequence.state == "closed, cooling"
+
+    real.run(scenario)
+
+
 def test_errors_of_triton(real: Way) -> None:
     async def scenario() -> None:
         async with real.client() as cids:
@@ -338,8 +391,6 @@ async def pause(way: Way, seconds: float) -> None:
     if way.asynchronous:
         await asyncio.sleep(seconds)
     else:
-        import time
-
         time.sleep(seconds)
 
 
@@ -406,6 +457,49 @@ def test_a_task_that_is_cancelled(triton: TritonServer) -> None:
                         await asyncio.wait_for(second.infer(number(1)), 0.3)
                 assert second.state == "closed, cooling"
                 await first.infer(number(1), end=True)
+
+    asyncio.run(main())
+
+
+@pytest.fixture
+def brittle(few: Path) -> Iterator[TritonServer]:
+    """A server that a test may stop and kill."""
+    with TritonServer(few) as server:
+        yield server
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(server.pid, signal.SIGCONT)
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_server_that_dies_or_hangs(
+    brittle: TritonServer, streaming: bool, how: signal.Signals
+) -> None:
+    """Everything ends in time and says `Unavailable`, with much in the queue, too."""
+
+    async def main() -> None:
+        async with AsyncClient(brittle.grpc_url, timeout=1.0) as cids:
+            idle = await cids.sequence(MODEL, streaming=streaming, timeout=1.0)
+            busy = await cids.sequence(MODEL, streaming=streaming, timeout=1.0)
+            await idle.infer(number(1))
+            await busy.infer(number(1))
+            os.kill(brittle.pid, how)
+            began = time.monotonic()
+            tasks = [busy.async_infer(number(1)) for _ in range(10)]
+            with pytest.raises(errors.Unavailable):
+                await busy.infer(number(1))
+            late = busy.async_infer(number(1))
+            await idle.close()
+            with pytest.raises(ZeroDivisionError):
+                async with busy:
+                    raise ZeroDivisionError
+            assert time.monotonic() - began < 20
+            for failed in await asyncio.gather(*tasks, late, return_exceptions=True):
+                assert isinstance(failed, (errors.CidError, asyncio.CancelledError))
+            await asyncio.sleep(0)
+            left = [each.get_coro().__qualname__ for each in asyncio.all_tasks()]
+            assert not [each for each in left if each.startswith(("AsyncSequence", "_Stream"))]
 
     asyncio.run(main())
 

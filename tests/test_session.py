@@ -11,6 +11,7 @@ from cidalloc.client._session import Session
 from cidalloc.client._stock import ENDED
 from cidalloc.codes import Operation
 from cidalloc.settings import Settings
+from cidalloc.wire import as_ids
 
 SETTINGS = Settings(first=1, capacity=10_000, max_sessions=1000, fresh=True)
 TTL = 60.0
@@ -340,6 +341,77 @@ def test_two_managers_in_turns(world: World, session: Session) -> None:
             event = world.perform(effect)
     assert session.epoch == epoch
     assert world.acquire(session)
+
+
+# ---- Answers that cannot be
+
+
+@pytest.mark.parametrize("said", [[5, 6], [], [5, 6, 0], [1, 2, 3, 4]])
+def test_a_new_that_is_answered_with_other_than_was_asked_for(
+    world: World, session: Session, said: list[int]
+) -> None:
+    """Nothing is used of it; then the manager is asked what it really did."""
+    cids = world.acquire(session, 2)
+    world.lies[Operation.NEW] = Event(as_ids(said))
+    with pytest.raises(errors.ProtocolError, match="asked for"):
+        world.acquire(session, 100)
+    world.operations()
+    assert not set(world.acquire(session, 100)) & set(cids)
+    assert world.operations()[0] == "HELD"
+    assert world.held() == len(session.stock.known())
+
+
+def test_a_delete_that_is_refused_though_we_hold_them(world: World, session: Session) -> None:
+    """What the manager counts as ours goes back all the same."""
+    cids = world.acquire(session, 3)
+    world.release(session, *cids, cooldown_ms=10_000)
+    world.lies[Operation.DELETE] = Event(error=errors.NotHeld("nobody holds it"))
+    world.operations()
+    world.keep(session, world.now)
+    assert world.operations()[:3] == ["DELETE", "HELD", "DELETE"]
+    assert world.held() == len(session.stock.known())
+
+
+def test_an_id_that_the_manager_does_not_count_as_ours_is_lost(
+    world: World, session: Session
+) -> None:
+    one, two = world.acquire(session, 2)
+    token, seq = bytes.fromhex(session._token), session._seq + 1
+    world.read(
+        lambda registry: registry.release(
+            as_ids([one]), world.clock(), token=token, seq=seq, ended=True
+        )
+    )
+    world.acquire(session, 100)  # a change of ours is a repeated one now, so we ask
+    with pytest.raises(errors.SequenceLost, match="does not count it"):
+        session.check(session.epoch, one)
+    session.check(session.epoch, two)
+
+
+@pytest.mark.parametrize("said", ["nonsense", "[]", "{}", '{"pool": {"first": 1}}'])
+def test_a_status_that_is_none(world: World, session: Session, said: str) -> None:
+    world.acquire(session)
+    world.lies[Operation.STATUS] = Event(as_ids([]), said)
+    with pytest.raises(errors.ProtocolError, match="status"):
+        world.run(session, session.pool(world.now + 10))
+    pool = world.run(session, session.pool(world.now + 10))
+    assert pool == range(1, SETTINGS.capacity + 1)
+    world.operations()
+    assert world.run(session, session.pool(world.now + 10)) is pool
+    assert world.operations() == []
+
+
+def test_others_see_gone_what_is_leaving_in_spite_of_a_lost_answer(
+    world: World, session: Session
+) -> None:
+    cids = world.acquire(session, 3)
+    world.release(session, *cids, cooldown_ms=10_000)
+    world.fates = ["lost"]
+    world.operations()
+    status = world.run(session, session.status(world.now + 10))
+    assert world.operations() == ["DELETE", "HELD", "DELETE", "STATUS"]
+    assert status["held"] == len(session.stock.known())
+    assert status["cooling"] == 3
 
 
 # ---- Lost answers

@@ -88,7 +88,8 @@ def _manager(facts: Facts) -> Iterator[Finding]:
     else:
         version, took = facts.status["version"], facts.answered_ms
         level = "ok" if took < _SLOW_MS else "warn"
-        yield Finding(level, f"{facts.manager} {version} answers ({took:.0f} ms)")
+        todo = "" if level == "ok" else "see what keeps the server's CPUs busy"
+        yield Finding(level, f"{facts.manager} {version} answers ({took:.0f} ms)", todo)
 
 
 def _memory(facts: Facts) -> Iterator[Finding]:
@@ -216,7 +217,11 @@ def _target(facts: Facts, name: str, config: Mapping[str, Any]) -> Iterator[Find
     try:
         target = Target.from_config(config)
     except InvalidArgument as error:
-        yield Finding("warn", f"the client refuses this model: {error}")
+        yield Finding(
+            "warn",
+            f"the client refuses this model: {error}",
+            "acquire IDs for it by hand ('Client.acquire'), and send the requests yourself",
+        )
         return
     if facts.status is not None:
         pool = facts.status["pool"]

@@ -46,7 +46,11 @@ class AsyncSequence(Talk):
 
     async def infer(self, inputs: list[Any], *, end: bool = False, **options: Any) -> Any:
         """Send a request and return its result; as `Sequence.infer`."""
-        return await self.async_infer(inputs, end=end, **options)
+        answer = self.async_infer(inputs, end=end, **options)
+        try:
+            return await asyncio.wait_for(answer, self._patience)  # its turn included
+        except asyncio.TimeoutError:
+            raise self._no_answer() from None
 
     def async_infer(
         self, inputs: list[Any], *, end: bool = False, **options: Any

@@ -1,0 +1,100 @@
+"""What ``cidalloc doctor`` makes of what it saw, without a server: facts in, findings out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cidalloc.cli._rules import Facts, examine
+
+STATUS = {
+    "version": "1",
+    "pool": {"first": 1, "capacity": 1000, "block": 1},
+    "held": 0,
+    "cooling": 0,
+    "anonymous": 0,
+    "file": "/state/cidmgr.cidalloc",
+}
+SEQUENCES = {"sequence_batching": {"max_sequence_idle_microseconds": "5000000"}}
+
+
+def facts(status_says: dict[str, Any] | None = None, /, **more: Any) -> Facts:
+    values: dict[str, Any] = {
+        "manager": "cidmgr",
+        "status": STATUS | (status_says or {}),
+        "answered_ms": 1.0,
+        "server": "2.99.0",
+        "config": {"dynamic_batching": {}},
+        "targets": {"asr": SEQUENCES},
+    }
+    return Facts(**values | more)
+
+
+def test_nothing_to_complain_of() -> None:
+    assert {each.level for each in examine(facts())} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("seen", "level", "words"),
+    [
+        (facts({"file": None}), "warn", "in memory alone"),
+        (facts({"held": 799}), "ok", "79.9% of the 1,000 IDs"),
+        (facts({"held": 700, "cooling": 100}), "warn", "80.0% of the 1,000 IDs"),
+        (facts({"held": 950}), "FAIL", "95.0% of the 1,000 IDs"),
+        (facts({"anonymous": 7}), "note", "7 IDs are held without a session"),
+        (facts({"anonymous": 90_000}), "warn", "90,000 IDs are held without a session"),
+        (facts(answered_ms=1500.0), "warn", "answers (1500 ms)"),
+        (facts(config={}), "warn", "no dynamic_batching"),
+        (
+            facts(config={"dynamic_batching": {"max_queue_delay_microseconds": "100"}}),
+            "warn",
+            "every request waits for others",
+        ),
+        (facts(server="2.51.0"), "note", "can end the server"),
+        (facts(server="2.54.0"), "note", "keeps the server from ever ending"),
+        (facts(server="2.58.0"), "note", "is ready when its Python process is dead"),
+        (facts(may_load=True), "warn", "can load models"),
+        (facts(shared_memory=True), "note", "register shared memory"),
+        (facts(index_error="restricted"), "note", "cannot be had: restricted"),
+        (facts(unread={"asr": "gone"}), "note", "the configuration of asr cannot be had: gone"),
+        (facts(targets={}), "note", "no model here keeps sequences"),
+        (facts(targets={"asr": SEQUENCES | {"backend": "python"}}), "note", "it leaks"),
+        (
+            facts(
+                targets={
+                    "asr": SEQUENCES
+                    | {"name": "asr", "model_transaction_policy": {"decoupled": True}}
+                }
+            ),
+            "warn",
+            "the client refuses this model",
+        ),
+        (
+            facts(
+                targets={
+                    "asr": {"sequence_batching": {"max_sequence_idle_microseconds": 9 * 10**8}}
+                }
+            ),
+            "warn",
+            "remembers an idle sequence for 15 min",
+        ),
+    ],
+)
+def test_a_finding(seen: Facts, level: str, words: str) -> None:
+    found = [each for each in examine(seen) if words in each.what]
+    assert [each.level for each in found] == [level], examine(seen)
+    assert level in ("ok", "note") or found[0].todo
+
+
+def test_a_server_without_faults_has_none_of_them() -> None:
+    assert not [each for each in examine(facts(server="2.59.0")) if "before" in each.what]
+
+
+@pytest.mark.parametrize(
+    ("error", "todo"), [("not healthy", "unload and load"), ("timeout", "read Triton's log")]
+)
+def test_a_manager_that_does_not_answer(error: str, todo: str) -> None:
+    found = examine(facts(status=None, error=error))[0]
+    assert found.level == "FAIL" and f"does not answer: {error}" in found.what
+    assert todo in found.todo
