@@ -146,6 +146,17 @@ def test_after_an_error_the_id_cools(
     assert cooldown_of(sequence, monkeypatch) != ENDED
 
 
+def test_inputs_that_tritonclient_cannot_send(
+    cids: Client, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it raises, the sequence goes on and its ID does not come back too soon."""
+    sequence = cids.sequence(MODEL, streaming=kind == "stream")
+    with pytest.raises((AttributeError, TypeError)):
+        sequence.infer(["no input"])
+    assert total(sequence.infer(send(kind, 4))) == 4
+    assert cooldown_of(sequence, monkeypatch) != ENDED
+
+
 def test_flags_for_ones_own_client(
     cids: Client, kind: str, triton: TritonServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
