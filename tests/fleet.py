@@ -25,13 +25,15 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import history
 import recorder
+from disk import Disk
 from recorder import Recorder
 from tritonclient.utils import InferenceServerException
 
-from cidalloc import wire
+from cidalloc import handover, wire
 from cidalloc.client._base import Base
 from cidalloc.client._flow import Config, Event, Idle, Send
 from cidalloc.client._talk import Plan, Talk
@@ -48,6 +50,7 @@ RULES = history.Rules(TTL_S, GRACE_S, COOLDOWN_S, slack=0.01 + 2 * DRIFT * (TTL_
 CLIENTS, TALKERS = 4, 3
 LENGTH_S = 75.0
 FAULTS = ["freeze", "freeze all", "kill", "cut", "cut all", "manager", "slow"]
+POWER = 0.2  # of the fleets in which the manager's machine loses it once
 _LIVELOCK = 5_000  # steps without time
 SETTINGS: dict[str, int] = {
     "first": 1,
@@ -263,6 +266,7 @@ class Fleet:
 
     def __init__(self, seed: int, folder: Path) -> None:
         self.dice = random.Random(seed)
+        self.fate = random.Random(seed + 10**6)  # of what happens to the machine of the manager
         self.now = 1000.0
         self.log: list[history.Event] = []
         self.counts: Counter[str] = Counter()
@@ -275,7 +279,10 @@ class Fleet:
         self._settings = Settings(state=str(folder), **SETTINGS)  # type: ignore[arg-type]
         self._service: Service | None = None
         self._processes = itertools.count(1)
+        self._booted = 0.0
+        recorder.booted = 0.0
         self.begin_manager()
+        self.disk = Disk(folder / f"{wire.MODEL}.cidalloc", self.fate)
         self.nodes = [Node(self, f"client{n}") for n in range(CLIENTS)]
 
     def at(self, when: float, what: Callable[[], object]) -> None:
@@ -286,6 +293,8 @@ class Fleet:
         until = self.now + LENGTH_S
         self.at(self.now + 5.0, self.trouble)
         self.at(self.now + 5.0, self.theft)
+        if self.fate.random() < POWER:
+            self.at(self.now + self.fate.uniform(10.0, 35.0), self.power)
         steps = 0
         while self._queue and self._queue[0][0] < until:
             then, (self.now, _, what) = self.now, heapq.heappop(self._queue)
@@ -303,9 +312,12 @@ class Fleet:
             name = f"manager{next(self._processes)}"
             recorder.writer = Recorder(name, self.log.append, lambda: self.now)
             try:
-                self._service = Service(self._settings, lambda: int(self.now * 1000))
+                self._service = Service(self._settings, self.boottime)
             except CidError as error:
                 self.wrong.append(f"C: the manager cannot start again: {error}")
+
+    def boottime(self) -> int:
+        return int((self.now - self._booted) * 1000)
 
     def crash_manager(self) -> None:
         if self._service is not None:
@@ -317,6 +329,8 @@ class Fleet:
     def manage(self, request: wire.Request) -> Event:
         if self._service is None:
             return Event(error=Unavailable("nobody listens"))
+        if self.fate.random() < 0.05:
+            self.disk.note()
         tensors = request.encode()
         answer = self._service.answer(
             tensors[wire.CODE], tensors[wire.CORRELATION_ID], json.dumps(dict(request.parameters))
@@ -410,6 +424,18 @@ class Fleet:
             self._slow_until = self.now + seconds
         self.at(self.now + dice.uniform(1.0, 12.0), self.trouble)
 
+    def power(self) -> None:
+        """Cut the power of the manager's machine, whose clock begins anew. The model's goes on."""
+        self.crash_manager()
+        self.disk.cut()
+        assert recorder.writer is not None
+        recorder.writer.note("power")
+        self._booted = recorder.booted = self.now
+        self.at(self.now + self.fate.uniform(0.1, 3.0), self.begin_manager)
+
+    def boot_id(self) -> bytes:
+        return int(self._booted * 1e6).to_bytes(16, "little")
+
     def theft(self) -> None:
         """Somebody tries to give back what is another's: by a session of its own, and without."""
         token = {"session": "5" * 32}
@@ -425,9 +451,12 @@ class Fleet:
 def simulate(seed: int, keep: Path | None = None) -> tuple[list[str], Counter[str]]:
     """Run one fleet; return what is wrong, and what happened."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
-        with recorder.watched(Registry):
+        with recorder.watched(Registry), patch.object(handover, "boot_id") as boot_id:
+            boot_id.return_value = bytes(16)
             fleet = Fleet(seed, Path(name))
-            wrong = fleet.run()
+            boot_id.side_effect = fleet.boot_id
+            with patch.object(os, "fsync", fleet.disk.sync):
+                wrong = fleet.run()
     if keep is not None:
         keep.write_text("".join(json.dumps(each) + "\n" for each in fleet.log))
     return wrong, fleet.counts + history.counts(fleet.log)

@@ -10,7 +10,8 @@ sent), ``hold`` (`cid`, `holder`, `session`, and `need`: seconds for which Trito
 sequence of it after its last request was sent), ``use`` (`cid`, `holder`, `session`), and ``ended``
 (`holder`: END was answered). By a manager, with `session` and maybe `seq`: ``start``, ``open``
 (`ttl`), ``issue`` (`cids`), ``release`` (`cids`, `cooldown`), ``renew``, ``held`` (`cids`), ``end``
-(`why`, `cooldown`). A session is its generation; 0 is nobody's.
+(`why`, `cooldown`); and ``power``: it was cut, all sessions are over, and some of what was written
+is lost, so only the clients know what is in use. A session is its generation; 0 is nobody's.
 """
 
 from __future__ import annotations
@@ -124,6 +125,11 @@ def _of_manager(every: Iterable[Op], rules: Rules) -> Iterator[str]:
         where = f"{op.what} of session {who} at {op.began:.3f}"
         if op.what == "start":
             heard = dict.fromkeys(heard, op.began)
+            continue
+        if op.what == "power":
+            vague |= {*heard, *holder.values()}
+            heard.clear()
+            holder.clear()
             continue
         if op.outcome == "fail":
             if op.more.get("code") == "SESSION_UNKNOWN" and who in heard and who not in vague:

@@ -107,6 +107,20 @@ MUTANTS = [
         "store.close()\n            return cls(settings, now, None, boot)",
         "CU",
     ),
+    Mutant(
+        "no wait after a power cut",
+        "records.py",
+        "reuse_at = now + max(store.header[Word.HORIZON], settings.cooldown_ms)",
+        "reuse_at = now",
+        "FU",
+    ),
+    Mutant(
+        "the time that an ID may be in use is not noted",
+        "records.py",
+        "self.store.header[Word.HORIZON] = horizon",
+        "pass",
+        "FU",
+    ),
 ]
 
 # Sessions.end gives the IDs back before the number is free; here they go to somebody else first.

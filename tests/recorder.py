@@ -53,6 +53,8 @@ def append_to(file: Path, by: str) -> Recorder:
 
 writer: Recorder | None = None
 """Of the manager in this process."""
+booted = 0.0
+"""When that manager's clock began, in seconds of the history's."""
 
 _WATCHED = {
     "open": "open",
@@ -94,7 +96,7 @@ def _watch(name: str, what: str, method: Callable[..., Any]) -> Callable[..., An
         token = named.get("token", None if name in ("acquire", "release") else args[0])
         at = self.sessions.find(self._records.digest(token)) if token else 0
         who = self.sessions.generation(at) if at else 0
-        now = max(self._now, args[1]) / 1000
+        now = booted + max(self._now, args[1]) / 1000
         more = _asked(self, name, args, named)
         number = writer.invoke(what, now=now, session=who, seq=named.get("seq"), **more)
         outer, self.cause = getattr(self, "cause", None), name
@@ -120,7 +122,8 @@ def _watch_end(method: Callable[..., Any]) -> Callable[..., Any]:
             why = "finished"  # what a process before had begun
         who = 0 if self.sessions.anonymous(at) else self.sessions.generation(at)
         seconds = max(cooldown, self.settings.cooldown_ms) / 1000
-        number = writer.invoke("end", now=self._now / 1000, session=who, why=why, cooldown=seconds)
+        more = {"now": booted + self._now / 1000, "why": why, "cooldown": seconds}
+        number = writer.invoke("end", session=who, **more)
         result = method(self, at, cooldown)
         writer.done(number)
         return result

@@ -59,6 +59,34 @@ def test_nothing_is_wrong() -> None:
     assert gap(good().events) == 17.5
 
 
+def after_a_power_cut() -> Story:
+    """What was written last is lost; whoever used an ID then has stopped when it comes again."""
+    story = good()
+    story(25, "c", "message", session=2, operation="NEW")
+    story(25, "c", "hold", session=2, cid=9, holder="c.1", need=6.0)
+    story(25, "c", "use", session=2, cid=9, holder="c.1")
+    story(26, "manager2", "power")
+    story(27, "manager3", "start")
+    story(27.5, "manager3", "renew", session=0, type="fail", code="SESSION_UNKNOWN")
+    story(28, "manager3", "open", session=2**32, ttl=10.0)
+    return story
+
+
+def test_a_power_cut_breaks_no_rule_by_itself() -> None:
+    story = after_a_power_cut()
+    story(40, "manager3", "issue", session=2**32, seq=1, cids=[7, 9])
+    story(40, "d", "message", session=2**32, operation="NEW")
+    story(40.2, "d", "hold", session=2**32, cid=9, holder="d.1", need=6.0)
+    assert check(story.events, RULES) == []
+
+
+def test_after_a_power_cut_an_id_may_still_cool() -> None:
+    story = after_a_power_cut()
+    story(28.2, "d", "message", session=2**32, operation="NEW")
+    story(28.5, "d", "hold", session=2**32, cid=9, holder="d.1", need=6.0)
+    assert [each[0] for each in check(story.events, RULES)] == ["F"]
+
+
 @pytest.mark.parametrize(
     ("rule", "lines"),
     [

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from crash import BOOT, GRACE, NEXT_BOOT, TTL, UNENDED, settings, token
+from disk import Disk
 
 from cidalloc.errors import Exhausted, SessionUnknown, Unavailable
 from cidalloc.layout import Shape, Word
@@ -28,43 +29,6 @@ SEED = int(os.environ.get("CIDALLOC_SEED", time.time_ns() % 10**6))
 A_FILE = 10  # cuts of it, more or less
 SHAPE = Shape(1, 2048 + 40, 1, split=2048)  # 41 IDs, and then the file grows
 SETTINGS = replace(settings(SHAPE), anonymous_age_ms=10**6)
-VERSIONS = 6  # of the file since the last sync, among which a page on the disk may be
-
-
-class Disk:
-    """A file, and what of it is on the disk for certain."""
-
-    def __init__(self, path: Path, chance: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.path, self.chance = path, chance
-        self.versions = [b""]
-        fsync = os.fsync
-
-        def synced(fd: int) -> None:
-            fsync(fd)
-            # A file that is being made has another name, and is whole when it gets its own.
-            if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
-                self.versions = [path.read_bytes()]
-
-        monkeypatch.setattr(os, "fsync", synced)
-
-    def note(self) -> None:
-        """Some page may reach the disk as it is now."""
-        if len(self.versions) < VERSIONS:
-            self.versions.append(self.path.read_bytes())
-        elif self.chance.random() < 0.2:
-            self.versions[self.chance.randrange(1, VERSIONS)] = self.path.read_bytes()
-
-    def cut(self) -> None:
-        """Put each page or sector back to what it was at some time since the last sync."""
-        versions = [*self.versions, self.path.read_bytes()]
-        data = bytearray(self.chance.choice([versions[0], versions[-1]]))
-        size = self.chance.choice([512, 4096])
-        old = self.chance.random()
-        for place in range(0, len(data), size):
-            some = versions[0] if self.chance.random() < old else self.chance.choice(versions)
-            data[place : place + size] = some[place : place + size].ljust(size, b"\0")
-        self.path.write_bytes(data)
-        self.versions = [bytes(data)]
 
 
 class World:
@@ -79,8 +43,8 @@ class World:
         self.cooldowns: dict[str, int] = {}
         self.path = path
         Store.open(path, SHAPE, boot=self.boot).close()
-        self.disk = Disk(path, chance, monkeypatch)
-        self.disk.versions = [path.read_bytes()]
+        self.disk = Disk(path, chance)
+        monkeypatch.setattr(os, "fsync", self.disk.sync)
         self.registry = self.opened()
 
     @property
