@@ -48,9 +48,12 @@ class AsyncSequence(Talk):
         """Send a request and return its result; as `Sequence.infer`."""
         answer = self.async_infer(inputs, end=end, **options)
         try:
-            return await asyncio.wait_for(answer, self._patience)  # its turn included
-        except asyncio.TimeoutError:
-            raise self._no_answer() from None
+            await asyncio.wait({answer}, timeout=self._patience)  # its turn included
+        finally:
+            late = answer.cancel()
+        if late:
+            raise self._no_answer()
+        return answer.result()
 
     def async_infer(
         self, inputs: list[Any], *, end: bool = False, **options: Any
