@@ -22,7 +22,7 @@ from cidalloc.client import Client
 from cidalloc.server import TritonServer
 from cidalloc.settings import Settings
 
-PROCESSES, SEQUENCES, SECONDS = map(int, os.environ.get("CIDALLOC_CROWD", "6x8x8").split("x"))
+PROCESSES, SEQUENCES, SECONDS = map(int, os.environ.get("CIDALLOC_CROWD", "6x8x5").split("x"))
 GRACE_S = 1.0
 PAUSE_S = PROCESSES * SEQUENCES / 800  # so that two cores are busy, and no more than that
 MODEL = "crowd_sequence"
