@@ -46,6 +46,7 @@ from cidalloc.wire import IDs, Request, as_ids
 _HERE = Path(__file__).parent
 GRACE_S, COOLDOWN_S = 1.0, 1.0
 RULES = history.Rules(TTL_S, GRACE_S, COOLDOWN_S, slack=0.02)
+_UNKNOWN = -1
 HOARD = 40_000  # more IDs than the file has room for at first
 FAULTS = (
     "kill a client",
@@ -310,17 +311,24 @@ class Chaos:
         for each in self.clients:
             text, _ = each.communicate(timeout=60)
             self.seen.update(json.loads(text.splitlines()[-1]) if text.strip() else {"silent": 1})
-        deadline = time.monotonic() + TTL_S + GRACE_S + 20
-        with Client(self.server.grpc_url, timeout=10) as cids:
-            while True:
-                with contextlib.suppress(Unavailable):
-                    status = cids.status()
-                    if status["sessions_total"] == status["held"] == 0:
-                        return
-                    if time.monotonic() > deadline:
-                        self.seen["leaked"] += status["held"] + status["sessions_total"]
-                        return
-                time.sleep(0.1)
+        heard = time.monotonic()
+        deadline = heard + TTL_S + GRACE_S + 60
+        while left := self._left():
+            if time.monotonic() > deadline:
+                self.seen["leaked"] += left
+                return
+            if left != _UNKNOWN:
+                heard = time.monotonic()
+            # The last faults may have been too much for Triton, too.
+            self._revive(hangs=time.monotonic() > heard + 20)
+            time.sleep(0.1)
+
+    def _left(self) -> int:
+        """Return how many sessions and held IDs there still are."""
+        with contextlib.suppress(Unavailable), Client(self.server.grpc_url, timeout=5) as cids:
+            status = cids.status()
+            return int(status["sessions_total"] + status["held"])
+        return _UNKNOWN
 
     def report(self) -> Report:
         """Judge the histories."""

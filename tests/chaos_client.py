@@ -19,7 +19,7 @@ from recorder import Recorder, append_to
 
 from cidalloc.client import Client
 from cidalloc.client._transport import connect
-from cidalloc.codes import Operation
+from cidalloc.codes import Code, Operation
 from cidalloc.demo import MODEL
 from cidalloc.demo.sequences import number
 from cidalloc.errors import CidError
@@ -77,6 +77,8 @@ def work(
                 converse(sequence, holder, transport, recorder, seen)
         except CidError as error:
             seen[error.code.name] += 1
+            if error.code in (Code.PROTOCOL, Code.INTERNAL):  # which chaos is no reason for
+                print(f"{cids!r}: {error.code.name}: {error}", file=sys.stderr, flush=True)
             stop.wait(random.uniform(0.02, 0.2))
         except Exception as error:
             seen[f"unexpected {type(error).__name__}: {error}"] += 1
