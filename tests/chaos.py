@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,7 @@ class Chaos:
             print(f"{time.monotonic() - began:6.1f} s: {fault}", flush=True)
             try:
                 getattr(self, "_" + fault.replace(" ", "_"))(lasting)
-            except (OSError, InferenceServerException):
+            except (OSError, HTTPException, InferenceServerException):
                 self._revive(hangs=True)
             self.faults[fault] += 1
         time.sleep(TTL_S)
@@ -287,7 +288,7 @@ class Chaos:
 
     def _load(self, *, unload: bool = False) -> None:
         triton = tritonclient.http.InferenceServerClient(
-            self.server.http_url.removeprefix("http://"), network_timeout=30
+            self.server.http_url.removeprefix("http://"), network_timeout=15
         )
         with contextlib.closing(triton):
             if unload:
