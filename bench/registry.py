@@ -177,10 +177,10 @@ def memories(folder: Path, held: int) -> str:
     ratios = []
     for turn in range(-1, 31):  # the first one warms up
         places = dice.integers(0, held, 2_000).tolist()
-        times = [swap(which, places) for which in ((0, 1) if turn % 2 else (1, 0))]
+        times = {which: swap(which, places) for which in ((0, 1) if turn % 2 else (1, 0))}
         seq += 2 * len(places)
         if turn >= 0:
-            ratios.append(times[0] / times[1] if turn % 2 else times[1] / times[0])
+            ratios.append(times[0] / times[1])
     for registry in both:
         registry.close()
     (folder / "memory").unlink()

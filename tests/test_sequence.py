@@ -434,7 +434,7 @@ def test_a_server_that_dies_or_hangs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Everything ends in time and says `Unavailable`, with much in the queue, too."""
-    monkeypatch.setattr(_talk, "_AWAY_S", 0.5)
+    monkeypatch.setattr(_talk, "_MARGIN_S", 0.5)
     client, server = frozen
     threads = threading.active_count()
     idle = client.sequence(MODEL, streaming=streaming, timeout=1.0)
@@ -461,6 +461,13 @@ def test_a_server_that_dies_or_hangs(
         assert threading.active_count() <= threads + 2, threading.enumerate()
 
 
+def wait_until_broken(triton: Any) -> None:
+    deadline = time.monotonic() + 10
+    while triton._stream._active:
+        assert time.monotonic() < deadline, "the stream does not notice"
+        time.sleep(0.01)
+
+
 @pytest.mark.server
 def test_a_broken_stream_fails_the_future_not_the_call(frozen: tuple[Client, TritonServer]) -> None:
     """Whether the stream broke before a request or after it is nothing a caller could know."""
@@ -468,12 +475,31 @@ def test_a_broken_stream_fails_the_future_not_the_call(frozen: tuple[Client, Tri
     sequence = client.sequence(MODEL, streaming=True, timeout=1.0)
     sequence.infer(number(1))
     os.kill(server.pid, signal.SIGKILL)
-    stream = sequence._sender._triton._stream  # type: ignore[union-attr]
-    deadline = time.monotonic() + 10
-    while stream._active and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not stream._active
+    wait_until_broken(sequence._sender._triton)  # type: ignore[union-attr]
     assert isinstance(sequence.async_infer(number(1)).exception(0), errors.Unavailable)
+    sequence.close()
+
+
+@pytest.mark.server
+def test_a_stream_that_breaks_while_a_request_is_sent(
+    frozen: tuple[Client, TritonServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream's own thread may have failed the future already."""
+    client, server = frozen
+    sequence = client.sequence(MODEL, streaming=True, timeout=1.0)
+    sequence.infer(number(1))
+    os.kill(server.pid, signal.SIGKILL)
+    sender = sequence._sender
+    triton = sender._triton  # type: ignore[union-attr]
+    wait_until_broken(triton)
+    send_it = triton.async_stream_infer
+
+    def beaten(*args: Any, **options: Any) -> None:
+        sender._receive(None, InferenceServerException("gone"))  # type: ignore[union-attr]
+        send_it(*args, **options)
+
+    monkeypatch.setattr(triton, "async_stream_infer", beaten)
+    assert isinstance(sequence.async_infer(number(1)).exception(0), InferenceServerException)
     sequence.close()
 
 

@@ -210,13 +210,14 @@ class _StreamSender:
             self._triton.async_stream_infer(model, inputs, request_id=number, **options)
         except BaseException as error:
             with self._lock:
-                self._waiting.pop(number, None)
+                unsettled = self._waiting.pop(number, None) is not None
             if not (isinstance(error, InferenceServerException) and "valid state" in str(error)):
                 raise
             # It broke before this request, not after: the caller cannot know which, so need not.
-            broke = Unavailable(f"the stream to {self._url} broke: open a new sequence")
-            broke.__cause__ = error
-            future.set_exception(broke)
+            if unsettled:  # or the stream's own thread was faster
+                broke = Unavailable(f"the stream to {self._url} broke: open a new sequence")
+                broke.__cause__ = error
+                future.set_exception(broke)
         return future
 
     async_infer = infer

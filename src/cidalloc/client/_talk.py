@@ -23,7 +23,7 @@ __all__ = ["HURRY_S", "Plan", "Talk"]
 HURRY_S = 2.0
 """How long a block that ends with an exception waits for a server that does not answer."""
 
-_AWAY_S = 5.0
+_MARGIN_S = 5.0
 """For how long after Triton's own limit an answer is waited for."""
 
 UNMANAGED = -1
@@ -126,7 +126,7 @@ class Talk(BoundToProcess):
     @property
     def _patience(self) -> float:
         # Triton's own limit on a request comes first; ours is for a server that is away.
-        return self._plan.timeout + _AWAY_S
+        return self._plan.timeout + _MARGIN_S
 
     def _prepare(self, end: bool, options: dict[str, Any]) -> dict[str, Any]:
         """Return the flags of the next request; it counts as sent from now on."""
