@@ -233,6 +233,20 @@ def test_open_renews_nothing_and_all_else_does() -> None:
     assert registry.expired == 1 and registry.released["expired"] == 1
 
 
+def test_a_renewal_may_ask_for_a_longer_cooldown_and_never_for_a_shorter_one() -> None:
+    registry = small(capacity=1, grace_ms=0)
+    registry.open(A, 0, ttl_ms=1_000)
+    (cid,) = registry.acquire(1, 0, token=A, seq=1, cooldown_ms=7_000)
+    for cooldown_ms in (None, 30_000, 0, None):
+        assert registry.renew(A, 500, cooldown_ms=cooldown_ms) == Grant(1, 1_000)
+    with pytest.raises(LimitExceeded, match="max_cooldown_ms"):
+        registry.renew(A, 600, cooldown_ms=2**40)
+    registry.open(B, 2_000, ttl_ms=60_000)  # it has expired by now
+    with pytest.raises(Exhausted):
+        registry.acquire(1, 31_999, token=B, seq=1)
+    assert registry.acquire(1, 32_000 + 128, token=B, seq=2) == [cid]
+
+
 def test_a_session_that_expires_lets_its_ids_cool_as_long_as_it_said() -> None:
     registry = small(capacity=2, grace_ms=0)
     registry.open(A, 0, ttl_ms=1_000, cooldown_ms=7_000)

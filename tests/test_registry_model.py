@@ -251,14 +251,23 @@ class Histories(RuleBasedStateMachine):
             expires = self.now + ttl + limits.grace_ms
             self.sessions[token] = Session(grant, self.cooldown(cooldown or 0), expires)
 
-    @rule(token=tokens)
-    def renew(self, token: bytes) -> None:
+    @rule(token=tokens, cooldown=st.one_of(cooldowns, st.just(MAX_COOLDOWN_MS + 1)))
+    def renew(self, token: bytes, cooldown: int | None) -> None:
         session = self.session(token)
+
+        def call() -> Grant:
+            return self.registry.renew(token, self.now, cooldown_ms=cooldown)
+
         if session is None:
             with pytest.raises(errors.SessionUnknown):
-                self.registry.renew(token, self.now)
+                call()
+        elif cooldown is not None and cooldown > self.limits.max_cooldown_ms:
+            with pytest.raises(errors.LimitExceeded, match="cooldown_ms"):
+                call()
         else:
-            assert self.registry.renew(token, self.now) == session.grant
+            assert call() == session.grant
+            if cooldown is not None:
+                session.cooldown = max(session.cooldown, self.cooldown(cooldown))
 
     @rule(token=tokens, ended=st.booleans())
     def close(self, token: bytes, ended: bool) -> None:

@@ -169,13 +169,21 @@ class Registry:
         at = self._records.open(digest, self._now, ttl_ms, ttl_ms + limits.grace_ms, cooldown, name)
         return Grant(self.sessions.generation(at), ttl_ms)
 
-    def renew(self, token: bytes, now: int) -> Grant:
+    def renew(self, token: bytes, now: int, *, cooldown_ms: int | None = None) -> Grant:
         """Renew a session's lease. Constant time.
+
+        Args:
+            token: the session's.
+            now: the time.
+            cooldown_ms: for how long, at least, all its IDs cool if it expires; as for `acquire`.
 
         Raises:
             SessionUnknown: it was closed, has expired, or never was.
+            LimitExceeded: too long a time.
         """
         at = self._renewed(token, now)
+        if cooldown_ms is not None:
+            self._raise_cooldown(at, cooldown_ms)
         return Grant(self.sessions.generation(at), self.sessions.ttl(at))
 
     def close_session(self, token: bytes, now: int, *, ended: bool = False) -> int:
@@ -257,10 +265,7 @@ class Registry:
                 f" more than max_held={limits.max_held}"
             )
         if token is not None:
-            cooldown = self._cooldown(cooldown_ms)
-            if cooldown > self.sessions.cooldown(at):
-                self._records.reckon(self.sessions.ttl(at) + limits.grace_ms + cooldown)
-                self.sessions.raise_cooldown(at, cooldown)
+            self._raise_cooldown(at, cooldown_ms)
         ids = self._records.issue(count, at, self._now)
         if token is not None:
             self.sessions.set_seq(at, seq)
@@ -420,6 +425,14 @@ class Registry:
         last = self.sessions.seq(at)
         if seq <= last:
             raise Repeated(f"seq={seq} is not above {last}, the last one that was applied")
+
+    def _raise_cooldown(self, at: int, asked: int | None) -> None:
+        """See that the IDs of a session cool for at least so long if it expires."""
+        cooldown = self._cooldown(asked)
+        if cooldown > self.sessions.cooldown(at):
+            ttl = self.sessions.ttl(at)
+            self._records.reckon(ttl + self.settings.grace_ms + cooldown)
+            self.sessions.raise_cooldown(at, cooldown)
 
     def _cooldown(self, asked: int | None) -> int:
         if asked is None:

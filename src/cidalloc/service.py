@@ -217,7 +217,7 @@ def _open(registry: Registry, request: Request, now: int) -> list[int]:
 
 
 def _renew(registry: Registry, request: Request, now: int) -> list[int]:
-    grant = registry.renew(_token(request), now)
+    grant = registry.renew(_token(request), now, cooldown_ms=_cooldown(request))
     return [grant.generation, grant.ttl_ms]
 
 
