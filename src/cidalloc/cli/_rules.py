@@ -153,18 +153,29 @@ def _manager_config(facts: Facts) -> Iterator[Finding]:
 _FAULTS = (
     (
         (2, 54),
+        "note",
         "a sequence_id that is a string, sent to a model whose CORRID is an integer, can end the"
         " server (Triton before 25.01)",
         "let no client send strings, or update Triton",
     ),
     (
+        (2, 55),
+        "warn",
+        "a gRPC request that its client cancels at the wrong moment, by a short time limit too, can"
+        " end the server (seen on Triton 24.10, reported up to 25.01)",
+        "the client of this package cancels none; give others time limits above what a request"
+        " takes at worst, or update Triton",
+    ),
+    (
         (2, 58),
+        "note",
         "an open gRPC stream keeps the server from ever ending (Triton before 25.05)",
         "end streams before a shutdown, or let it be killed after a while; nothing that the manager"
         " holds is lost by that",
     ),
     (
         (2, 59),
+        "note",
         "Triton says that a model is ready when its Python process is dead (before 26.01)",
         "let probes call 'cidalloc probe URL', which is a real inference",
     ),
@@ -177,9 +188,9 @@ def _server(facts: Facts) -> Iterator[Finding]:
         return
     version = (int(numbers[1]), int(numbers[2]))
     yield Finding("ok", f"Triton {facts.server}")
-    for mended, what, todo in _FAULTS:
+    for mended, level, what, todo in _FAULTS:
         if version < mended:
-            yield Finding("note", what, todo)
+            yield Finding(level, what, todo)
 
 
 def _exposure(facts: Facts) -> Iterator[Finding]:
