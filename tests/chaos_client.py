@@ -11,7 +11,6 @@ import random
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,8 @@ class Watched:
     def __init__(self, url: str, recorder: Recorder) -> None:
         self._transport, self._recorder = connect(url), recorder
         self.url, self.now = self._transport.url, self._transport.now
+        self.inputs, self.submit = self._transport.inputs, self._transport.submit
+        self.open_stream = self._transport.open_stream
         self.model_config, self.close = self._transport.model_config, self._transport.close
         self.session_of: dict[int, int] = {}  # by ID
         self.here = threading.local()
@@ -59,9 +60,6 @@ class Watched:
     def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
         self.here.sent = True
         return self._transport.infer(limit, model, inputs, **options)
-
-    def open_stream(self, callback: Callable[..., None]) -> Any:
-        raise NotImplementedError
 
 
 def work(
@@ -108,7 +106,7 @@ def converse(
         recorder.done(use)
         seen["sums"] += 1
         seen["wrong"] += int(result.as_numpy("OUTPUT")[0, 0]) != total
-        if end and sequence.state == "ended":
+        if end and sequence.state == "closed, recycled":
             recorder.note("ended", holder=holder)
         threading.Event().wait(random.choice([0, 0.01, random.uniform(0, 0.3)]))
 

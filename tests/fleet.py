@@ -36,6 +36,9 @@ from tritonclient.utils import InferenceServerException
 from cidalloc import handover, wire
 from cidalloc.client._base import Base
 from cidalloc.client._flow import Config, Event, Idle, Send
+from cidalloc.client._life import State
+from cidalloc.client._session import Taken
+from cidalloc.client._stock import MOST_AHEAD
 from cidalloc.client._talk import Plan, Talk
 from cidalloc.codes import Operation
 from cidalloc.errors import CidError, Unavailable
@@ -74,8 +77,8 @@ class SimTalk(Talk):
     """A sequence whose requests are simulated."""
 
     def __init__(self, client: SimClient, plan: Plan, holder: str) -> None:
-        super().__init__(client, "simulated", "model", None)  # type: ignore[arg-type]
-        self._begin(plan)
+        super().__init__(client, plan, False, None)  # type: ignore[arg-type]
+        self.cid = plan.cid
         self.holder = holder
 
 
@@ -83,7 +86,10 @@ class SimClient(Base):
     """A client's decisions, without its ways to wait."""
 
     def __init__(self, rng: random.Random, now: Callable[[], float]) -> None:
-        super().__init__("cidmgr", TTL_S, "simulated", 2.0, None, SimpleNamespace(url="simulated"))
+        transport = SimpleNamespace(url="simulated", inputs=object)
+        super().__init__("cidmgr", TTL_S, "simulated", 2.0, MOST_AHEAD, None, transport, ("", 0))
+        self.transport = transport
+        self.talks: dict[Talk, None] = {}
         self._rng = self._session._rng = rng  # type: ignore[assignment]
         self.session = self._session
         self.lock = nullcontext()
@@ -92,8 +98,12 @@ class SimClient(Base):
     def wake(self) -> None:
         """The keeper looks after each step anyway."""
 
+    def __del__(self) -> None:
+        """What a killed process leaves is no oversight of its program."""
+
 
 Task = Generator[Any, Any, None]
+_ANSWER = SimpleNamespace(get_response=dict)  # of the model; it does not say its version
 
 
 class Node:
@@ -217,7 +227,9 @@ class Node:
         dice, client = self.fleet.dice, self.client
         while True:
             try:
-                plan = yield from client._begin_sequence("model", LIMIT_S, None, True)
+                plan = yield from client._begin_sequence(
+                    "model", LIMIT_S, None, True, None, Taken()
+                )
             except CidError:
                 yield from self.pause(dice.uniform(0.1, 2.0))
                 continue
@@ -232,26 +244,27 @@ class Node:
             )
             self.fleet.counts["sequences"] += 1
             yield from self.converse(talk, dice.randint(1, 8))
-            talk._mark_closed()
+            talk.finish()
             yield from self.pause(dice.expovariate(4))
 
     def converse(self, talk: SimTalk, length: int) -> Task:
         dice = self.fleet.dice
         for step in range(length):
             end = step == length - 1 and dice.random() < 0.8
+            request = talk.request([], end, {})
             try:
-                flags = talk._prepare(end, {})
+                assert talk.enter(request), "one request after the other"
             except CidError:
                 return
             error: BaseException | None = None
             try:
-                yield Infer(talk, flags)
+                yield Infer(talk, request.options)
             except Exception as caught:
-                error = talk._explain(caught)
-            talk._settle(end, error)
+                error = caught
+            talk.over(request, _ANSWER, error)
             if error is not None and dice.random() < 0.7:
                 return
-            if end and talk.state == "ended":
+            if talk.life.state is State.RECYCLED:
                 self.recorder.note("ended", holder=talk.holder)
             yield from self.pause(dice.choice([0.0, 0.05, 0.5, dice.uniform(0, 4.5)]))
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from cidalloc import wire
+from cidalloc.client._transport import Done, Receive
 from cidalloc.codes import Operation
 from cidalloc.errors import CidError, ProtocolError
 from cidalloc.service import Service, boottime_ms
@@ -19,6 +21,7 @@ class Loopback:
     """What `cidalloc.client.Client` takes in place of a connection."""
 
     url = "loopback"
+    inputs = object
 
     def __init__(self, settings: Settings, clock: Callable[[], int] = boottime_ms) -> None:
         self.service = Service(settings, clock)
@@ -44,9 +47,12 @@ class Loopback:
         return {"name": model, "sequence_batching": {"max_sequence_idle_microseconds": 2_000_000}}
 
     def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
-        raise NotImplementedError
+        return SimpleNamespace(get_response=dict)
 
-    def open_stream(self, callback: Callable[..., None]) -> Any:
+    def submit(self, limit: float, model: str, inputs: list[Any], done: Done, /, **_: Any) -> None:
+        done(self.infer(limit, model, inputs), None)
+
+    def open_stream(self, receive: Receive, /) -> Any:
         raise NotImplementedError
 
     def close(self) -> None:
@@ -57,6 +63,7 @@ class AsyncLoopback:
     """The same for `cidalloc.client.AsyncClient`."""
 
     url = "loopback"
+    inputs = object
 
     def __init__(self, settings: Settings, clock: Callable[[], int] = boottime_ms) -> None:
         self.loopback = Loopback(settings, clock)
@@ -71,7 +78,10 @@ class AsyncLoopback:
     async def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
         return self.loopback.infer(limit, model, inputs, **options)
 
-    def open_stream(self, requests: AsyncIterator[dict[str, Any]]) -> Any:
+    def submit(self, limit: float, model: str, inputs: list[Any], done: Done, /, **_: Any) -> None:
+        self.loopback.submit(limit, model, inputs, done)
+
+    def open_stream(self, receive: Receive, /) -> Any:
         raise NotImplementedError
 
     async def close(self) -> None:

@@ -24,6 +24,7 @@ class Proxy:
         self.target, self.delay, self.cut = target, 0.0, False
         self._loop = asyncio.new_event_loop()
         self._writers: set[asyncio.StreamWriter] = set()
+        self._silent: set[asyncio.StreamWriter] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._server = self._run(asyncio.start_server(self._serve, "127.0.0.1", 0))
@@ -33,6 +34,13 @@ class Proxy:
         """Break all connections, and make none until `mend`."""
         self.cut = True
         self._loop.call_soon_threadsafe(self._break)
+
+    def silence(self) -> None:
+        """Carry nothing more over the connections that are, and leave them open; new ones work.
+
+        So it is when a firewall has forgotten a connection.
+        """
+        self._silent |= self._writers
 
     def mend(self) -> None:
         """Be a good network again."""
@@ -48,6 +56,7 @@ class Proxy:
 
     async def _end(self) -> None:
         self._server.close()
+        self._silent.clear()
         self._break()
         others = asyncio.all_tasks() - {asyncio.current_task()}
         if others:
@@ -77,6 +86,8 @@ class Proxy:
             while data := await reader.read(1 << 16):
                 if self.delay:
                     await asyncio.sleep(self.delay)
+                while writer in self._silent:
+                    await asyncio.sleep(0.1)
                 writer.write(data)
                 await writer.drain()
         writer.transport.abort()

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from cidalloc import wire
 from cidalloc.client._flow import Config, Event, Flow, Idle, Send
-from cidalloc.client._session import Session
+from cidalloc.client._session import Session, Taken
+from cidalloc.client._stock import MOST_AHEAD
 from cidalloc.codes import Operation
 from cidalloc.errors import CidError, Unavailable
 from cidalloc.service import Service
@@ -32,6 +33,8 @@ class World:
         self.late: list[wire.Request] = []
         self.lies: dict[Operation, Event] = {}  # what is answered once, while nothing is done
         self.sent: list[wire.Request] = []
+        self.idle: dict[str, float | CidError] = {}  # of models, or why it cannot be read
+        self.looks = 0  # at the configurations of models
         self.lost_after = 0.5  # seconds that a request takes whose answer does not come
 
     def clock(self) -> int:
@@ -41,9 +44,11 @@ class World:
         """Replace the manager by one that remembers nothing."""
         self.service = Service(settings or self.settings, self.clock)
 
-    def session(self, ttl: float = 60.0, timeout: float = 10.0, seed: int = 0) -> Session:
+    def session(
+        self, ttl: float = 60.0, timeout: float = 10.0, seed: int = 0, ahead: int = MOST_AHEAD
+    ) -> Session:
         rng = random.Random(seed)
-        return Session(ttl=ttl, label="simulated", timeout=timeout, rng=rng)
+        return Session(ttl=ttl, label="simulated", timeout=timeout, rng=rng, ahead=ahead)
 
     def apply(self, request: wire.Request) -> Event:
         tensors = request.encode()
@@ -60,7 +65,13 @@ class World:
             assert effect.until < float("inf"), "this flow waits for ever"
             self.now = max(self.now, effect.until)
             return Event()
-        assert isinstance(effect, Send)
+        if isinstance(effect, Config):
+            self.looks += 1
+            idle = self.idle[effect.model]
+            if isinstance(idle, CidError):
+                return Event(error=idle)
+            batching = {"max_sequence_idle_microseconds": int(idle * 1e6)}
+            return Event(config={"name": effect.model, "sequence_batching": batching})
         self.sent.append(effect.request)
         if effect.request.operation in self.lies:
             return self.lies.pop(effect.request.operation)
@@ -102,8 +113,9 @@ class World:
         session.now = self.now
 
     def acquire(self, session: Session, count: int = 1, need_ms: int | None = None) -> list[int]:
-        session.now = self.now
-        return self.run(session, session.acquire(count, need_ms, self.now + session.timeout))
+        session.now, taken = self.now, Taken()
+        self.run(session, session.acquire(count, need_ms, self.now + session.timeout, taken))
+        return list(taken)
 
     def release(self, session: Session, *cids: int, cooldown_ms: int | None = -1) -> None:
         session.now = self.now

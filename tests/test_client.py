@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from cidalloc import errors
-from cidalloc.client import Client
-from cidalloc.client._transport import GrpcTransport, HttpTransport, connect, translate
+from cidalloc.client import AsyncClient, Client
+from cidalloc.client._grpc import GrpcTransport
+from cidalloc.client._http import HttpTransport
+from cidalloc.client._transport import connect, parse_url, translate
 from cidalloc.server import TritonServer
 
 
@@ -28,22 +30,48 @@ from cidalloc.server import TritonServer
         ("http://host", HttpTransport, "host:8000"),
         ("http://[::1]:80/", HttpTransport, "[::1]:80"),
         ("https://host", HttpTransport, "host:443"),
+        ("HTTP://host:1", HttpTransport, "host:1"),
+        ("Grpcs://Host", GrpcTransport, "host:443"),
+        ("http://host/triton/", HttpTransport, "host:8000"),
+        ("[::1]:8001", GrpcTransport, "[::1]:8001"),
+        ("dns:8001", GrpcTransport, "dns:8001"),
+        ("dns:///host:8001", GrpcTransport, "dns:///host:8001"),
+        ("unix:/run/triton.sock", GrpcTransport, "unix:/run/triton.sock"),
+        ("unix:///run/triton.sock", GrpcTransport, "unix:///run/triton.sock"),
+        ("grpc://unix:/run/triton.sock", GrpcTransport, "unix:/run/triton.sock"),
+        ("ipv6:[::1]:8001", GrpcTransport, "ipv6:[::1]:8001"),
     ],
 )
 def test_urls(url: str, kind: type[Any], where: str) -> None:
+    address = parse_url(url)
+    assert address.target == where
+    assert address.path == ("/triton" if "triton/" in url and "host" in url else "")
     transport = connect(url)
     assert type(transport) is kind
-    assert transport._open.args == (where,)  # type: ignore[attr-defined]
     transport.close()
 
 
 @pytest.mark.parametrize(
-    "url",
-    ["", "ftp://host", "http://host/v2", "grpc://", "host:port", "http://u:p@host", "h:99999"],
+    ("url", "words"),
+    [
+        ("", "form scheme://host:port"),
+        ("ftp://host", "scheme is one of grpc, http, grpcs, https"),
+        ("grpc://", "form scheme://host:port"),
+        ("host:port", "ort"),
+        ("http://u:p@host", "form scheme://host:port"),
+        ("h:99999", "ort"),
+        ("::1:8001", r"in brackets, as \[::1\]:8001"),
+        ("http://fe80::1", "in brackets"),
+        ("grpc://host:8001/triton", "no path"),
+        ("http://host?x=1", "form scheme://host:port"),
+        ("host\n:1", "no URL"),
+        (None, "no URL"),
+    ],
 )
-def test_urls_that_are_none(url: str) -> None:
-    with pytest.raises(errors.InvalidArgument):
-        Client(url)
+def test_urls_that_are_none(url: str, words: str) -> None:
+    for kind in (Client, AsyncClient):
+        with pytest.raises(errors.InvalidArgument, match=words):
+            kind(url)
 
 
 @pytest.fixture(params=["grpc", "http"])
@@ -140,7 +168,6 @@ def test_socket_errors(error: OSError, kind: type[errors.CidError]) -> None:
         ("Stub process 'x' is not healthy.", "500", errors.Unavailable),
         ("Stub process 'x' is not healthy.", "StatusCode.INTERNAL", errors.Unavailable),
         ("upstream", "503", errors.Unavailable),
-        ("failed to obtain inference response", None, errors.Unavailable),
         ("Request for unknown model: 'm' is not found", "404", errors.Unavailable),
         ("unexpected shape", "400", errors.InvalidArgument),
         ("unexpected shape", "StatusCode.INVALID_ARGUMENT", errors.InvalidArgument),
@@ -160,7 +187,7 @@ def test_triton_errors(text: str, status: str | None, kind: type[errors.CidError
 def test_a_forked_child_has_no_client() -> None:
     script = """
 import os, sys
-from cidalloc.client import Client
+from cidalloc.client import AsyncClient, Client
 from cidalloc.errors import Forked
 from cidalloc.settings import Settings
 from loopback import Loopback

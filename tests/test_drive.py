@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import logging
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from loopback import AsyncLoopback, Loopback
 
-from cidalloc import wire
+from cidalloc import errors, wire
 from cidalloc.client import AsyncClient, Client
 from cidalloc.settings import Settings
 
@@ -77,14 +80,23 @@ def test_a_closed_client_leaves_no_thread() -> None:
 
 def test_a_client_that_nobody_has_ends_its_keeper() -> None:
     before = len(keepers())
-    cids = Client(transport=Loopback(SETTINGS), ttl=1.0)
+    transport = Loopback(SETTINGS)
+    cids = Client(transport=transport)
     cids.acquire()
-    del cids
-    gc.collect()
+    line = inspect.currentframe().f_lineno - 2  # type: ignore[union-attr]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        del cids
+        gc.collect()
+    (warning,) = seen
+    assert warning.category is ResourceWarning
+    assert f"unclosed Client of loopback, opened at {__file__}:{line}" in str(warning.message)
     deadline = time.monotonic() + 30
     while len(keepers()) > before:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    with Client(transport=transport) as other:
+        assert len(other.status()["sessions"]) == 0, "its session was closed"
 
 
 def test_the_keeper_renews_in_the_background() -> None:
@@ -94,6 +106,43 @@ def test_the_keeper_renews_in_the_background() -> None:
         time.sleep(2.5)
         cids._session.now = cids._clock()
         cids._session.check(epoch, cid)
+
+
+def test_heartbeats_after_a_first_acquire_that_failed() -> None:
+    """The session is open all the same."""
+    transport = Loopback(Settings(first=1, capacity=1, fresh=True))
+    with Client(transport=transport) as holder:
+        cid = holder.acquire()
+        with Client(transport=transport, ttl=1.0) as cids:
+            for acquire in (cids.acquire, lambda: cids.acquire_many(1)):
+                with pytest.raises(errors.Exhausted):
+                    acquire()
+            time.sleep(2.5)
+            cids._session.now = cids._clock()
+            assert cids._session.state == "open"
+        holder.release(cid, ended=True)
+
+
+def test_heartbeats_of_asyncio_after_a_first_acquire_that_failed() -> None:
+    async def main() -> None:
+        transport = AsyncLoopback(Settings(first=1, capacity=1, fresh=True))
+        async with AsyncClient(transport=transport) as holder:
+            await holder.acquire()
+            async with AsyncClient(transport=transport, ttl=1.0) as cids:
+                with pytest.raises(errors.Exhausted):
+                    await cids.acquire()
+                await asyncio.sleep(2.5)
+                cids._session.now = cids._clock()
+                assert cids._session.state == "open"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("ahead", [-1, 1025, True, 1.0, "1", None])
+def test_ahead_that_is_none(ahead: Any) -> None:
+    for kind in (Client, AsyncClient):
+        with pytest.raises(errors.InvalidArgument, match="ahead="):
+            kind("h:1", ahead=ahead)
 
 
 def test_many_tasks_share_a_client() -> None:

@@ -108,16 +108,13 @@ def send(it: Life, at: float, answered: float | None) -> None:
         it.settle(answered, False, None)
 
 
-def test_when_triton_may_and_must_have_forgotten() -> None:
+def test_when_triton_must_have_forgotten() -> None:
     it = life()
     send(it, 10, 13)
-    assert not it.may_be_forgotten(14.9)
-    assert it.may_be_forgotten(15.0)
     assert not it.must_be_forgotten(18.4)
     assert it.must_be_forgotten(18.6)
-    assert not it.overdue
     it.send(18.4, False)
-    assert it.overdue
+    assert "nothing was sent" in it.why_forgotten
     it.settle(18.41, False, None)
     with pytest.raises(SequenceLost, match="sequence 7 on m"):
         it.send(30, False)
@@ -133,11 +130,10 @@ def test_when_triton_may_and_must_have_forgotten() -> None:
         lambda it: (it.send(10, False), it.settle(11, False, Unavailable("no answer"))),
     ],
 )
-def test_when_nobody_knows_it_may_and_never_must(then: Callable[[Life], object]) -> None:
+def test_when_nobody_knows_it_never_must(then: Callable[[Life], object]) -> None:
     it = life()
     send(it, 8, 9)
     then(it)
-    assert it.may_be_forgotten(1e6)
     assert not it.must_be_forgotten(1e6)
 
 
@@ -166,3 +162,29 @@ def test_what_was_forgotten_stays_so() -> None:
     assert it.state is State.LOST
     with pytest.raises(SequenceLost):
         it.send(3, False)
+
+
+def test_waiting_for_a_slot_is_no_idle_time() -> None:
+    """Triton does not count it; and who does not know blames nobody for being idle."""
+    it = life()
+    send(it, 10, 30)  # it waited for 20 s, four times the idle time
+    assert not it.must_be_forgotten(30.1)
+    it.send(30.1, False)
+    assert "nothing was sent" not in it.why_forgotten
+    assert "kept the model busy" in it.why_forgotten
+    it.settle(30.2, False, None)
+    it.send(30.3, False)
+    assert "server was restarted" in it.why_forgotten
+
+
+def test_waiting_for_others_is_no_idle_time() -> None:
+    """A request counts as sent when it goes out, and not when it was asked for."""
+    it = life()
+    send(it, 0, 1)
+    it.send(2, False)
+    it.send(2, False, waits=True)
+    it.settle(4, False, None)
+    it.goes_out(4)
+    it.settle(4.5, False, None)
+    it.send(8, False)
+    assert "server was restarted" in it.why_forgotten

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 import cidalloc
+from cidalloc import errors
 
 ROOT = Path(__file__).parent.parent
 
 PUBLIC = {
     "cidalloc": ["Allocator", "CidError", "Code", "__version__"],
-    "cidalloc.client": ["AsyncClient", "AsyncSequence", "Client", "Sequence"],
+    "cidalloc.client": ["AsyncClient", "AsyncSequence", "Client", "Sequence", *errors.__all__],
     "cidalloc.codes": ["Code", "Operation"],
     "cidalloc.registry": ["SHOWN", "Grant", "Registry"],
     "cidalloc.settings": ["MAX_SESSIONS", "Settings"],

@@ -24,7 +24,7 @@ from loopback import AsyncLoopback, Loopback
 from tritonclient.utils import InferenceServerException
 
 from cidalloc import errors
-from cidalloc.client import AsyncClient, AsyncSequence, Client, Sequence, _talk
+from cidalloc.client import AsyncClient, AsyncSequence, Client, Sequence
 from cidalloc.demo.sequences import number
 from cidalloc.server import TritonServer
 from cidalloc.settings import Settings
@@ -486,10 +486,9 @@ def of_sequences() -> list[str]:
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_server_that_dies_or_hangs(
-    brittle: TritonServer, streaming: bool, how: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    brittle: TritonServer, streaming: bool, how: signal.Signals
 ) -> None:
     """Everything ends in time and says `Unavailable`, with much in the queue, too."""
-    monkeypatch.setattr(_talk, "_MARGIN_S", 0.5)
 
     async def main() -> None:
         async with AsyncClient(brittle.grpc_url, timeout=1.0) as cids:

@@ -19,8 +19,8 @@ import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
 from cidalloc import errors
-from cidalloc.client import Client, Sequence, _talk
-from cidalloc.client._stock import ENDED
+from cidalloc.client import Client, Sequence
+from cidalloc.client._stock import ENDED, need_ms
 from cidalloc.demo.sequences import number
 from cidalloc.server import TritonServer
 
@@ -87,14 +87,22 @@ def cooldown_of(sequence: Sequence, monkeypatch: pytest.MonkeyPatch) -> int:
     """Close a sequence and return for how many milliseconds its ID cools, or ENDED."""
     seen: list[int] = []
     session = sequence._driver.session
-    give = session.give
+    give, ask = session.give, session.give_unended
 
     def spy(cids: list[int], cooldown_ms: int) -> None:
         assert cids == [sequence.cid]
         seen.append(cooldown_ms)
         give(cids, cooldown_ms)
 
+    def spy_too(epoch: int, cid: int, model: str, idle: float, timeout: float) -> None:
+        assert (cid, model) == (sequence.cid, sequence.model)
+        seen.append(need_ms(idle, timeout))
+        ask(epoch, cid, model, idle, timeout)
+
+    if sequence.state == "closed, recycled":  # by the answer to END
+        return ENDED
     monkeypatch.setattr(session, "give", spy)
+    monkeypatch.setattr(session, "give_unended", spy_too)
     sequence.close()
     sequence.close()
     assert len(seen) == 1
@@ -151,10 +159,17 @@ def test_inputs_that_tritonclient_cannot_send(
 ) -> None:
     """Whatever it raises, the sequence goes on and its ID does not come back too soon."""
     sequence = cids.sequence(MODEL, streaming=kind == "stream")
-    with pytest.raises((AttributeError, TypeError)):
-        sequence.infer(["no input"])
-    assert total(sequence.infer(send(kind, 4))) == 4
+    other = tritonclient.grpc if kind == "http" else tritonclient.http
+    for wrong in (["no input"], np.zeros([1, 1], np.int32), None, number(1, other), "INPUT"):
+        with pytest.raises(errors.InvalidArgument, match="InferInput"):
+            sequence.infer(wrong)  # type: ignore[arg-type]
+        with pytest.raises(errors.InvalidArgument, match="InferInput"):
+            sequence.async_infer(wrong)  # type: ignore[arg-type]
+    assert sequence.state == "fresh"
+    assert total(sequence.infer(tuple(send(kind, 4)))) == 4  # type: ignore[arg-type]
     assert cooldown_of(sequence, monkeypatch) != ENDED
+    with pytest.raises(errors.InvalidArgument, match="InferInput"):
+        cids.sequence(MODEL, farewell=["no input"])
 
 
 def test_flags_for_ones_own_client(
@@ -205,6 +220,16 @@ def test_what_the_sequence_sets_itself(cids: Client, kind: str, name: str) -> No
     with cids.sequence(MODEL, streaming=kind == "stream") as sequence:
         with pytest.raises(errors.InvalidArgument, match=name):
             sequence.infer(send(kind, 1), **{name: 1})
+
+
+def test_another_version_needs_another_sequence(cids: Client, kind: str) -> None:
+    with cids.sequence(MODEL, streaming=kind == "stream") as sequence:
+        assert total(sequence.infer(send(kind, 1), model_version="1")) == 1
+        for version in ({}, {"model_version": "2"}):
+            for call in (sequence.infer, sequence.async_infer):
+                with pytest.raises(errors.InvalidArgument, match=r"is on version '1'.* a new seq"):
+                    call(send(kind, 1), **version)
+        assert total(sequence.infer(send(kind, 1), end=True, model_version="1")) == 2
 
 
 def test_an_exception_in_the_block_gives_the_id_back(cids: Client, kind: str) -> None:
@@ -267,7 +292,7 @@ def test_repr(cids: Client, kind: str) -> None:
     with cids.sequence(MODEL, streaming=kind == "stream") as sequence:
         assert repr(sequence) == f"<cidalloc Sequence {sequence.cid} on {MODEL}, fresh>"
         sequence.infer(send(kind, 1), end=True)
-        assert repr(sequence).endswith(", ended>")
+        assert repr(sequence).endswith(", closed, recycled>")
     assert repr(sequence).endswith(", closed, recycled>")
 
 
@@ -289,10 +314,10 @@ def test_what_must_be_forgotten_is_not_sent(
     with cids.sequence("idle_sequence", streaming=kind == "stream") as sequence:
         sequence.infer(send(kind, 1))
         time.sleep(0.8)
-        monkeypatch.setattr(sequence, "_sender", None)
+        talk = sequence._begun
         with pytest.raises(errors.SequenceLost, match=r"idle time, 0\.2 s"):
-            sequence._prepare(False, {})
-        monkeypatch.undo()
+            talk.enter(talk.request(send(kind, 1), False, {}))
+        assert not talk.on_way
 
 
 def test_somebody_elses_end(cids: Client, kind: str, triton: TritonServer) -> None:
@@ -431,10 +456,8 @@ def test_a_server_that_dies_or_hangs(
     frozen: tuple[Client, TritonServer],
     streaming: bool,
     how: signal.Signals,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Everything ends in time and says `Unavailable`, with much in the queue, too."""
-    monkeypatch.setattr(_talk, "_MARGIN_S", 0.5)
     client, server = frozen
     threads = threading.active_count()
     idle = client.sequence(MODEL, streaming=streaming, timeout=1.0)
@@ -461,13 +484,6 @@ def test_a_server_that_dies_or_hangs(
         assert threading.active_count() <= threads + 2, threading.enumerate()
 
 
-def wait_until_broken(triton: Any) -> None:
-    deadline = time.monotonic() + 10
-    while triton._stream._active:
-        assert time.monotonic() < deadline, "the stream does not notice"
-        time.sleep(0.01)
-
-
 @pytest.mark.server
 def test_a_broken_stream_fails_the_future_not_the_call(frozen: tuple[Client, TritonServer]) -> None:
     """Whether the stream broke before a request or after it is nothing a caller could know."""
@@ -475,31 +491,12 @@ def test_a_broken_stream_fails_the_future_not_the_call(frozen: tuple[Client, Tri
     sequence = client.sequence(MODEL, streaming=True, timeout=1.0)
     sequence.infer(number(1))
     os.kill(server.pid, signal.SIGKILL)
-    wait_until_broken(sequence._sender._triton)  # type: ignore[union-attr]
+    stream = sequence._begun._stream
+    deadline = time.monotonic() + 10
+    while not stream.over:  # type: ignore[union-attr]
+        assert time.monotonic() < deadline, "the stream does not notice"
+        time.sleep(0.01)
     assert isinstance(sequence.async_infer(number(1)).exception(0), errors.Unavailable)
-    sequence.close()
-
-
-@pytest.mark.server
-def test_a_stream_that_breaks_while_a_request_is_sent(
-    frozen: tuple[Client, TritonServer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The stream's own thread may have failed the future already."""
-    client, server = frozen
-    sequence = client.sequence(MODEL, streaming=True, timeout=1.0)
-    sequence.infer(number(1))
-    os.kill(server.pid, signal.SIGKILL)
-    sender = sequence._sender
-    triton = sender._triton  # type: ignore[union-attr]
-    wait_until_broken(triton)
-    send_it = triton.async_stream_infer
-
-    def beaten(*args: Any, **options: Any) -> None:
-        sender._receive(None, InferenceServerException("gone"))  # type: ignore[union-attr]
-        send_it(*args, **options)
-
-    monkeypatch.setattr(triton, "async_stream_infer", beaten)
-    assert isinstance(sequence.async_infer(number(1)).exception(0), InferenceServerException)
     sequence.close()
 
 

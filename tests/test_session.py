@@ -7,7 +7,7 @@ from simulation import World
 
 from cidalloc import errors
 from cidalloc.client._flow import Event, Idle, Send
-from cidalloc.client._session import Session
+from cidalloc.client._session import Session, Taken
 from cidalloc.client._stock import ENDED
 from cidalloc.codes import Operation
 from cidalloc.settings import Settings
@@ -82,9 +82,22 @@ def test_a_stock_that_nobody_needs_goes_back(world: World, session: Session) -> 
         world.now += 0.01
     assert world.held() > 500
     world.keep(session, world.now + 600)
-    assert world.held() <= 2
+    assert world.held() == 0
     assert "DELETE" in world.operations()
     world.acquire(session)
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 7])
+def test_no_more_ahead_than_was_said(world: World, ahead: int) -> None:
+    session = world.session(TTL, ahead=ahead)
+    for _ in range(200):
+        cids = world.acquire(session, 3)
+        assert world.held() <= 3 + ahead
+        world.release(session, *cids)
+        world.keep(session, world.now + 0.01)
+        assert world.held() <= ahead
+        assert len(session.stock.cooling) + len(session.stock.fresh) <= ahead
+    assert world.held() == len(session.stock.known())
 
 
 def test_what_is_surplus_goes_in_bulk(world: World, session: Session) -> None:
@@ -183,10 +196,11 @@ def test_a_longer_cooldown_is_announced_first(world: World, session: Session) ->
     session.now = world.now
     assert session.take(30_000) == 0, "in stock, but not announced"
     world.acquire(session, 1, 30_000)
+    assert world.operations() == ["RENEW"], "and that takes no further ID"
+    assert cooldown(world) == 30_000
+    world.acquire(session, 1, 25_000)
     assert world.operations() == ["NEW"]
     assert cooldown(world) == 30_000
-    assert session.take(25_000)
-    assert world.operations() == []
 
 
 def test_an_id_by_hand_is_good_for_what_the_manager_takes(world: World, session: Session) -> None:
@@ -216,7 +230,7 @@ def test_heartbeats_only_when_nothing_else_was_sent(world: World, session: Sessi
 
 def test_the_lease_counts_from_when_the_request_was_sent(world: World, session: Session) -> None:
     session.now = world.now
-    flow = session.acquire(1, None, world.now + 10)
+    flow = session.acquire(1, None, world.now + 10, Taken())
     effect = next(flow)
     for _ in range(2):
         assert isinstance(effect, Send)
@@ -289,7 +303,7 @@ def test_an_answer_that_comes_after_the_lease_renews_nothing(world: World) -> No
     world.acquire(session)
     world.now += 2.0
     session.now = world.now
-    flow = session.acquire(1, None, world.now + 10)
+    flow = session.acquire(1, None, world.now + 10, Taken())
     effect = next(flow)
     with pytest.raises(errors.SessionExpired, match="longer to answer"):
         while True:
@@ -331,7 +345,7 @@ def test_two_managers_in_turns(world: World, session: Session) -> None:
     world.acquire(session)
     epoch, ours = session.epoch, world.service
     world.restart()
-    flow = session.acquire(5, None, world.now + 10)
+    flow = session.acquire(5, None, world.now + 10, Taken())
     event: Event | None = None
     services = [world.service, world.service, ours]
     with pytest.raises(errors.RegistryMismatch, match="load balancer"):
@@ -505,7 +519,8 @@ def test_a_handover_is_waited_for(world: World, session: Session) -> None:
     old = world.service._holder._registry
     world.service._holder._registry = None
     session.now = world.now
-    flow = session.acquire(5, None, world.now + 10)
+    taken = Taken()
+    flow = session.acquire(5, None, world.now + 10, taken)
     event: Event | None = None
     refused = 0
     try:
@@ -518,9 +533,8 @@ def test_a_handover_is_waited_for(world: World, session: Session) -> None:
                 refused += 1
                 if refused == 4:
                     world.service._holder._registry = old
-    except StopIteration as stop:
-        found = stop.value
-    assert len(found) == 5
+    except StopIteration:
+        assert len(taken) == 5
     assert world.operations()[-5:] == ["NEW"] * 5
 
 
@@ -529,7 +543,7 @@ def test_a_flow_that_is_broken_off_leaves_a_doubt_and_no_block(
 ) -> None:
     world.acquire(session)
     session.now = world.now
-    flow = session.acquire(5, None, world.now + 10)
+    flow = session.acquire(5, None, world.now + 10, Taken())
     effect = next(flow)
     assert isinstance(effect, Send)
     world.apply(effect.request)
@@ -543,8 +557,8 @@ def test_a_flow_that_is_broken_off_leaves_a_doubt_and_no_block(
 def test_one_change_at_a_time(world: World, session: Session) -> None:
     world.acquire(session)
     session.now = world.now
-    first = session.acquire(5, None, world.now + 10)
-    second = session.acquire(5, None, world.now + 10)
+    first = session.acquire(5, None, world.now + 10, Taken())
+    second = session.acquire(5, None, world.now + 10, Taken())
     one = next(first)
     assert isinstance(one, Send)
     assert isinstance(next(second), Idle)
@@ -555,7 +569,7 @@ def test_one_change_at_a_time(world: World, session: Session) -> None:
     seqs = [one.request.parameters["seq"], two.request.parameters["seq"]]
     assert seqs == sorted(set(seqs))
     session.now += 11
-    third = session.acquire(500, None, session.now - 1)
+    third = session.acquire(500, None, session.now - 1, Taken())
     with pytest.raises(errors.Unavailable, match="other requests come first"):
         next(third)
 

@@ -14,7 +14,7 @@ import tritonclient.grpc
 import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
-from ..client._transport import STRANGE, Transport, host_and_port, parse_url
+from ..client._transport import STRANGE, Transport, parse_url
 from ..errors import CidError
 from ._rules import Facts, Finding, examine
 from ._watch import Manager, ask_options
@@ -105,23 +105,23 @@ def _config(
 @contextlib.contextmanager
 def _triton(url: str, timeout: float) -> Iterator[Any]:
     """Yield what calls a method of tritonclient, and returns the answer or None and the words."""
-    full, kind, ssl = parse_url(url)
-    where = host_and_port(
-        full, (443 if ssl else 8001) if kind == "grpc" else (443 if ssl else 8000)
-    )
+    address = parse_url(url)
     client: Any
-    if kind == "grpc":
-        client = tritonclient.grpc.InferenceServerClient(where, ssl=ssl)
+    if address.kind == "grpc":
+        client = tritonclient.grpc.InferenceServerClient(address.target, ssl=address.tls)
         more = {"client_timeout": timeout}
     else:
         client = tritonclient.http.InferenceServerClient(
-            where, ssl=ssl, connection_timeout=timeout, network_timeout=timeout
+            address.target + address.path,
+            ssl=address.tls,
+            connection_timeout=timeout,
+            network_timeout=timeout,
         )
         more = {}
 
     def ask(method: str, *arguments: str) -> tuple[Any, str]:
         options: dict[str, Any] = dict(more)
-        if kind == "grpc" and not arguments:
+        if address.kind == "grpc" and not arguments:
             options["as_json"] = True
         try:
             return getattr(client, method)(*arguments, **options), ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
@@ -13,6 +12,9 @@ from ._aio_sequence import AsyncSequence
 from ._aio_transport import AsyncTransport, connect_async
 from ._base import Base, Fallback, several, whole
 from ._drive import AsyncDriver
+from ._process import caller
+from ._session import Taken
+from ._stock import MOST_AHEAD
 from ._talk import Plan
 
 __all__ = ["AsyncClient"]
@@ -36,17 +38,24 @@ class AsyncClient(Base):
         timeout: float = 10.0,
         headers: Mapping[str, str] | None = None,
         transport: AsyncTransport | None = None,
+        ahead: int = MOST_AHEAD,
         fallback: Fallback = None,
         **options: Any,
     ) -> None:
         transport = transport or connect_async(url, headers, options)
-        super().__init__(model, ttl, label, timeout, fallback, transport)
+        super().__init__(model, ttl, label, timeout, ahead, fallback, transport, caller())
         self._driver = AsyncDriver(self._session, transport, model)
         self._clock = transport.now
-        weakref.finalize(self, self._driver.abandon).atexit = False
+
+    def _abandon(self) -> None:
+        self._driver.abandon()
+
+    def _check_home(self) -> None:
+        super()._check_home()
+        self._driver.check_loop()
 
     async def __aenter__(self) -> AsyncClient:
-        self._check_fork()
+        self._check_home()
         return self
 
     async def __aexit__(
@@ -58,14 +67,16 @@ class AsyncClient(Base):
         await self.close()
 
     async def close(self) -> None:
-        """Give everything back and close the connections; as `Client.close`."""
-        self._check_fork()
-        await self._driver.run(lambda: self._session.close(self._deadline()))
-        await self._driver.close()
+        """Give everything back and close the connections; as `Client.close`.
+
+        It goes on when the task is cancelled, be it often; the cancellation arrives afterwards.
+        """
+        self._check_home()
+        await self._driver.close(self._timeout)
 
     async def acquire(self) -> int:
         """Return an ID that nobody else has; as `Client.acquire`."""
-        self._check_fork()
+        self._check_home()
         session = self._session
         session.now = self._clock()
         cid = session.take()
@@ -73,21 +84,22 @@ class AsyncClient(Base):
             if session.wants:
                 self._driver.wake()
             return cid
-        return (await self._run_acquire(1))[0]
+        return int((await self._run_acquire(1))[0])
 
     async def acquire_many(self, count: int) -> IDs:
         """Return ``count`` IDs as a uint64 array; as `Client.acquire_many`."""
-        count = whole("count", count)
-        return as_ids(await self._run_acquire(count))
+        return await self._run_acquire(whole("count", count))
 
     async def release(
         self, cid: int, *, ended: bool = False, cooldown: float | None = None
     ) -> None:
         """Give an ID back; as `Client.release`."""
-        self._check_fork()
+        self._check_home()
         session = self._session
         fast = ended and type(cid) is int and not session.closed
-        if fast and session.stock.recycle(cid, self._clock()):
+        if fast and session.recycle(cid, self._clock()):
+            if session.wants:
+                self._driver.wake()
             return
         await self.release_many([cid], ended=ended, cooldown=cooldown)
 
@@ -95,7 +107,7 @@ class AsyncClient(Base):
         self, cids: Iterable[int], *, ended: bool = False, cooldown: float | None = None
     ) -> None:
         """Give IDs back, all or none; as `Client.release_many`."""
-        self._check_fork()
+        self._check_home()
         found = several(cids)
         self._session.now = self._clock()
         try:
@@ -117,7 +129,7 @@ class AsyncClient(Base):
 
     async def status(self) -> dict[str, Any]:
         """Return how the manager is; as `Client.status`."""
-        self._check_fork()
+        self._check_home()
         return await self._driver.run(lambda: self._session.status(self._deadline()))
 
     def sequence(
@@ -134,24 +146,33 @@ class AsyncClient(Base):
 
         The arguments, and what may go wrong then, are those of `Client.sequence`.
         """
-        self._check_fork()
+        super()._check_home()
 
-        async def begin() -> Plan:
+        async def begin(taken: Taken) -> Plan:
+            self._driver.start()
             plan = await self._driver.run(
-                lambda: self._begin_sequence(model, timeout, cooldown, check)
+                lambda: self._begin_sequence(model, timeout, cooldown, check, farewell, taken)
             )
-            self._driver.wake()
+            if self._session.wants:
+                self._driver.wake()
             return plan
 
-        return AsyncSequence(self._driver, model, begin, streaming, farewell, self)
+        return AsyncSequence(self._driver, model, begin, streaming, farewell, self, caller())
 
-    async def _run_acquire(self, count: int) -> list[int]:
-        self._check_fork()
-        cids = await self._driver.run(lambda: self._acquire(count))
-        self._driver.wake()
-        return cids
+    async def _run_acquire(self, count: int) -> IDs:
+        self._check_home()
+        taken = Taken()
+        try:
+            self._driver.start()
+            await self._driver.run(lambda: self._acquire(count, taken))
+            if self._session.wants:
+                self._driver.wake()
+            return as_ids(taken)
+        except BaseException as error:
+            self._driver.untake(taken, error)
+            raise
 
     async def _number(self, operation: Operation) -> int:
-        self._check_fork()
+        self._check_home()
         event = await self._driver.run(lambda: self._session.read(operation, self._deadline()))
         return int(event.output[0])

@@ -15,13 +15,15 @@ import numpy as np
 from ..errors import InvalidArgument, LimitExceeded, SessionExpired, Unavailable
 from ..wire import MAX_COOLDOWN_MS, IDs, as_ids
 from ._flow import Flow
+from ._handle import warn_unclosed
 from ._process import BoundToProcess
-from ._session import Session
-from ._stock import ENDED
-from ._talk import UNMANAGED, Plan, need_ms
-from ._target import HIGHEST_CID, Target, read_target
+from ._session import Session, Taken
+from ._stock import ENDED, MOST_AHEAD, need_ms
+from ._talk import UNMANAGED, Plan
+from ._target import HIGHEST_CID, Target
+from ._transport import check_inputs
 
-__all__ = ["Base", "whole"]
+__all__ = ["Base", "several", "whole"]
 
 Fallback = Literal["random"] | None
 
@@ -40,10 +42,14 @@ class Base(BoundToProcess):
         ttl: float,
         label: str | None,
         timeout: float,
+        ahead: int,
         fallback: Fallback,
         transport: Any,
+        opened_at: tuple[str, int],
     ) -> None:
         super().__init__()
+        self._transport = transport
+        self._opened_at = opened_at
         if fallback not in (None, "random"):
             raise InvalidArgument(f"fallback={fallback!r} is neither None nor 'random'")
         self._model = model
@@ -51,13 +57,26 @@ class Base(BoundToProcess):
         self._timeout = seconds("timeout", timeout, DAY_S)
         self._fallback = fallback
         self._rng = random.SystemRandom()
-        self._targets: dict[str, Target] = {}
         self._session = Session(
             ttl=seconds("ttl", ttl, 30 * DAY_S, low=0.001),
             label=_label(label),
             timeout=self._timeout,
             rng=self._rng,
+            ahead=_ahead(ahead),
         )
+
+    def __del__(self) -> None:
+        session = getattr(self, "_session", None)
+        if session is None or session.closed or not self._at_home:
+            return
+        self._abandon()
+        if session.opened:
+            words = f"unclosed {type(self).__name__} of {self._url}"
+            warn_unclosed(self, words, self._opened_at)
+
+    def _abandon(self) -> None:
+        """Let the background close what nobody has any more."""
+        raise NotImplementedError
 
     def __repr__(self) -> str:
         session, name = self._session, type(self).__name__
@@ -65,11 +84,11 @@ class Base(BoundToProcess):
         return f"<cidalloc {name} of {self._model} at {self._url}, {session.state}, {held} in use>"
 
     def held(self) -> IDs:
-        """Return the IDs that were acquired and not released, in order; no round trip.
+        """Return the IDs that are in use: acquired and not released, in order; no round trip.
 
         The manager counts those in stock as held, too.
         """
-        self._check_fork()
+        super()._check_home()
         return as_ids(sorted(self._session.stock.used))
 
     # ---- Flows. Whoever runs them has set the session's time.
@@ -77,18 +96,26 @@ class Base(BoundToProcess):
     def _deadline(self) -> float:
         return self._session.now + self._timeout
 
-    def _acquire(self, count: int) -> Flow[list[int]]:
-        return self._session.acquire(count, None, self._deadline())
+    def _acquire(self, count: int, taken: Taken) -> Flow[None]:
+        return self._session.acquire(count, None, self._deadline(), taken)
 
     def _begin_sequence(
-        self, model: str, timeout: float, cooldown: float | None, check: bool
+        self,
+        model: str,
+        timeout: float,
+        cooldown: float | None,
+        check: bool,
+        farewell: list[Any] | None,
+        taken: Taken,
     ) -> Flow[Plan]:
-        """Find out what the model needs, and get an ID that is good for it."""
+        """Find out what the model needs, and get an ID that is good for it, which is ``taken``."""
         session = self._session
         session.check_open()
         timeout = seconds("timeout", timeout, DAY_S)
-        target = yield from self._target(model, cooldown, check)
-        need = need_ms(target, timeout)
+        if farewell is not None:
+            check_inputs(farewell, self._transport.inputs)
+        target = yield from self._target(model, timeout, cooldown, check)
+        need = need_ms(target.idle_s, timeout)
         if need > MAX_COOLDOWN_MS:
             raise InvalidArgument(
                 f"model {model} keeps idle sequences for {target.idle_s:g} s: with the timeout,"
@@ -96,7 +123,7 @@ class Base(BoundToProcess):
             )
         alone = self._fallback == "random" and target.highest_cid == HIGHEST_CID
         if alone and session.now < session.away_until and session.now >= session.fence:
-            return self._random_plan(target, timeout)
+            return self._random_plan(target, timeout, check)
         deadline = session.now + (min(self._timeout, _FALLBACK_S) if alone else self._timeout)
         try:
             if target.highest_cid < HIGHEST_CID:
@@ -107,31 +134,31 @@ class Base(BoundToProcess):
                         f" {pool[-1]} would be cut: give the manager a lower pool, or the model a"
                         " wider CORRID"
                     )
-            (cid,) = yield from session.acquire(1, need, deadline)
+            yield from session.acquire(1, need, deadline, taken)
         except (Unavailable, SessionExpired):
             if not alone:
                 raise
-            return self._random_plan(target, timeout)
-        return Plan(target, cid, session.epoch, timeout)
+            return self._random_plan(target, timeout, check)
+        return Plan(target, taken[0], taken.epoch, timeout, check)
 
-    def _target(self, model: str, cooldown: float | None, check: bool) -> Flow[Target]:
+    def _target(
+        self, model: str, timeout: float, cooldown: float | None, check: bool
+    ) -> Flow[Target]:
         if cooldown is not None:
             cooldown = seconds("cooldown", cooldown, MAX_COOLDOWN_MS / 1000, low=0.0)
         if not check:
             if cooldown is None:
                 raise InvalidArgument("check=False: say with cooldown= when the model forgets")
             return Target(model, cooldown, exact=False)
-        target = self._targets.get(model)
-        if target is None:
-            target = yield from read_target(model, self._timeout)
-            self._targets[model] = target
+        session = self._session
+        target = yield from session.models.begin(model, timeout, session.now, self._timeout)
         if cooldown is not None:
             target = Target(model, max(cooldown, target.idle_s), target.highest_cid, exact=False)
         return target
 
-    def _random_plan(self, target: Target, timeout: float) -> Plan:
+    def _random_plan(self, target: Target, timeout: float, check: bool) -> Plan:
         cid = 2**_RANDOM_BITS + self._rng.getrandbits(_RANDOM_BITS)
-        return Plan(target, cid, UNMANAGED, timeout)
+        return Plan(target, cid, UNMANAGED, timeout, check)
 
     def _give(self, cids: list[int], ended: bool, cooldown: float | None) -> None:
         self._session.check_open()
@@ -188,10 +215,19 @@ def seconds(name: str, value: object, high: float, low: float = 1e-6) -> float:
     return found
 
 
+def _ahead(value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_AHEAD:
+        raise InvalidArgument(f"ahead={value!r} is not an integer of 0 to {MOST_AHEAD}")
+    return value
+
+
 def _label(label: str | None) -> str:
     if label is None:
-        # Who that is, where people look for what holds so many IDs.
-        return f"{platform.node()[:48]}:{os.getpid()}"
-    if not label.isprintable() or len(label.encode()) > LABEL_BYTES:
+        # Who that is, where people look for what holds so many IDs. Hosts have names of any kind.
+        node = "".join(each if each.isprintable() else "?" for each in platform.node())
+        node = node.encode(errors="replace")[: LABEL_BYTES - 16].decode(errors="ignore")
+        return f"{node}:{os.getpid()}"
+    fits = isinstance(label, str) and label.isprintable()
+    if not fits or len(label.encode(errors="replace")) > LABEL_BYTES:
         raise InvalidArgument(f"label={label!r} is not printable text of {LABEL_BYTES} bytes")
     return label

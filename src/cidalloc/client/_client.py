@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import weakref
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
 from ..codes import Operation
+from ..errors import CidError
 from ..wire import MODEL, IDs, as_ids
 from ._base import Base, Fallback, several, whole
-from ._drive import Driver
-from ._process import Process
+from ._drive import SyncDriver
+from ._process import Process, caller
 from ._sequence import Sequence
-from ._talk import Plan
-from ._transport import Transport, connect
+from ._session import Taken
+from ._stock import MOST_AHEAD
+from ._talk import HURRY_S
+from ._transport import Transport, boottime, connect
 
 __all__ = ["Client"]
+
+
+_open: weakref.WeakSet[Client] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    """Close the clients that the process leaves open when it ends."""
+    until = boottime() + HURRY_S  # for all of them
+    for client in list(_open):
+        if client._at_home and not client._session.closed:
+            with contextlib.suppress(CidError):
+                client._close(max(until - boottime(), 0.0))
+
+
+atexit.register(_close_all)
 
 
 class Client(Base):
@@ -36,6 +56,8 @@ class Client(Base):
         timeout: seconds that a call may take to get an answer of the manager.
         headers: go with every request.
         transport: speaks to the server in place of a connection to ``url``.
+        ahead: the most IDs that it keeps in stock. 0: it takes one when it needs one, and gives it
+            back at once; for pools with fewer IDs than clients have use for.
         fallback: ``"random"`` lets `sequence` draw a random ID of 63 bits when the manager cannot
             be reached and the model's correlation IDs have 64 bits. Nothing looks after such an ID.
         options: further arguments of tritonclient's ``InferenceServerClient``, as those for TLS.
@@ -59,18 +81,22 @@ class Client(Base):
         timeout: float = 10.0,
         headers: Mapping[str, str] | None = None,
         transport: Transport | None = None,
+        ahead: int = MOST_AHEAD,
         fallback: Fallback = None,
         **options: Any,
     ) -> None:
         transport = transport or connect(url, headers, options)
-        super().__init__(model, ttl, label, timeout, fallback, transport)
-        self._driver = Driver(self._session, transport, model)
+        super().__init__(model, ttl, label, timeout, ahead, fallback, transport, caller())
+        self._driver = SyncDriver(self._session, transport, model)
         self._lock = self._driver.lock
         self._clock = transport.now
-        weakref.finalize(self, self._driver.abandon).atexit = False
+        _open.add(self)
+
+    def _abandon(self) -> None:
+        self._driver.abandon()
 
     def __enter__(self) -> Client:
-        self._check_fork()
+        self._check_home()
         return self
 
     def __exit__(
@@ -84,12 +110,20 @@ class Client(Base):
     def close(self) -> None:
         """Give everything back and close the connections. Closing again does nothing.
 
-        IDs that are still in use cool until their models have certainly forgotten them. If the
-        manager cannot be reached, it takes all back when the lease is over.
+        IDs that are still in use cool until their models have certainly forgotten them. Futures
+        that wait for answers fail with `SequenceLost`; a request that blocks another thread ends
+        with its answer. If the manager cannot be reached, it takes all back when the lease is over.
         """
-        self._check_fork()
-        self._driver.run(lambda: self._session.close(self._deadline()))
-        self._driver.close()
+        self._check_home()
+        self._close(self._timeout)
+
+    def _close(self, patience: float) -> None:
+        try:
+            self._driver.finish_all()
+            self._driver.run(lambda: self._session.close(self._clock() + patience))
+        finally:
+            if self._session.closed:  # if it was broken off before, closing again goes on
+                self._driver.close()
 
     def acquire(self) -> int:
         """Return an ID that nobody else has. The usual call needs no round trip.
@@ -98,16 +132,22 @@ class Client(Base):
             Exhausted: the pool cannot give one now.
         """
         if self._home is not Process.here:
-            self._check_fork()
-        session = self._session
-        with self._lock:
-            session.now = self._clock()
-            cid = session.take()
-        if cid:
-            if session.wants:
-                self._driver.wake()
-            return cid
-        return self._run_acquire(1)[0]
+            self._check_home()
+        session, cid = self._session, 0
+        try:
+            with self._lock:
+                session.now = self._clock()
+                cid = session.take()
+            if cid:
+                if session.wants:
+                    self._driver.wake()
+                return cid
+        except BaseException as error:  # out of a signal handler, say, or no thread can be started
+            taken = Taken([cid] if cid else [])
+            taken.epoch = session.epoch
+            self._driver.untake(taken, error)
+            raise
+        return int(self._run_acquire(1)[0])
 
     def acquire_many(self, count: int) -> IDs:
         """Return ``count`` IDs as a uint64 array of shape [count], all or none.
@@ -117,8 +157,7 @@ class Client(Base):
             LimitExceeded: more than one request may take.
             Exhausted: the pool cannot give so many now.
         """
-        count = whole("count", count)
-        return as_ids(self._run_acquire(count))
+        return self._run_acquire(whole("count", count))
 
     def release(self, cid: int, *, ended: bool = False, cooldown: float | None = None) -> None:
         """Give an ID back. It needs no round trip: the manager is told in the background.
@@ -139,12 +178,15 @@ class Client(Base):
             SessionExpired: it was lost with its session; it is the manager's already.
         """
         if self._home is not Process.here:
-            self._check_fork()
+            self._check_home()
         session = self._session
         if ended and type(cid) is int and not session.closed:
             with self._lock:
-                if session.stock.recycle(cid, self._clock()):
-                    return
+                done = session.recycle(cid, self._clock())
+            if done:
+                if session.wants:
+                    self._driver.wake()
+                return
         self.release_many([cid], ended=ended, cooldown=cooldown)
 
     def release_many(
@@ -156,7 +198,7 @@ class Client(Base):
             Duplicate: the same ID twice.
             NotHeld, OutOfRange, SessionExpired: one of them cannot be given back.
         """
-        self._check_fork()
+        self._check_home()
         found = several(cids)
         try:
             with self._lock:
@@ -179,7 +221,7 @@ class Client(Base):
 
     def status(self) -> dict[str, Any]:
         """Return how the manager is: its pool, its sessions, what it did. See the protocol."""
-        self._check_fork()
+        self._check_home()
         return self._driver.run(lambda: self._session.status(self._deadline()))
 
     def sequence(
@@ -210,22 +252,34 @@ class Client(Base):
                 the manager's pool, or streaming over HTTP is asked for.
             Exhausted: the pool cannot give an ID now.
         """
-        self._check_fork()
+        self._check_home()
+        taken = Taken()
+        try:
+            self._driver.start()
+            plan = self._driver.run(
+                lambda: self._begin_sequence(model, timeout, cooldown, check, farewell, taken)
+            )
+            if self._session.wants:
+                self._driver.wake()
+            return Sequence(self._driver, plan, streaming, farewell, self, caller())
+        except BaseException as error:
+            self._driver.untake(taken, error)
+            raise
 
-        def begin() -> Plan:
-            plan = self._driver.run(lambda: self._begin_sequence(model, timeout, cooldown, check))
-            self._driver.wake()
-            return plan
-
-        return Sequence(self._driver, model, begin, streaming, farewell, self)
-
-    def _run_acquire(self, count: int) -> list[int]:
-        self._check_fork()
-        cids = self._driver.run(lambda: self._acquire(count))
-        self._driver.wake()
-        return cids
+    def _run_acquire(self, count: int) -> IDs:
+        self._check_home()
+        taken = Taken()
+        try:
+            self._driver.start()
+            self._driver.run(lambda: self._acquire(count, taken))
+            if self._session.wants:
+                self._driver.wake()
+            return as_ids(taken)
+        except BaseException as error:
+            self._driver.untake(taken, error)
+            raise
 
     def _number(self, operation: Operation) -> int:
-        self._check_fork()
+        self._check_home()
         event = self._driver.run(lambda: self._session.read(operation, self._deadline()))
         return int(event.output[0])

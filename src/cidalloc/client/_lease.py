@@ -6,9 +6,11 @@ seconds of a clock that runs on in suspend, and runs one step at a time.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import random
 from collections.abc import Generator, Iterable
+from typing import Any
 from uuid import UUID
 
 from ..codes import Operation
@@ -25,7 +27,7 @@ from ..errors import (
 from ..wire import PROTOCOL, TOKEN_BYTES, Parameter, Request, as_ids
 from ._flow import Event, Flow, Idle, Send
 
-__all__ = ["NEVER", "Lease"]
+__all__ = ["NEVER", "Lease", "runs"]
 
 _log = logging.getLogger("cidalloc.client")
 
@@ -33,8 +35,14 @@ NEVER = float("-inf")
 _BACK_OFF_S = 0.05  # the first pause before another try; each is twice the one before
 _BACK_OFF_MOST_S = 2.0
 _AWAY_S = 5.0  # for so long a manager that did not answer is taken to be away
+_LOOK_S = 1.0  # whether a flow that had the turn was broken off, which nobody is told
 _STRANGERS = 3  # so many answers of another registry prove that ours is gone
 _TIMES_MS = (5_000, 120_000)  # cooldowns of a manager that does not say them
+
+
+def runs(flow: Flow[Any] | None) -> bool:
+    """Whether a flow has neither ended nor been broken off, be it by a signal handler."""
+    return flow is not None and inspect.getgeneratorstate(flow) != inspect.GEN_CLOSED
 
 
 class Lease:
@@ -58,12 +66,13 @@ class Lease:
         self.away_until = NEVER
         self.version = 0  # rises when something changes that a flow may wait for
         self.closed = False
+        self.abandoned = False  # nobody has the client any more
         self._rng = rng
         self._token = ""
         self._first_sent = NEVER  # when this token was first sent
         self._generation = 0  # 0 until OPEN is answered
         self._registry: UUID | None = None
-        self._busy = False  # a flow has the turn: changes go one after the other
+        self._turn: Flow[None] | None = None  # the flow that has it, until that has ended
         self._met = False  # the manager has answered once
         self._renew_at = NEVER
         self._retry_at = NEVER
@@ -118,11 +127,7 @@ class Lease:
         return event
 
     def _limit(self, deadline: float) -> float:
-        # Some few different limits, since over HTTP each has connections of its own.
-        limit, left = self.timeout, max(deadline - self.now, self.timeout / 16)
-        while limit > left:
-            limit /= 2
-        return limit
+        return min(self.timeout, max(deadline - self.now, self.timeout / 16))
 
     def _renewed(self, sent: float) -> None:
         self.fence = max(self.fence, sent + self.ttl)
@@ -152,18 +157,19 @@ class Lease:
         answer = event.output.tolist()
         if len(answer) < 5 or answer[0] != PROTOCOL:
             raise ProtocolError(f"OPEN was answered with {answer}: a manager of another version?")
-        _, self._generation, _, high, low, *times = answer
+        _, generation, _, high, low, *times = answer
         self._registry = UUID(int=high << 64 | low)
         self._begin(*(times[:2] if len(times) >= 2 else _TIMES_MS))
         # The first OPEN of this token that arrived began the lease, and none since renewed it.
         self.fence, self._renew_at = NEVER, NEVER
         self._renewed(self._first_sent)
+        self._generation = generation  # the last, so that all is done or nothing
         self.version += 1
         _log.info("%r: opened, generation %d of %s", self, self._generation, self._registry)
 
-    def _renew(self, deadline: float) -> Flow[None]:
+    def _renew(self, deadline: float, **parameters: Any) -> Flow[None]:
         generation = self._generation
-        event = yield from self._once(Operation.RENEW, deadline)
+        event = yield from self._once(Operation.RENEW, deadline, **parameters)
         if event.output.tolist()[:1] != [generation] and self._generation == generation:
             # An OPEN that was late on its way: nothing of before is in that session.
             self._lose("the manager has another session under its name")
@@ -238,19 +244,19 @@ class Lease:
     def _in_turn(self, flow: Flow[None], deadline: float) -> Flow[None]:
         """Run a flow while no other has the turn."""
         began = self.now
-        while self._busy:
+        while runs(self._turn):
             if self.now >= deadline:
                 flow.close()
                 raise Unavailable(
                     f"no answer within {self.now - began:.1f} s: other requests come first"
                 )
-            yield Idle(deadline)
-        self._busy = True
+            yield Idle(min(deadline, self.now + _LOOK_S))
+        self.check_open()
         try:
-            self.check_open()
+            self._turn = flow
             yield from flow
         finally:
-            self._busy = False
+            flow.close()
             self.version += 1
 
     def check_open(self) -> None:

@@ -128,13 +128,16 @@ class Life:
         self._name = name
         self._idle = idle
         self._exact = exact
-        self.overdue = False  # when the last request was sent, Triton may have forgotten it
+        self._late = ""  # why Triton may have forgotten it when the last request went out
         self._last_sent = float("inf")
+        self._last_answered = float("-inf")
         # Triton had queued everything by then, or nobody knows.
         self._queued_by = float("inf")
 
-    def send(self, now: float, end: bool) -> bool:
-        """Note that a request goes out; return whether it is to carry START.
+    def send(self, now: float, end: bool, waits: bool = False) -> bool:
+        """Note that a request is sent; return whether it is to carry START.
+
+        If it ``waits`` for others, `goes_out` has to be told when it no longer does.
 
         Raises:
             InvalidArgument: the sequence has ended, or is closed.
@@ -151,9 +154,29 @@ class Life:
         self._go(Event.SEND_END if end else Event.SEND)
         start = not self.answered and not self.unanswered
         self.unanswered += 1
-        self.overdue = self.may_be_forgotten(now)
-        self._last_sent = now
+        if not waits:
+            self.goes_out(now)
         return start
+
+    def goes_out(self, now: float) -> None:
+        """Note that a request is handed to Triton."""
+        self._late = ""
+        if now >= self._last_answered + self._idle and now >= self._last_sent + self._idle:
+            self._late = f"nothing was sent for its idle time, {self._idle:g} s"
+        elif now >= self._last_sent + self._idle:
+            # Waiting for a slot does not count, and nobody can tell it from the model's own time.
+            self._late = (
+                f"the request before may have kept the model busy for its idle time, {self._idle:g}"
+                " s, which counts from when a request arrives"
+            )
+        self._last_sent = now
+
+    @property
+    def why_forgotten(self) -> str:
+        """Why Triton has forgotten it, when it says so."""
+        return self._late or (
+            "the server was restarted or its model reloaded, or something else used this ID"
+        )
 
     def lend(self, now: float, end: bool) -> bool:
         """The same for a request that others send, and of whose answer nobody tells us."""
@@ -169,7 +192,7 @@ class Life:
         self.unanswered -= 1
         if error is None:
             self.answered += 1
-            self._queued_by = now
+            self._queued_by = self._last_answered = now
             self._go(Event.ANSWER_END if end else Event.ANSWER)
         elif isinstance(error, SequenceLost):
             self._go(Event.FORGET)
@@ -177,13 +200,25 @@ class Life:
             self._queued_by = float("inf")
             self._go(Event.FAIL_END if end else Event.FAIL)
 
+    def doubt(self, unanswered: int, end: bool) -> None:
+        """Note that a request was broken off in the middle of `send` or `settle`.
+
+        Args:
+            unanswered: how many others are unanswered.
+            end: it would have been the last one.
+        """
+        self.unanswered = unanswered
+        self._queued_by = float("inf")
+        self.state = LIFE.get((self.state, Event.FAIL_END if end else Event.FAIL), self.state)
+
     def lose(self) -> None:
         """Its ID is ours no more."""
         self._go(Event.FORGET)
 
     def close(self) -> BackTo:
-        """Note that nobody uses it any more; return where its ID goes."""
-        self._go(Event.CUT if self.unanswered else Event.CLOSE)
+        """Note that nobody uses it any more; return where its ID goes. Again: the same."""
+        if not self.closed:
+            self._go(Event.CUT if self.unanswered else Event.CLOSE)
         return BackTo.STOCK if self.state is State.RECYCLED else BackTo.MANAGER
 
     @property
@@ -195,10 +230,6 @@ class Life:
     def wants_end(self) -> bool:
         """Whether Triton may still have it, and got no END."""
         return (self.state, Event.SEND_END) in LIFE and self.state is not State.FRESH
-
-    def may_be_forgotten(self, now: float) -> bool:
-        """Whether Triton may have forgotten it by now, for all that was sent."""
-        return self.state is State.LOST or now >= self._last_sent + self._idle
 
     def must_be_forgotten(self, now: float) -> bool:
         """Whether Triton has certainly forgotten it by now."""

@@ -27,23 +27,41 @@ from ..errors import (
     Unavailable,
 )
 from ._flow import Event, Flow, Idle
-from ._lease import NEVER, Lease
-from ._stock import ENDED, Stock
+from ._lease import NEVER, Lease, runs
+from ._stock import ENDED, MOST_AHEAD, Stock, need_ms
+from ._target import Models
 
-__all__ = ["Session"]
+__all__ = ["Session", "Taken"]
 
 _log = logging.getLogger("cidalloc.client")
 
 _LEAN_S = 10.0  # take nothing ahead for so long when the manager had no more
 _MOST_AT_ONCE = 1000  # IDs in one DELETE
+_ASK_S = 60.0  # for how long a model is asked that is not there
+
+
+class Taken(list[int]):
+    """IDs on their way to the application, and of which of the client's sessions they are."""
+
+    epoch = -1
 
 
 class Session(Lease):
     """One client's session, and the stock of IDs that it holds; `Lease` says what the rest is."""
 
-    def __init__(self, *, ttl: float, label: str, timeout: float, rng: random.Random) -> None:
+    def __init__(
+        self,
+        *,
+        ttl: float,
+        label: str,
+        timeout: float,
+        rng: random.Random,
+        ahead: int = MOST_AHEAD,
+    ) -> None:
         super().__init__(ttl=ttl, label=label, timeout=timeout, rng=rng)
-        self.stock = Stock()
+        self.ahead = ahead
+        self.stock = Stock(ahead=ahead)
+        self.models = Models()
         self.announced_ms = 0  # for how long its IDs cool if the session expires
         self._announcing_ms = 0  # the same, in a NEW whose answer is not there yet
         self.default_ms = 0  # what the manager takes if nothing is said
@@ -55,15 +73,19 @@ class Session(Lease):
         self._trim_at = NEVER
         self._chunk = _MOST_AT_ONCE
         self._pool: range | None = None
+        self._ending: Flow[None] | None = None  # the flow that closes it
+        self._gone = False  # the manager was told, or cannot be
+        self._all_ended = False
+        self._ask_until = NEVER  # from then on a model that does not tell is not asked any more
 
     def _begin(self, cooldown_ms: int, default_ms: int) -> None:
         self.default_ms = default_ms
-        self.stock = Stock(cooldown_ms / 1000)
+        self.stock = Stock(cooldown_ms / 1000, self.ahead)
         self._trim_at = self.now
 
     def _drop(self) -> None:
         self._lost |= self.stock.used
-        self.stock = Stock()
+        self.stock = Stock(ahead=self.ahead)
         self._seq = self.announced_ms = 0
         self._doubtful = False
         self._pool = None
@@ -80,12 +102,24 @@ class Session(Lease):
             return 0
         if (self.default_ms if need_ms is None else need_ms) > self.announced_ms:
             return 0
-        stock = self.stock
+        stock, cid = self.stock, 0
         hungry = stock.hungry
-        cid = stock.take(self.now)
-        if stock.hungry and not hungry:
-            self.wants = True
-        return cid
+        try:
+            cid = stock.take(self.now)
+            if stock.hungry and not hungry:
+                self.wants = True
+            return cid
+        except BaseException:
+            stock.untake((cid,))
+            raise
+
+    def untake(self, taken: Taken, error: BaseException) -> None:
+        """Take back what an exception kept from reaching the application."""
+        if taken.epoch == self.epoch:
+            self.stock.untake(taken)
+        taken.clear()
+        if not isinstance(error, CidError):
+            self._doubtful = True  # it came from anywhere: an ID may be in no place at all
 
     def give(self, cids: list[int], cooldown_ms: int | None) -> None:
         """Take IDs back from the application, all or none.
@@ -110,17 +144,43 @@ class Session(Lease):
         self.stock.check_used(cids)
         if cooldown_ms == ENDED:
             for cid in cids:
-                self.stock.recycle(cid, self.now)
+                self.recycle(cid, self.now)
             return
         self.stock.give_back(cids, self.default_ms if cooldown_ms is None else cooldown_ms)
         self.wants = True
 
+    def recycle(self, cid: int, now: float) -> bool:
+        """Take back an ID whose sequence was ended; False if it is none that is used."""
+        found = self.stock.recycle(cid, now)
+        if self.stock.leaving:
+            self.wants = True
+        return found
+
     def give_from(self, epoch: int, cid: int, cooldown_ms: int) -> None:
         """Take back the ID of a sequence. If it was lost meanwhile, nothing is left to do."""
-        if epoch == self.epoch and not self.closed and cid in self.stock.used:
+        if self._has(epoch, cid):
             self.give([cid], cooldown_ms)
-        else:
-            self._lost.discard(cid)
+
+    def give_unended(self, epoch: int, cid: int, model: str, idle: float, timeout: float) -> None:
+        """Take back the ID of a sequence without END, on a model that may have been loaded anew.
+
+        Args:
+            epoch: of which of our sessions the ID is.
+            cid: the ID.
+            model: the model.
+            idle: seconds after which it forgot sequences when this one began.
+            timeout: seconds that a request may have taken.
+        """
+        if self._has(epoch, cid):
+            self.stock.ask(cid, model, idle, timeout)
+            self._ask_until = self.now + _ASK_S
+            self.wants = True
+
+    def _has(self, epoch: int, cid: int) -> bool:
+        if epoch == self.epoch and not self.closed and cid in self.stock.used:
+            return True
+        self._lost.discard(cid)
+        return False
 
     def check(self, epoch: int, cid: int) -> None:
         """See that a sequence may still use its ID.
@@ -139,8 +199,10 @@ class Session(Lease):
 
     # ---- Flows
 
-    def acquire(self, count: int, need_ms: int | None, deadline: float) -> Flow[list[int]]:
-        """Return so many IDs that are from now on used; `take` says what ``need_ms`` is.
+    def acquire(self, count: int, need_ms: int | None, deadline: float, taken: Taken) -> Flow[None]:
+        """Put so many IDs into ``taken``, which are from now on used.
+
+        `take` says what ``need_ms`` is. Whoever called puts back what it cannot hand on.
 
         Raises what `cidalloc.client.Client.acquire_many` does.
         """
@@ -153,9 +215,11 @@ class Session(Lease):
                 need = self.default_ms if need_ms is None else need_ms
                 enough = self.stock.ready(self.now, count) >= count
                 if enough and need <= self.announced_ms and self.now < self.fence:
-                    cids = [self.take(need) for _ in range(count)]
-                    assert all(cids)
-                    return cids
+                    taken.epoch = self.epoch
+                    for _ in range(count):
+                        taken.append(self.take(need))
+                    assert all(taken)
+                    return
                 yield from self._in_turn(self._fetch(count, need, deadline), deadline)
             except CidError as error:
                 tries += 1
@@ -164,7 +228,7 @@ class Session(Lease):
     def keep(self) -> Flow[None]:
         """Look after the session until it is closed: renew, refill, give back; never raises."""
         tries = 0
-        while not self.closed:
+        while not (self.closed or self.abandoned):
             self.wants = False
             if self._due() > self.now:
                 yield Idle(self._due())
@@ -174,6 +238,7 @@ class Session(Lease):
             try:
                 if self.now >= self._renew_at:
                     yield from self._renew(deadline)
+                    yield from self._check_models(deadline)
                 else:
                     yield from self._in_turn(self._tend(deadline), deadline)
                 tries = 0
@@ -189,6 +254,9 @@ class Session(Lease):
     def flush(self, deadline: float) -> Flow[None]:
         """Give back what is leaving, so that others may see it gone."""
         tries = 0
+        if self.opened and self.now < self.fence and self.stock.asking:
+            with contextlib.suppress(CidError):  # a model may be away, which is no matter here
+                yield from self._in_turn(self._give_back(deadline), deadline)
         while self.opened and self.now < self.fence and (self.stock.leaving or self.stock.sent):
             try:
                 yield from self._in_turn(self._give_back(deadline), deadline)
@@ -232,21 +300,39 @@ class Session(Lease):
 
     def close(self, deadline: float) -> Flow[None]:
         """Give everything back. A manager that is away finds out when the lease is over."""
-        if self.closed:
+        while runs(self._ending) and self.now < deadline:  # another closes it
+            yield Idle(deadline)
+        if self._gone:
             return
+        ending = self._close(deadline)
         try:
-            if self.now < self.fence and (self.stock.leaving or self.stock.sent):
+            self._ending = ending
+            yield from ending
+            self._gone = True
+        finally:
+            ending.close()
+            self._shut()
+
+    def _shut(self) -> None:
+        if not self.closed:
+            stock = self.stock
+            left = stock.used or stock.leaving or stock.sent or stock.asking
+            self._all_ended = not (left or self._doubtful)
+            self.stock = Stock()
+            self.closed = True
+            self.version += 1
+
+    def _close(self, deadline: float) -> Flow[None]:
+        stock, tries = self.stock, 0
+        try:
+            if self.now < self.fence and (stock.leaving or stock.sent or stock.asking):
                 yield from self._in_turn(self._give_back(deadline), deadline)
         except CidError as error:
             _log.info("%r: could not give back IDs before closing: %s", self, error)
-        self.closed = True
-        self.version += 1
-        stock, tries = self.stock, 0
-        self.stock = Stock()
+        self._shut()
         while self.opened:
-            ended = not (stock.used or stock.leaving or stock.sent or self._doubtful)
             try:
-                yield from self._once(Operation.CLOSE, deadline, ended=ended)
+                yield from self._once(Operation.CLOSE, deadline, ended=self._all_ended)
             except SessionUnknown:
                 return
             except CidError as error:
@@ -255,7 +341,7 @@ class Session(Lease):
                 if error.answered and isinstance(error, Unavailable) and self.now + wait < deadline:
                     yield from self._sleep(wait)
                     continue
-                _log.warning("%r: it ends when its lease is over, since: %s", self, error)
+                _log.info("%r: it ends when its lease is over, since: %s", self, error)
             return
 
     # ---- Inside, in turn
@@ -263,7 +349,10 @@ class Session(Lease):
     def _change(
         self, operation: Operation, deadline: float, cids: Iterable[int] = (), **more: Any
     ) -> Flow[Event]:
-        """Send one change of the session; it is our turn, and no doubt is left of one before."""
+        """Send one change of the session; it is our turn, and no doubt is left of one before.
+
+        Whoever called notes what the answer has changed, and that no doubt is left then.
+        """
         self._seq += 1
         self._doubtful = True  # until an answer says what was done; also if we are broken off
         epoch = self.epoch
@@ -276,18 +365,17 @@ class Session(Lease):
                 self._doubtful = False
                 self.stock.unsend()
             raise
-        self._doubtful = False
         return event
 
     def _fetch(self, count: int, need_ms: int, deadline: float) -> Flow[None]:
         """Get what lacks of ``count`` IDs and some ahead, and have ``need_ms`` announced."""
         yield from self._reconcile(deadline)
-        lacking = max(0, count - self.stock.ready(self.now, count))
-        if need_ms > self.announced_ms:
-            lacking = max(lacking, 1)
-        elif lacking <= 0 and count > 0:
-            return  # somebody else was faster
-        ahead = self.stock.plan(self.now) if self.now >= self._lean_until else 0
+        ready = self.stock.ready(self.now, count) if count else 0
+        lacking = max(0, count - ready)
+        if lacking <= 0 and count > 0:
+            yield from self._announce(need_ms, deadline)
+            return  # if it is not for that, somebody else was faster
+        ahead = self.stock.plan(self.now, ready) if self.now >= self._lean_until else 0
         while lacking + ahead > 0:
             wanted, need = lacking + ahead, max(need_ms, self.announced_ms)
             self._announcing_ms = need
@@ -308,8 +396,43 @@ class Session(Lease):
             self._lost.difference_update(cids)
             self.announced_ms = need
             self.stock.refill(cids)
+            self._doubtful = False
             self.version += 1
             return
+
+    def _announce(self, need_ms: int, deadline: float) -> Flow[None]:
+        """Tell the manager for how long our IDs have to cool if we die, if it must be longer."""
+        if need_ms > self.announced_ms:
+            yield from self._renew(deadline, cooldown_ms=need_ms)
+            self.announced_ms = max(self.announced_ms, need_ms)
+            self.version += 1
+
+    def _check_models(self, deadline: float) -> Flow[None]:
+        """See whether models with new sequences were loaded anew, and now keep them for longer."""
+        for model, timeout in list(self.models.unsure.items()):
+            try:
+                target = yield from self.models.look(model, self.now, self._limit(deadline))
+            except Unavailable:
+                continue
+            except CidError:
+                target = None  # it may not be read any more, or keeps no sequences
+            self.models.unsure.pop(model, None)
+            if target is not None:
+                yield from self._announce(need_ms(target.idle_s, timeout), deadline)
+
+    def _ask_models(self, deadline: float) -> Flow[None]:
+        """Find out for how long IDs have to cool that came back without END, and let them leave."""
+        for model in list(self.stock.asking):
+            try:
+                target = yield from self.models.look(model, self.now, self._limit(deadline))
+                idle = target.idle_s
+            except Unavailable:
+                if self.now < self._ask_until:
+                    raise
+                idle = 0.0  # it is not served any more: what was known will do
+            except CidError:
+                idle = 0.0  # it may not be read any more, or keeps no sequences
+            self.stock.asked(model, idle)
 
     def _tend(self, deadline: float) -> Flow[None]:
         """What the keeper does but for renewing."""
@@ -326,7 +449,8 @@ class Session(Lease):
         if not self.opened:
             return float("inf")
         stock = self.stock
-        work = self._doubtful or stock.leaving or (stock.hungry and self.now >= self._lean_until)
+        hungry = stock.hungry and self.now >= self._lean_until
+        work = self._doubtful or stock.leaving or stock.asking or hungry
         if work and self.now < self.fence:
             return self._retry_at
         return max(min(self._renew_at, self._trim_at), self._retry_at)
@@ -354,7 +478,10 @@ class Session(Lease):
             yield from self._reconcile(deadline)
             cids = self.stock.send(self._chunk)
             if not cids:
-                return
+                if not self.stock.asking:
+                    return
+                yield from self._ask_models(deadline)
+                continue
             cooldown_ms = self.stock.sent_cooldown
             how: dict[str, Any] = {"ended": True}
             if cooldown_ms != ENDED:
@@ -372,6 +499,7 @@ class Session(Lease):
                 self._doubtful = True  # we are wrong about what we hold
                 continue
             self.stock.sent = []
+            self._doubtful = False
             self.version += 1
 
 

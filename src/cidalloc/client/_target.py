@@ -9,10 +9,13 @@ from typing import Any
 from ..errors import InvalidArgument
 from ._flow import Config, Flow
 
-__all__ = ["HIGHEST_CID", "Target", "read_target"]
+__all__ = ["HIGHEST_CID", "KNOWN_S", "Models", "Target", "read_target"]
 
 HIGHEST_CID = 2**63 - 1
 """What gRPC carries."""
+
+KNOWN_S = 30.0
+"""For so many seconds a configuration is taken to be as it was read, without a look."""
 
 _HIGHEST = {
     "TYPE_INT32": 2**31 - 1,
@@ -63,7 +66,11 @@ class Target:
                 if control.get("kind") == "CONTROL_SEQUENCE_CORRID":
                     kind = control.get("data_type")
                     if kind not in _HIGHEST:
-                        raise InvalidArgument(f"model {name} takes {kind} as correlation ID")
+                        raise InvalidArgument(
+                            f"model {name} takes {kind} as correlation ID, and these IDs are"
+                            " integers: let its CONTROL_SEQUENCE_CORRID have the data_type"
+                            " TYPE_UINT64"
+                        )
                     highest = min(highest, _HIGHEST[kind])
         return cls(name, idle_us / 1e6, highest)
 
@@ -83,6 +90,54 @@ class Target:
         # A step is forgotten before the others if it is not reached by every request.
         exact = len(steps) == 1 and steps[0].exact
         return cls(name, max(idle), min(step.highest_cid for step in steps), exact)
+
+
+class Models:
+    """The models that a client has read the configuration of. A reload may change it at any time.
+
+    Who begins a sequence may use what was read at most `KNOWN_S` before. For how long an ID cools
+    whose sequence got no END is reckoned with a configuration that was read after its last request.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[Target, float]] = {}
+        self._versions: dict[str, str] = {}
+        self.unsure: dict[str, float] = {}
+        """Models on which a sequence has begun since the last look, and its longest timeout."""
+
+    def begin(self, model: str, timeout: float, now: float, limit: float) -> Flow[Target]:
+        """Return what a new sequence on ``model`` is to know.
+
+        Args:
+            model: its name.
+            timeout: seconds that a request of the sequence may take.
+            now: the time.
+            limit: seconds for each answer.
+
+        Raises what `read_target` does.
+        """
+        known = self._known.get(model)
+        if known is None or now - known[1] >= KNOWN_S:
+            return (yield from self.look(model, now, limit))
+        self.unsure[model] = max(timeout, self.unsure.get(model, 0.0))
+        return known[0]
+
+    def look(self, model: str, now: float, timeout: float) -> Flow[Target]:
+        """Read the configuration of ``model`` anew; raises what `read_target` does."""
+        self._known.pop(model, None)
+        target = yield from read_target(model, timeout)
+        self._known[model] = target, now
+        return target
+
+    def forget(self, model: str) -> None:
+        """There was a sign that the model was loaded anew."""
+        self._known.pop(model, None)
+
+    def answered_by(self, model: str, version: str) -> None:
+        """Note which version of a model has answered; another one is such a sign."""
+        if self._versions.setdefault(model, version) != version:
+            self._versions[model] = version
+            self.forget(model)
 
 
 def read_target(model: str, timeout: float) -> Flow[Target]:

@@ -3,6 +3,10 @@
 Also the time, since a client's only ways to the outside are its transport and its threads.
 
 A transport is the client's only way to the outside, so it is also where tests put something else.
+It owns the requests that are on their way. None of them is ever cancelled, since a request that is
+cancelled at the wrong moment can end Triton 2.51; each ends with its answer or by its time limit,
+and what nobody waits for any more is dropped. No request waits behind another in here: `_grpc` and
+`_http` take a further connection where the others are in use.
 """
 
 from __future__ import annotations
@@ -10,20 +14,15 @@ from __future__ import annotations
 import asyncio
 import http.client
 import inspect
-import os
 import re
-import threading
+import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
-import aiohttp
-import tritonclient.grpc
-import tritonclient.http
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from .. import wire
@@ -32,30 +31,76 @@ from ..errors import CidError, InternalError, InvalidArgument, ProtocolError, Un
 
 __all__ = [
     "STRANGE",
-    "GrpcTransport",
-    "HttpTransport",
+    "Address",
+    "Receive",
+    "Stream",
     "Transport",
     "boottime",
+    "check_inputs",
+    "check_options",
     "connect",
     "encode",
+    "foreign",
     "parse_url",
     "read_answer",
     "translate",
+    "translating",
     "unreachable",
 ]
 
 # No answer at all, and what tritonclient stumbles over when something else than Triton answers.
 STRANGE = (OSError, ValueError, LookupError, AttributeError, TypeError)
 
+SLACK_S = 0.4
+"""For how long after Triton's own limit on a request its answer is waited for."""
 
 boottime: Callable[[], float] = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 """Returns the seconds since boot; it runs on in suspend and never jumps."""
 
+Done = Callable[[Any, BaseException | None], None]
+"""Takes what became of a request: its result, or None and an error."""
+
+Receive = Callable[[str, bool, Any, BaseException | None], None]
+"""Takes what came over a stream: the ID of the request, whether this was its last answer, and the
+result; or an error, which is for all requests that are unanswered, if the ID is empty."""
+
+
+class Stream(Protocol):
+    """A gRPC stream of one sequence.
+
+    Attributes:
+        over: it is closed.
+    """
+
+    over: bool
+
+    def send(self, model: str, inputs: list[Any], /, **options: Any) -> None:
+        """Send a request, behind those that were sent before; never waits.
+
+        Raises:
+            Unavailable: the stream broke.
+        """
+
+    def end(self) -> None:
+        """Say that nothing more is sent. The stream closes when all is answered; never waits."""
+
+    def cut(self) -> None:
+        """Close it at once, if the server has not."""
+
+    def suspect(self) -> None:
+        """Note that an answer did not come in time: the next stream takes a new connection."""
+
 
 class Transport(Protocol):
-    """What a client needs of a server."""
+    """What a client needs of a server.
+
+    Attributes:
+        url: the server, as errors name it.
+        inputs: the class of the inputs that `infer` takes, or `object`.
+    """
 
     url: str
+    inputs: type
 
     def now(self) -> float:
         """Return the time in seconds, by a clock that runs on in suspend."""
@@ -71,17 +116,22 @@ class Transport(Protocol):
         """Return a model's configuration as the JSON that Triton makes of it."""
 
     def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
-        """Call tritonclient's ``infer`` with a limit of ``limit`` seconds."""
+        """Send a request as tritonclient's ``infer`` does, and wait at most ``limit`` seconds."""
 
-    def open_stream(self, callback: Callable[..., None]) -> Any:
-        """Return a new tritonclient client with a started gRPC stream; the caller closes it.
+    def submit(
+        self, limit: float, model: str, inputs: list[Any], done: Done, /, **options: Any
+    ) -> None:
+        """Send a request; ``done`` is called when it is over, at any time and in any thread."""
+
+    def open_stream(self, receive: Receive, /) -> Stream:
+        """Return a new gRPC stream; ``receive`` is called in a thread of its own.
 
         Raises:
             InvalidArgument: this is not gRPC.
         """
 
     def close(self) -> None:
-        """Close all connections."""
+        """Close all connections, each when nothing is on its way over it any more."""
 
 
 def encode(module: Any, request: wire.Request) -> dict[str, Any]:
@@ -115,163 +165,100 @@ def read_answer(result: Any, request: wire.Request, model: str, url: str) -> tup
     return output.reshape(-1), detail
 
 
-class _TritonTransport:
-    """What gRPC and HTTP have in common."""
-
-    module: Any  # of tritonclient
-    url: str
-    now = staticmethod(boottime)
-
-    def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
-        raise NotImplementedError
-
-    def _ask(self, limit: float, model: str, inputs: list[Any], **options: Any) -> Any:
-        """Send a request to the manager: as any other, unless those could stand in its way."""
-        return self.infer(limit, model, inputs, **options)
-
-    def call(self, model: str, request: wire.Request, timeout: float) -> tuple[wire.IDs, str]:
-        arguments = encode(self.module, request)
-        with self._translating(model):
-            result = self._ask(timeout, model, arguments.pop("inputs"), **arguments)
-        return read_answer(result, request, model, self.url)
-
-    @contextmanager
-    def _translating(self, model: str) -> Iterator[None]:
-        try:
-            yield
-        except (InferenceServerException, http.client.HTTPException, *STRANGE) as error:
-            raise translate(error, model, self.url) from error
+@contextmanager
+def translating(model: str, url: str) -> Iterator[None]:
+    """Turn whatever goes wrong with a request to the manager into one of our errors."""
+    try:
+        yield
+    except CidError:
+        raise
+    except (
+        *(InferenceServerException, http.client.HTTPException, asyncio.TimeoutError),
+        *STRANGE,
+    ) as error:
+        if foreign(error):
+            raise
+        raise translate(error, model, url) from error
 
 
-class GrpcTransport(_TritonTransport):
-    """gRPC; one connection serves all threads."""
-
-    module = tritonclient.grpc
-
-    def __init__(
-        self, url: str, headers: Mapping[str, str] | None, ssl: bool, options: Mapping[str, Any]
-    ) -> None:
-        self.url = url
-        where = host_and_port(url, 443 if ssl else 8001)
-        self._headers = None if headers is None else dict(headers)
-        self._open = opener(tritonclient.grpc.InferenceServerClient, where, ssl, options)
-        self._triton = self._open()
-
-    def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
-        options.setdefault("headers", self._headers)
-        return self._triton.infer(model, inputs, client_timeout=limit, **options)
-
-    def open_stream(self, callback: Callable[..., None]) -> Any:
-        triton = self._open()
-        triton.start_stream(callback, headers=self._headers)
-        return triton
-
-    def model_config(self, model: str, timeout: float) -> Mapping[str, Any]:
-        with self._translating(model):
-            answer = self._triton.get_model_config(
-                model, headers=self._headers, as_json=True, client_timeout=timeout
-            )
-            config: Mapping[str, Any] = answer["config"]
-        return config
-
-    def close(self) -> None:
-        self._triton.close()
+_INSIDE = {"cidalloc", "tritonclient", "google", "grpc", "aiohttp", "asyncio"}
+_INSIDE |= {"http", "socket", "ssl", "select", "urllib", "gzip", "zlib", "json", "numpy"}
 
 
-class HttpTransport(_TritonTransport):
-    """HTTP; the requests of all threads go through a few threads that live on.
+def foreign(error: BaseException) -> bool:
+    """Whether an error comes from elsewhere: a signal handler of the application has raised it."""
+    trace = error.__traceback__
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    name = str(trace.tb_frame.f_globals.get("__name__"))
+    return name.partition(".")[0] not in _INSIDE
 
-    tritonclient's HTTP client runs on gevent, which ties it to its thread, and gives every thread
-    an event loop with file descriptors that it never takes back.
+
+class Address(NamedTuple):
+    """Where a server is.
+
+    Attributes:
+        url: with its scheme, as errors name it.
+        kind: ``grpc`` or ``http``.
+        tls: whether it is with TLS.
+        target: what the connection is made to: ``host:port``, or any other of gRPC's names.
+        path: where Triton's own paths begin, for HTTP; mostly empty.
     """
 
-    module = tritonclient.http
-
-    def __init__(
-        self, url: str, headers: Mapping[str, str] | None, ssl: bool, options: Mapping[str, Any]
-    ) -> None:
-        self.url = url
-        where = host_and_port(url, 443 if ssl else 8000)
-        self._headers = None if headers is None else dict(headers)
-        self._open = opener(tritonclient.http.InferenceServerClient, where, ssl, options)
-        self.closed = False
-
-    def infer(
-        self, limit: float, model: str, inputs: list[Any], /, *, asks: bool = False, **options: Any
-    ) -> Any:
-        options.setdefault("headers", self._headers)
-        return self._run(limit, lambda triton: triton.infer(model, inputs, **options), asks)
-
-    def _ask(self, limit: float, model: str, inputs: list[Any], **options: Any) -> Any:
-        return self.infer(limit, model, inputs, asks=True, **options)
-
-    def open_stream(self, callback: Callable[..., None]) -> Any:
-        raise InvalidArgument(f"streaming needs gRPC, and {self.url} is HTTP")
-
-    def model_config(self, model: str, timeout: float) -> Mapping[str, Any]:
-        with self._translating(model):
-            config: Mapping[str, Any] = self._run(
-                timeout, lambda triton: triton.get_model_config(model, headers=self._headers)
-            )
-            if not isinstance(config, dict):
-                raise TypeError("a model configuration that is no JSON object")
-        return config
-
-    def _run(self, timeout: float, work: Callable[[Any], Any], asks: bool = False) -> Any:
-        def job() -> Any:
-            for key in [key for key in _http.opened if key[0].closed]:
-                _http.opened.pop(key).close()
-            key = (self, timeout)
-            if key not in _http.opened:
-                # tritonclient knows a limit per connection only.
-                _http.opened[key] = self._open(connection_timeout=timeout, network_timeout=timeout)
-            return work(_http.opened[key])
-
-        return (_http_asks if asks else _http_threads).submit(job).result()
-
-    def close(self) -> None:
-        # Each thread closes its connections with its next request.
-        self.closed = True
+    url: str
+    kind: str
+    tls: bool
+    target: str
+    path: str = ""
 
 
-class _Http(threading.local):
-    """The HTTP clients of one of the threads, by transport and time limit."""
-
-    def __init__(self) -> None:
-        self.opened: dict[tuple[HttpTransport, float], Any] = {}
-
-
-def _start_http_threads() -> None:
-    """Make the pool of threads; in a forked child again, since threads stay with the parent."""
-    global _http_threads, _http_asks
-    _http_threads = ThreadPoolExecutor(_HTTP_AT_ONCE, "cidalloc-http")
-    # The manager's requests have some of their own, or heartbeats would wait behind sequences.
-    _http_asks = ThreadPoolExecutor(_HTTP_ASKS_AT_ONCE, "cidalloc-http-manager")
+_PORTS = {"grpc": 8001, "http": 8000, "grpcs": 443, "https": 443}
+_SCHEMES = ", ".join(_PORTS)
+# gRPC's own names, https://github.com/grpc/grpc/blob/master/doc/naming.md
+_GRPC_NAMES = ("unix", "unix-abstract", "dns", "ipv4", "ipv6", "vsock", "xds")
 
 
-_HTTP_AT_ONCE = 32  # requests of this process; threads are started as they are needed
-_HTTP_ASKS_AT_ONCE = 8
-_http = _Http()
-_http_threads: ThreadPoolExecutor
-_http_asks: ThreadPoolExecutor
-_start_http_threads()
-os.register_at_fork(after_in_child=_start_http_threads)
-
-
-_SCHEMES = ("grpc", "grpcs", "http", "https")
-
-
-def parse_url(url: str) -> tuple[str, str, bool]:
-    """Return the URL with its scheme, ``grpc`` or ``http``, and whether it is with TLS.
+def parse_url(url: str) -> Address:
+    """Return where ``url`` is; without a scheme it is gRPC's ``host:port``.
 
     Raises:
-        InvalidArgument: no such URL.
+        InvalidArgument: no such URL; says what is wrong.
     """
-    full = url if "://" in url else f"grpc://{url}"
-    scheme = full.partition("://")[0]
-    if scheme not in _SCHEMES:
-        raise InvalidArgument(f"{url!r}: the scheme is one of {', '.join(_SCHEMES)}")
-    return full, scheme[:4], len(scheme) == 5
+    if not isinstance(url, str) or not url.isprintable():
+        raise InvalidArgument(f"{url!r} is no URL: it is a text as scheme://host:port")
+    if _is_grpc_name(url):
+        return Address(f"grpc://{url}", "grpc", False, url)
+    scheme, found, rest = url.partition("://")
+    scheme = scheme.lower()
+    if not found:
+        scheme, rest = "grpc", url
+    if scheme not in _PORTS:
+        raise InvalidArgument(f"{url!r}: the scheme is one of {_SCHEMES}")
+    if scheme.startswith("grpc") and _is_grpc_name(rest):
+        return Address(f"{scheme}://{rest}", "grpc", scheme == "grpcs", rest)
+    if rest.count(":") > 1 and "[" not in rest and "@" not in rest:
+        raise InvalidArgument(f"{url!r}: write an IPv6 address in brackets, as [::1]:8001")
+    full = f"{scheme}://{rest}"
+    try:
+        parts = urlsplit(full)
+        port = _PORTS[scheme] if parts.port is None else parts.port
+    except ValueError as error:
+        raise InvalidArgument(f"{url!r}: {error}") from None
+    if parts.username is not None or parts.query or parts.fragment or not parts.hostname:
+        raise InvalidArgument(f"{url!r} is not of the form scheme://host:port")
+    path = parts.path.rstrip("/")
+    if path and not scheme.startswith("http"):
+        raise InvalidArgument(f"{url!r}: gRPC takes no path behind host and port")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    kind, tls = scheme[:4], scheme.endswith("s")
+    return Address(full, kind, tls, f"{host}:{port}", path)
+
+
+def _is_grpc_name(text: str) -> bool:
+    # A host may be called dns, too.
+    return text.partition(":")[0].lower() in _GRPC_NAMES and not re.fullmatch(r"\w+:\d+", text)
 
 
 def connect(
@@ -287,53 +274,30 @@ def connect(
     Raises:
         InvalidArgument: no such URL, or no such option.
     """
-    full, kind, ssl = parse_url(url)
-    transport = GrpcTransport if kind == "grpc" else HttpTransport
-    return transport(full, headers, ssl, options or {})
+    address = parse_url(url)
+    # Each imports what only it needs: gRPC takes a quarter of a second, gevent a tenth.
+    if address.kind == "grpc":
+        from ._grpc import GrpcTransport
 
+        return GrpcTransport(address, headers, options or {})
+    from ._http import HttpTransport
 
-def opener(
-    kind: Callable[..., Any], where: str, ssl: bool, options: Mapping[str, Any]
-) -> partial[Any]:
-    """Return what makes tritonclient's client.
-
-    Raises:
-        InvalidArgument: an argument that it does not take.
-    """
-    try:
-        inspect.signature(kind).bind(where, ssl=ssl, **options)
-    except TypeError as error:
-        raise InvalidArgument(f"tritonclient's client: {error}") from None
-    return partial(kind, where, ssl=ssl, **options)
-
-
-def host_and_port(url: str, default_port: int) -> str:
-    try:
-        parts = urlsplit(url)
-        port = default_port if parts.port is None else parts.port
-    except ValueError as error:
-        raise InvalidArgument(f"{url!r}: {error}") from None
-    if not parts.hostname or parts.path.strip("/") or parts.query or parts.username:
-        raise InvalidArgument(f"{url!r} is not of the form scheme://host:port")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return f"{host}:{port}"
+    return HttpTransport(address, headers, options or {})
 
 
 def unreachable(error: BaseException, url: str) -> Unavailable | None:
     """Return our error if ``error`` means that no answer came; None if it is one of Triton's."""
     if isinstance(error, InferenceServerException):
         text, status = error.message() or "", error.status()
-        late = status == "StatusCode.DEADLINE_EXCEEDED" or text == _HTTP_TIMEOUT
+        late = status == "StatusCode.DEADLINE_EXCEEDED"
         away = status == "StatusCode.UNAVAILABLE" and _GRPC_AWAY.search(text)
         return Unavailable(f"no answer from {url}: {text}") if late or away else None
-    if isinstance(error, _NO_ANSWER):
+    if isinstance(error, _NO_ANSWER) and not foreign(error):
         return Unavailable(f"no answer from {url}: {error or type(error).__name__}")
     return None
 
 
-_NO_ANSWER = (OSError, http.client.HTTPException, asyncio.TimeoutError, aiohttp.ClientError)
-# What tritonclient says, without a status, when geventhttpclient timed out.
-_HTTP_TIMEOUT = "failed to obtain inference response"
+_NO_ANSWER = (OSError, http.client.HTTPException, asyncio.TimeoutError, ssl.SSLError)
 # What gRPC itself, and not the server, says with the status UNAVAILABLE.
 _GRPC_AWAY = re.compile(
     "failed to connect|connection|socket|GOAWAY|keepalive|DNS|name resolution|Broken pipe", re.I
@@ -366,3 +330,37 @@ def translate(error: Exception, model: str, url: str) -> CidError:
 _UNAVAILABLE = ("StatusCode.UNAVAILABLE", "503", "504", "502")
 _INVALID = ("StatusCode.INVALID_ARGUMENT", "400")
 _INTERNAL = ("StatusCode.INTERNAL", "StatusCode.UNKNOWN", "500")
+
+
+def check_options(
+    kind: Callable[..., Any], address: Address, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the options for tritonclient's client ``kind``, those that were left out included.
+
+    Raises:
+        InvalidArgument: an argument that it does not take, or a file that cannot be read.
+    """
+    try:
+        bound = inspect.signature(kind).bind(address.target, ssl=address.tls, **options)
+    except TypeError as error:
+        raise InvalidArgument(f"tritonclient's client: {error}") from None
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def check_inputs(inputs: Any, kind: type) -> None:
+    """See that these are inputs of tritonclient for one protocol.
+
+    Raises:
+        InvalidArgument: says what they are in place of that.
+    """
+    if not isinstance(inputs, list | tuple):
+        raise InvalidArgument(
+            f"inputs are a list of {kind.__module__.rsplit('.', 1)[0]}.InferInput, not"
+            f" {type(inputs).__name__}"
+        )
+    for each in inputs:
+        if not isinstance(each, kind):
+            name = f"{type(each).__module__}.{type(each).__name__}"
+            wanted = f"{kind.__module__.rsplit('.', 1)[0]}.InferInput"
+            raise InvalidArgument(f"an input is a {name}, and this client sends {wanted}")
