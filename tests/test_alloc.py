@@ -123,10 +123,28 @@ def test_only_its_owner_releases_an_id(width: int) -> None:
     pool._check()
 
 
+def test_a_small_pool_can_be_held_whole_and_by_anybody() -> None:
+    pool = Allocator(capacity=1000)
+    assert pool.block == 1
+    ids = np.random.default_rng(0).permutation(pool.acquire_many(1000))
+    pool.release_many(ids[:900])
+    owners = {pool.owner_of(pool.acquire(owner)) for owner in range(1, 901)}
+    assert len(owners) == 900 and len(pool) == 1000
+    with pytest.raises(errors.Exhausted, match=r"1000 are held, 0 cool; none is due"):
+        pool.acquire()
+
+
+@pytest.mark.parametrize(("capacity", "block"), [(2**16 - 1, 1), (2**16, 64), (2**30 - 1, 64)])
+def test_the_width_of_blocks_if_it_is_not_said(capacity: int, block: int) -> None:
+    assert Allocator(capacity).block == block
+    assert Allocator(capacity, block=8).block == 8
+
+
 def test_a_block_serves_one_owner_at_a_time() -> None:
     pool = Allocator(128, 1, 64)
     assert (pool.acquire(1), pool.acquire(2), pool.acquire(1)) == (1, 65, 2)
-    with pytest.raises(errors.Exhausted, match=r"125 are pinned"):
+    words = r"125 are pinned by others in their block of 64; .*narrower blocks \(block=1 pins none"
+    with pytest.raises(errors.Exhausted, match=words):
         pool.acquire(3)
     assert (len(pool), pool.pinned, pool.cooling) == (3, 125, 0)
 
@@ -166,7 +184,7 @@ def test_at_width_1_ids_come_back_when_due_and_in_order() -> None:
     for cid, due in ((3, 20), (1, 10), (4, 20), (2, 10)):
         pool.release(cid, reuse_at=due)
     assert (pool.cooling, pool.next_due) == (4, 10)
-    with pytest.raises(errors.Exhausted, match=r"4 cool .* due at 10"):
+    with pytest.raises(errors.Exhausted, match=r"4 cool.* due at 10"):
         pool.acquire(now=9)
     assert [pool.acquire(now=10), pool.acquire(now=10)] == [1, 2]
     with pytest.raises(errors.Exhausted):

@@ -17,7 +17,9 @@ from cidalloc import Allocator, errors
 
 def test_the_size_is_32_bytes_a_block_and_one_more() -> None:
     assert Allocator.buffer_size(1, 64) == 64
-    assert Allocator.buffer_size(64) == 64
+    assert Allocator.buffer_size(64, 64) == 64
+    assert Allocator.buffer_size(2**16 - 1) == Allocator.buffer_size(2**16 - 1, 1)
+    assert Allocator.buffer_size(2**16) == Allocator.buffer_size(2**16, 64)
     assert Allocator.buffer_size(65, 64) == 96
     assert Allocator.buffer_size(2**38, 1) == 32 * (2**38 + 1)
     for wrong in ((0, 1), (2**38 + 1, 1), (1, 3), ("1", 1)):

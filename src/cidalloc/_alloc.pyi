@@ -15,7 +15,7 @@ class Allocator:
         cls,
         capacity: SupportsIndex = 1073741823,
         first: SupportsIndex = 1,
-        block: SupportsIndex = 64,
+        block: SupportsIndex | None = None,
         *,
         start: SupportsIndex | None = None,
         buffer: Buffer | None = None,
@@ -26,7 +26,7 @@ class Allocator:
         moving: bool = False,
     ) -> Allocator: ...
     @staticmethod
-    def buffer_size(capacity: SupportsIndex, block: SupportsIndex = 64) -> int: ...
+    def buffer_size(capacity: SupportsIndex, block: SupportsIndex | None = None) -> int: ...
     def acquire(self, owner: SupportsIndex = 0, now: SupportsIndex = 0) -> int: ...
     def acquire_many(
         self,

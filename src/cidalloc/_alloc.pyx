@@ -88,10 +88,13 @@ cdef object exhausted(Pool *pool, object what):
     cdef Counts n = pool_count(pool)
     cdef uint64_t held = pool_held(pool)
     when = f"the next is due at {due}" if queued else "none is due"
+    pinned, remedy = "", "a larger pool"
+    if n.pinned:
+        pinned = f" and {n.pinned} are pinned by others in their block of {1 << pool.shift}"
+        remedy = "a larger pool or narrower blocks (block=1 pins none)"
     return error_for(EXHAUSTED, (
-        f"cannot issue {what}: of {pool.capacity} IDs {held} are held, {n.cooling} cool "
-        f"and {n.pinned} are pinned by others in their block; {when}. Release some, wait, or use a "
-        f"larger pool or narrower blocks"))
+        f"cannot issue {what}: of {pool.capacity} IDs {held} are held, {n.cooling} cool{pinned}; "
+        f"{when}. Release some, wait, or use {remedy}"))
 
 
 cdef object refusal(const Pool *pool, int code, object cid, object where=""):
@@ -141,7 +144,8 @@ cdef class Allocator:
         capacity: IDs in the pool, at most 2**38. Memory is only reserved: 32 bytes come into use
             for each block that does, and 32 for each owner.
         first: the lowest ID, at least 1; the highest is below 2**63.
-        block: IDs in a block: 1, 2, 4, 8, 16, 32 or 64.
+        block: IDs in a block: 1, 2, 4, 8, 16, 32 or 64. By default 1 if the pool has fewer than
+            2**16 IDs, so that all of them can be held, and 64 otherwise.
         start: the ID whose block is issued first; those above follow, then those below.
         buffer: memory to keep the blocks in, such as a bytearray or an mmap: writable, contiguous,
             8-byte aligned, at least `buffer_size(capacity, block)` bytes, all zero. The pool holds
@@ -160,10 +164,10 @@ cdef class Allocator:
     Raises `RegistryCorrupt` for a buffer that no pool leaves behind, and does not write to it then.
     """
 
-    def __cinit__(self, capacity=(1 << 30) - 1, first=1, block=64, *, start=None, buffer=None,
+    def __cinit__(self, capacity=(1 << 30) - 1, first=1, block=None, *, start=None, buffer=None,
                   ready=None, holders=None, latest=INT64_MAX, reuse_at=None, moving=False):
-        cdef uint32_t shift = as_shift(block)
         cdef int64_t n = as_capacity(capacity)
+        cdef uint32_t shift = as_shift(block, n)
         cdef int64_t low = as_int(first, 1, INT64_MAX - (n - 1), "first")
         cdef int64_t at = low if start is None else as_int(start, low, low + (n - 1), "start")
         if buffer is not None:
@@ -188,9 +192,10 @@ cdef class Allocator:
         PyBuffer_Release(&self.memory)
 
     @staticmethod
-    def buffer_size(capacity, block=64):
+    def buffer_size(capacity, block=None):
         """Return how many bytes a `buffer` for such a pool has to have."""
-        return pool_size(as_capacity(capacity), as_shift(block))
+        cdef int64_t n = as_capacity(capacity)
+        return pool_size(n, as_shift(block, n))
 
     def acquire(self, owner=0, now=0):
         """Issue one ID.

@@ -70,7 +70,10 @@ cdef inline uint32_t as_owner(object x) except? 0xFFFFFFFF:
     return 0 if likely(x is zero) else <uint32_t>as_int(x, 0, MAX_OWNERS - 1, "owner")
 
 
-cdef uint32_t as_shift(object block) except? 0xFFFFFFFF:
+cdef uint32_t as_shift(object block, int64_t capacity) except? 0xFFFFFFFF:
+    # A small pool of wide blocks would run out when little is held; a large one need not be exact.
+    if block is None:
+        return 0 if capacity < 1 << 16 else 6
     cdef int64_t width = as_int(block, 1, 64, "block")
     if width & (width - 1):
         raise error_for(INVALID_ARGUMENT, "block must be 1, 2, 4, 8, 16, 32 or 64")
