@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from cidalloc import handover
 from cidalloc.errors import InvalidArgument, RegistryLocked, RegistryMismatch, Unavailable
 from cidalloc.handover import Holder, boot_id
 from cidalloc.layout import GRANULE, Word
@@ -255,9 +257,99 @@ def test_trouble_with_the_file_is_told(
     old.close()
 
 
-def test_a_folder_that_is_not_there(values: Settings, clock: Clock) -> None:
-    with pytest.raises(InvalidArgument, match="make that folder"):
-        Holder(Settings(state="/nowhere/at/all", fresh=True), "m", clock)
+def test_a_folder_that_is_not_there_is_made(tmp_path: Path, clock: Clock) -> None:
+    folder = tmp_path / "not" / "there"
+    Holder(Settings(state=str(folder), fresh=True), "m", clock).close()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert [path.name for path in folder.iterdir()] == ["m.cidalloc"]
+
+
+def test_a_folder_that_cannot_be_made(clock: Clock) -> None:
+    folder = "/proc/cidalloc/state"
+    words = f"state folder {folder}: .*'install -d -m 700 .*{folder}'.*model -o --state FOLDER"
+    with pytest.raises(InvalidArgument, match=words):
+        Holder(Settings(state=folder, fresh=True), "m", clock)
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes namespaces")
+HOLD = """
+import sys, time
+from cidalloc.handover import Holder
+from cidalloc.settings import Settings
+values = Settings(first=10, capacity=50, state=sys.argv[1], fresh=True)
+holder = Holder(values, "m", lambda: 1_000)
+print("has it", flush=True)
+sys.stdin.readline()
+"""
+
+
+@needs_root
+@pytest.mark.parametrize("there", [False, True])
+def test_a_file_system_that_is_read_only(tmp_path: Path, clock: Clock, there: bool) -> None:
+    if there:
+        Holder(Settings(first=10, capacity=50, state=str(tmp_path), fresh=True), "m", clock).close()
+    mount = f"mount --bind {tmp_path} {tmp_path} && mount -o remount,ro,bind {tmp_path}"
+    command = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh"]
+    command += [sys.executable, "-c", HOLD, str(tmp_path)]
+    done = subprocess.run(command, input="", capture_output=True, text=True)
+    (words,) = [line for line in done.stderr.splitlines() if "InvalidArgument" in line]
+    assert "read-only; mount it for writing, or name a folder elsewhere" in words
+
+
+def test_a_boot_that_cannot_be_told(
+    values: Settings, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in (tmp_path / "missing", tmp_path / "strange"):
+        (tmp_path / "strange").write_text("not a boot")
+        monkeypatch.setattr(handover, "_BOOT_ID", file)
+        with pytest.raises(InvalidArgument, match=f"cannot read {file}.*--no-state"):
+            Holder(values, "m", clock)
+
+
+@needs_root
+def test_a_holder_in_another_pid_namespace(values: Settings, clock: Clock) -> None:
+    """As another container with the same volume: it is not of our server, and does not end."""
+    command = ["unshare", "-pf", "--mount-proc", sys.executable, "-c", HOLD, values.state]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as other:
+        assert said(other) == "has it"
+        mine = holder(values, clock)
+        for _ in range(3):
+            mine.poll()
+            away(mine, "writes")
+            clock.now += 2_400
+        with pytest.raises(RegistryLocked, match=r"cannot be seen from here.*another container"):
+            mine.registry()
+        assert other.stdin
+        other.stdin.write("\n")
+        other.stdin.flush()
+        assert other.wait(20) == 0
+        mine.poll()
+        assert mine.registry().acquire(1, clock.now).tolist() == [10]
+        mine.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "server"),
+    [
+        ("python\0-c\0code", "parent"),
+        ("/b/triton_python_backend_stub\0model\0shm\0001\0001\0{parent}\0lib", "parent"),
+        ("/b/triton_python_backend_stub\0model\0shm\0001\0{parent}\0001048576", "parent"),
+        ("/b/triton_python_backend_stub\0model\0shm\0001\0001\0{ended}\0lib", "ended"),
+        ("/b/triton_python_backend_stub\0model\0shm\0001\0001\0{alive}\0lib", "parent"),
+        ("/b/triton_python_backend_stub\0model", "parent"),
+    ],
+)
+def test_the_server_that_started_us(
+    arguments: str, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have ended before we look, and our parent be another."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    pids = {"parent": os.getppid(), "ended": ended.pid, "alive": os.getpid()}
+    said = arguments.format(**pids)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: said)
+    monkeypatch.setattr(handover, "process_id", lambda pid: 0 if pid == ended.pid else 1)
+    assert handover.server_pid() == pids[server]
 
 
 def test_between_processes(

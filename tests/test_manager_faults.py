@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -291,3 +294,62 @@ def test_another_server_is_refused(place: Place, server: TritonServer) -> None:
     assert re.search(rf"REGISTRY_LOCKED|process {place.stub()} writes", str(caught.value))
     user.check()
     user.acquire(5)
+
+
+SERVE = """
+import sys
+from pathlib import Path
+from cidalloc.server import TritonServer
+with TritonServer(Path(sys.argv[1])):
+    pass
+"""
+
+
+def processes(word: str, path: Path) -> list[int]:
+    """Return the processes in whose command both stand."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            command = place.read_text()
+            if word in command.partition("\0")[0] and str(path) in command:
+                found.append(int(place.parent.name))
+    return found
+
+
+def wait_for(what: Callable[[], object], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it does not come"
+        time.sleep(0.02)
+
+
+def test_a_server_that_is_killed_while_the_manager_starts(tmp_path: Path) -> None:
+    """And whose parent does not look: Triton's own process does not notice then."""
+    place = Place(tmp_path)
+    code = place.repository / "cidmgr" / "1" / "model.py"
+    sound = code.read_text()
+    begun = tmp_path / "begun"
+    code.write_text(
+        f"{sound}\n"
+        "import pathlib, time\n"
+        "initialize = TritonPythonModel.initialize\n"
+        "def slowly(self, arguments):\n"
+        f"    pathlib.Path({str(begun)!r}).touch()\n"
+        "    time.sleep(1)\n"
+        "    initialize(self, arguments)\n"
+        f"    pathlib.Path({str(begun)!r}).unlink()\n"
+        "TritonPythonModel.initialize = slowly\n"
+    )
+    starter = subprocess.Popen([sys.executable, "-c", SERVE, str(place.repository)])
+    try:
+        wait_for(begun.exists)
+        (triton,) = processes("tritonserver", place.repository)
+        starter.send_signal(signal.SIGSTOP)
+        os.kill(triton, signal.SIGKILL)
+        wait_for(lambda: not processes("python_backend_stub", place.repository), 10)
+    finally:
+        starter.kill()
+        starter.wait()
+    code.write_text(sound)
+    with place.server() as server:
+        assert User(server).opened

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -15,10 +16,10 @@ print(child.pid, flush=True)
 sys.stdin.readline()  # until we are killed
 """
 CHILD = """
-import ctypes
+import ctypes, os
 from cidalloc._orphan import end_with_parent
-end_with_parent()
-end_with_parent()  # once is enough
+end_with_parent(os.getppid())
+end_with_parent(os.getppid())  # once is enough
 print(flush=True)
 ctypes.PyDLL(None).sleep(60)  # PyDLL keeps the GIL
 """
@@ -37,6 +38,12 @@ def test_a_process_ends_with_its_parent() -> None:
     while running(child):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_process_whose_parent_has_ended_before_ends_at_once() -> None:
+    child = CHILD.replace("os.getppid()", str(os.getpid()))
+    done = subprocess.run(["sh", "-c", '"$0" -c "$1"; true', sys.executable, child], timeout=20)
+    assert done.returncode == 0
 
 
 def running(pid: int) -> bool:

@@ -25,17 +25,20 @@ cdef void *watch(void *argument) noexcept nogil:
     _exit(1)
 
 
-def end_with_parent():
+def end_with_parent(int pid):
     """Let a thread without Python end this process, without more ado, once its parent has ended.
 
     A Python thread would not do: if the server of a model's process is killed at the wrong moment,
     that process waits for it for ever, and does not let go of the GIL meanwhile.
+
+    Args:
+        pid: the parent's process ID. If the parent is another process by now, it has ended.
     """
     global parent, watching
     cdef pthread_t thread
     if watching == getpid():
         return
-    parent = getppid()
+    parent = pid
     if pthread_create(&thread, NULL, watch, NULL):
         raise OSError(EAGAIN, "no thread can be made")
     pthread_detach(thread)

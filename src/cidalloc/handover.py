@@ -14,14 +14,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from .errors import CidError, RegistryLocked, Unavailable
+from .errors import CidError, InvalidArgument, RegistryLocked, Unavailable
 from .locks import process_id
 from .records import shape_for
 from .registry import Registry
 from .settings import Settings
 from .store import Claim, Store, writer_of
 
-__all__ = ["Holder", "boot_id"]
+__all__ = ["Holder", "boot_id", "server_pid"]
 
 _log = logging.getLogger("cidalloc.handover")
 
@@ -29,12 +29,38 @@ HEARTBEAT_S = 0.1
 """How often `Holder.poll` is to be called, in seconds, by a process that has the file."""
 IMPATIENCE_S = 0.005
 """The same for one that waits for it."""
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_UNSEEN_MS = 5_000  # a process that was left over by a killed server has ended by then
 _TAKE_BACK_MS = 3_000  # the file was free for so long: whoever wanted it is gone
 
 
 def boot_id() -> bytes:
-    """Return the 16 bytes that tell this boot of the machine from others."""
-    return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().replace("-", ""))
+    """Return the 16 bytes that tell this boot of the machine from others.
+
+    Raises:
+        InvalidArgument: they cannot be read.
+    """
+    try:
+        return bytes.fromhex(_BOOT_ID.read_text().replace("-", ""))
+    except (OSError, ValueError) as error:
+        raise InvalidArgument(
+            f"cannot read {_BOOT_ID}, which tells whether the machine was started anew: {error};"
+            " let the server read it, or keep no file: 'cidalloc model -o --no-state DIR'"
+        ) from None
+
+
+def server_pid() -> int:
+    """Return the process ID of the server that started this process; it may have ended since.
+
+    Then the parent is another process, but Triton has told its process ID in the fifth argument
+    (`StubLauncher` in https://github.com/triton-inference-server/python_backend).
+    """
+    parent = os.getppid()
+    program, *words = Path("/proc/self/cmdline").read_text(errors="replace").split("\0")
+    if str(parent) in words or "triton_python_backend_stub" not in program or len(words) < 5:
+        return parent
+    ended = words[4].isdigit() and not process_id(int(words[4]))
+    return int(words[4]) if ended else parent
 
 
 class Holder:
@@ -59,6 +85,7 @@ class Holder:
         self._registry: Registry | None = None
         self._claim: Claim | None = None
         self._let_go_at: int | None = None
+        self._unseen_since: int | None = None  # whoever has the file cannot be seen from here
         self._trouble = "the registry is still with the process before"
         if self._path is None:
             self._registry = Registry(settings, clock())
@@ -71,6 +98,7 @@ class Holder:
             alive = writer != 0 and process_id(writer & 2**22 - 1) == writer
             if alive and writer != self._server:
                 raise
+            self._unseen_since = None if alive else clock()
             # What is wrong with us must show now, while the old one still has the file.
             Store.expect(self._path, shape_for(settings))
             self._claim = Claim(self._path)
@@ -86,6 +114,7 @@ class Holder:
 
         Raises:
             Unavailable: another process has it, or is about to.
+            RegistryLocked: one that cannot be seen from here has it, and does not end.
         """
         now = self._clock()
         if self._let_go_at is not None and now - self._let_go_at >= _TAKE_BACK_MS:
@@ -93,6 +122,11 @@ class Holder:
             self._let_go_at = now
             self._try_take()
         if self._registry is None:
+            if self._unseen_since is not None and now - self._unseen_since >= _UNSEEN_MS:
+                raise RegistryLocked(
+                    f"{self._trouble}; that process cannot be seen from here: is it in another"
+                    " container, or was it stopped?"
+                )
             raise Unavailable(f"{self._trouble}; try again")
         return self._registry
 
@@ -139,7 +173,7 @@ class Holder:
     def _take(self) -> None:
         assert self._path is not None
         self._registry = Registry.in_file(self._path, self._settings, self._clock(), boot_id())
-        self._let_go_at = None
+        self._let_go_at = self._unseen_since = None
         if self._claim is not None:
             self._claim.close()
             self._claim = None

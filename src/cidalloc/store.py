@@ -82,7 +82,7 @@ class Store:
         """Return the store in the file at `path`, which is made if it is not there.
 
         Args:
-            path: the file; its folder must be there.
+            path: the file; its folder is made, too, for this user alone.
             shape: the pool that it must have; `split` matters only if the file is made. None takes
                 any, but makes no file.
             boot: the 16 bytes that tell this boot of the machine from others.
@@ -92,7 +92,7 @@ class Store:
             RegistryLocked: another process writes it.
             RegistryCorrupt: it is damaged, truncated, or something else.
             RegistryMismatch: it is of another pool, or of another format.
-            InvalidArgument: the folder or file is not there, or not to be used.
+            InvalidArgument: the folder cannot be made, or the file not be used.
             Unavailable: the disk is full.
         """
         while True:
@@ -352,6 +352,7 @@ class Claim:
 
 def _create(path: Path, shape: Shape, boot: bytes, waiting_ms: int) -> None:
     """Make the file, unless another process is faster; whoever looks sees all of it or nothing."""
+    _make_folder(path.parent)
     draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         _begin(Store.create(draft, shape, path), boot, waiting_ms)
@@ -364,6 +365,20 @@ def _create(path: Path, shape: Shape, boot: bytes, waiting_ms: int) -> None:
         raise error if isinstance(error, Unavailable) else _unusable(path, error) from None
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _make_folder(folder: Path) -> None:
+    if folder.exists():
+        return
+    try:
+        folder.mkdir(0o700, parents=True, exist_ok=True)
+        _sync_folder(folder.parent)
+    except OSError as error:
+        raise InvalidArgument(
+            f"cannot make the state folder {folder}: {error.strerror}; make it for the server's"
+            f" user ('install -d -m 700 -o {os.geteuid()} {folder}'), or name another one"
+            " ('cidalloc model -o --state FOLDER DIR')"
+        ) from None
 
 
 def _begin(store: Store, boot: bytes, waiting_ms: int) -> None:
@@ -430,8 +445,11 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _unusable(path: Path, error: OSError) -> InvalidArgument | Unavailable:
-    if isinstance(error, FileNotFoundError):
-        return InvalidArgument(f"{path.parent} is not there: make that folder, or name another one")
+    if error.errno == errno.EROFS:
+        return InvalidArgument(
+            f"cannot use {path}: its file system is read-only; mount it for writing, or name a"
+            " folder elsewhere ('cidalloc model -o --state FOLDER DIR')"
+        )
     if error.errno in _FULL:
         return Unavailable(f"cannot make {path}: {error.strerror}; make room on its disk")
     return InvalidArgument(

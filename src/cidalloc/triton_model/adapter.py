@@ -18,7 +18,7 @@ from cidalloc import wire
 from cidalloc._orphan import end_with_parent
 from cidalloc.codes import Code
 from cidalloc.errors import CidError, InvalidArgument
-from cidalloc.handover import IMPATIENCE_S
+from cidalloc.handover import IMPATIENCE_S, server_pid
 from cidalloc.service import Service
 from cidalloc.triton_model.config import settings_from
 from cidalloc.triton_model.metrics import Metrics
@@ -34,7 +34,7 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         _check_numpy()
         # Or it may keep the registry from the process that comes after a killed server.
-        end_with_parent()
+        end_with_parent(server_pid())
         self._service = Service(settings_from(config), name=args["model_name"])
         self._service.start()
         self._look_at = 0.0
@@ -54,6 +54,7 @@ class TritonPythonModel:
             Code.SESSION_UNKNOWN: kinds.NOT_FOUND,
             Code.UNKNOWN_OPERATION: kinds.UNSUPPORTED,
             Code.UNAVAILABLE: kinds.UNAVAILABLE,
+            Code.REGISTRY_LOCKED: kinds.UNAVAILABLE,
             Code.INTERNAL: kinds.INTERNAL,
         }
 
