@@ -17,6 +17,8 @@ from cidalloc.server import TritonServer
 from cidalloc.settings import Settings
 from cidalloc.triton_model.config import settings_from
 
+HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
+
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "cidalloc", *arguments]
@@ -107,6 +109,50 @@ def test_what_is_chosen_stands_in_the_configuration(tmp_path: Path) -> None:
     )
 
 
+def chosen(place: Path) -> dict[str, str]:
+    text = (place / "config.pbtxt").read_text()
+    found = dict(re.findall(r'key: "(\w+)" value { string_value: "(.*?)" }', text))
+    return found | dict(re.findall(r"(max_batch_size): (\d+)", text))
+
+
+def test_what_is_not_said_again_keeps_its_value(tmp_path: Path) -> None:
+    state, place = tmp_path / "state", tmp_path / "models" / "cidmgr"
+    options = f"--state {state} --first 10 --capacity 500 --max-ttl 5m --fresh --batch-size 32 -m 3"
+    assert run("model", str(place.parent), *options.split()).returncode == 0
+    with (place / "config.pbtxt").open("a") as file:
+        file.write('parameters { key: "EXECUTION_ENV_PATH" value { string_value: "a\\"b" } }\n')
+    before = chosen(place)
+    for more, changed in [
+        ([], {}),
+        (["--unended-cooldown", "1h"], {"unended_cooldown_ms": "3600000"}),
+        (["--no-fresh", "--state", "/else"], {"fresh": "false", "state": "/else"}),
+        (["--batch-size", "256", "--no-state"], {"max_batch_size": "256", "state": ""}),
+    ]:
+        done = run("model", str(place.parent), "-o", *more)
+        assert done.returncode == 0, done.stderr
+        assert "Kept from before: first=10, capacity=500" in done.stdout.replace("fresh=True, ", "")
+        assert chosen(place) == (before := before | changed)
+        assert sorted(path.name for path in place.iterdir()) == ["3", "config.pbtxt"]
+    assert run("model", str(place.parent), "--reset", "--no-state").returncode == 0
+    assert (chosen(place)["first"], chosen(place)["max_batch_size"]) == (str(2**30), "256")
+    assert "EXECUTION_ENV_PATH" not in chosen(place)
+
+
+def test_what_was_chosen_before_must_be_readable(tmp_path: Path) -> None:
+    config = tmp_path / "cidmgr" / "config.pbtxt"
+    assert run("model", str(tmp_path), "--no-state").returncode == 0
+    sound = config.read_text()
+    for damaged in (sound + "{", sound + 'parameters { key: "frist" value { } }', "\0"):
+        config.write_text(damaged)
+        done = run("model", str(tmp_path), "-o", "--first", "5")
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: INVALID_ARGUMENT: cannot read what was chosen before")
+        assert "--reset" in done.stderr
+        assert config.read_text() == damaged
+    assert run("model", str(tmp_path), "--reset", "--no-state").returncode == 0
+    assert config.read_text() == sound
+
+
 @pytest.mark.parametrize(
     ("options", "status", "words"),
     [
@@ -141,20 +187,29 @@ def test_a_server_whose_python_lacks_the_package(
     models = tmp_path / "models"
 
     def export(*options: str) -> None:
-        done = run("model", str(models), "--no-state", *options)
+        done = run("model", str(models), *options)
         assert done.returncode == 0, done.stderr
-        with (models / "cidmgr" / "config.pbtxt").open("a") as config:
-            value = f'value {{ string_value: "{bare}" }}'
-            config.write(f'parameters {{ key: "EXECUTION_ENV_PATH" {value} }}\n')
 
-    export()
-    with pytest.raises(Unavailable, match="cidalloc"):
+    export("--no-state")
+    with (models / "cidmgr" / "config.pbtxt").open("a") as config:
+        value = f'value {{ string_value: "{bare}" }}'
+        config.write(f'parameters {{ key: "EXECUTION_ENV_PATH" {value} }}\n')
+    with pytest.raises(Unavailable, match="does not have cidalloc: install it there, or put a"):
         with TritonServer(models):
             pass
     export("-o", "--vendor")
-    with TritonServer(models) as server:
-        assert run("probe", server.grpc_url).returncode == 0
-    export("-o")
+    for option in ("--first=7", "--vendor"):  # that it is vendored stays
+        with TritonServer(models) as server:
+            assert run("probe", server.grpc_url).returncode == 0
+        export("-o", option)
+    copy = models / "cidmgr" / "1" / "cidalloc"
+    (module,) = copy.glob("_alloc.cpython-*.so")
+    module.rename(copy / re.sub("cpython-3[0-9]+", "cpython-399", module.name))
+    words = f"for Python 3.99, and this server has {HERE}: run .* --python {HERE} DIR"
+    with pytest.raises(Unavailable, match=words):
+        with TritonServer(models):
+            pass
+    export("-o", "--no-vendor")
     left = {each.name for each in (models / "cidmgr" / "1").iterdir()}
     assert left - {"__pycache__"} == {"model.py"}
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from cidalloc.cli._doctor import doctor
 from cidalloc.cli._rules import Facts, examine
 
 STATUS = {
@@ -17,6 +19,13 @@ STATUS = {
     "file": "/state/cidmgr.cidalloc",
 }
 SEQUENCES = {"sequence_batching": {"max_sequence_idle_microseconds": "5000000"}}
+NARROW = {
+    "sequence_batching": {
+        "control_input": [
+            {"control": [{"kind": "CONTROL_SEQUENCE_CORRID", "data_type": "TYPE_INT32"}]}
+        ]
+    }
+}
 
 
 def facts(status_says: dict[str, Any] | None = None, /, **more: Any) -> Facts:
@@ -59,6 +68,22 @@ def test_nothing_to_complain_of() -> None:
         (facts(shared_memory=True), "note", "register shared memory"),
         (facts(index_error="restricted"), "note", "cannot be had: restricted"),
         (facts(unread={"asr": "gone"}), "note", "the configuration of asr cannot be had: gone"),
+        (facts(unread={"asr": "gone"}, named=True), "FAIL", "the configuration of asr cannot be"),
+        (
+            facts({"pool": {"first": 2**53 - 10, "capacity": 11}}),
+            "ok",
+            "the pool fits its CORRID",
+        ),
+        (
+            facts({"pool": {"first": 2**53 - 10, "capacity": 1_000}}),
+            "warn",
+            "read numbers above 2^53 as doubles",
+        ),
+        (
+            facts(targets={"asr": {"name": "asr"}}, named=True),
+            "FAIL",
+            "the client refuses this model",
+        ),
         (facts(targets={}), "note", "no model here keeps sequences"),
         (facts(targets={"asr": SEQUENCES | {"backend": "python"}}), "note", "it leaks"),
         (
@@ -86,6 +111,33 @@ def test_a_finding(seen: Facts, level: str, words: str) -> None:
     found = [each for each in examine(seen) if words in each.what]
     assert [each.level for each in found] == [level], examine(seen)
     assert level in ("ok", "note") or found[0].todo
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        facts(reachable=False, error="no answer"),
+        facts(status=None, error="not healthy"),
+        facts({"held": 950}),
+        facts(unread={"asr": "gone"}, named=True),
+        facts(targets={"asr": {"name": "asr"}}, named=True),
+        facts({"pool": {"first": 2**40, "capacity": 1_000}}, targets={"asr": NARROW}),
+    ],
+)
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_failure_is_exit_status_1(
+    seen: Facts, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "FAIL" in [each.level for each in examine(seen)]
+    monkeypatch.setattr("cidalloc.cli._doctor._gather", lambda *_: seen)
+    done = CliRunner().invoke(doctor, ["localhost:1", *options])
+    assert done.exit_code == 1, done.output
+
+
+def test_anything_else_is_exit_status_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = facts({"held": 800}, may_load=True, unread={"asr": "gone"})
+    monkeypatch.setattr("cidalloc.cli._doctor._gather", lambda *_: seen)
+    assert CliRunner().invoke(doctor, ["localhost:1"]).exit_code == 0
 
 
 def test_a_server_without_faults_has_none_of_them() -> None:

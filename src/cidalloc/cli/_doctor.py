@@ -41,7 +41,8 @@ def doctor(url: str, model: str, timeout: float, targets: tuple[str, ...], as_js
     """Check the manager at URL, its server, and the models that take its IDs.
 
     Each finding says what it means and what to do. It changes nothing; to learn whether strangers
-    may load models, it asks for one that is not there. Exit status 1 if a finding is a failure.
+    may load models, it asks for one that is not there. Exit status 1 if a finding is a FAIL, as is
+    a --target that cannot be read or that the client refuses.
     """
     with Manager(url, model, timeout) as manager:
         findings = examine(_gather(manager, url, targets))
@@ -79,6 +80,7 @@ def _gather(manager: Manager, url: str, targets: tuple[str, ...]) -> Facts:
         facts.config, _ = _config(manager.transport, manager.model, manager.timeout)
         index, facts.index_error = ask("get_model_repository_index")
         found = index.get("models", []) if isinstance(index, dict) else index or []
+        facts.named = bool(targets)
         names = targets or sorted({each["name"] for each in found} - {manager.model})
         for name in names:
             config, words = _config(manager.transport, name, manager.timeout)

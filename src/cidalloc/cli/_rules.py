@@ -11,7 +11,13 @@ from ..client._target import Target
 from ..errors import InvalidArgument
 from ._screen import duration
 
-__all__ = ["Facts", "Finding", "examine"]
+__all__ = ["EXACT", "INEXACT", "Facts", "Finding", "examine"]
+
+EXACT = 2**53
+"""The highest integer up to which a double has all."""
+INEXACT = (
+    "JavaScript, jq and others read numbers above 2^53 as doubles, which lose their last digits"
+)
 
 _NEARLY, _ALMOST = 0.8, 0.95  # of the pool in use
 _SLOW_MS = 1000.0  # what a dead stub takes for each request
@@ -31,6 +37,7 @@ class Facts:
         config: the manager's configuration.
         targets: the configurations of the models that are looked at, by name.
         unread: models without one, and why.
+        named: they were asked for by name.
         index_error: why the list of models cannot be had.
         may_load: anybody may load models.
         shared_memory: anybody may register shared memory.
@@ -45,6 +52,7 @@ class Facts:
     config: Mapping[str, Any] | None = None
     targets: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
+    named: bool = False
     index_error: str = ""
     may_load: bool = False
     shared_memory: bool = False
@@ -128,6 +136,15 @@ def _pool(facts: Facts) -> Iterator[Finding]:
             f"{anonymous:,} IDs are held without a session: nobody sees whether their users live",
             "let those programs use the client, or release what they take",
         )
+
+
+def _digits(facts: Facts) -> Iterator[Finding]:
+    if facts.status is None:
+        return
+    pool = facts.status["pool"]
+    last = pool["first"] + pool["capacity"] - 1
+    if last > EXACT:
+        yield Finding("warn", f"the pool ends at {last}: {INEXACT}", "choose a lower pool")
 
 
 def _manager_config(facts: Facts) -> Iterator[Finding]:
@@ -217,7 +234,10 @@ def _targets(facts: Facts) -> Iterator[Finding]:
             "name those that take IDs: --target NAME",
         )
     for name, words in facts.unread.items():
-        yield Finding("note", f"the configuration of {name} cannot be had: {words}")
+        level, todo = (
+            ("FAIL", "is this its name, and is it loaded?") if facts.named else ("note", "")
+        )
+        yield Finding(level, f"the configuration of {name} cannot be had: {words}", todo)
     for name, config in facts.targets.items():
         yield from _target(facts, name, config)
     if facts.reachable and not facts.index_error and not facts.targets:
@@ -229,7 +249,7 @@ def _target(facts: Facts, name: str, config: Mapping[str, Any]) -> Iterator[Find
         target = Target.from_config(config)
     except InvalidArgument as error:
         yield Finding(
-            "warn",
+            "FAIL" if facts.named else "warn",
             f"the client refuses this model: {error}",
             "acquire IDs for it by hand ('Client.acquire'), and send the requests yourself",
         )
@@ -276,6 +296,7 @@ _RULES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     _manager,
     _memory,
     _pool,
+    _digits,
     _manager_config,
     _targets,
     _server,

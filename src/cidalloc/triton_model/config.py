@@ -42,6 +42,7 @@ def export(
     overwrite: bool = False,
     batch_size: int = 256,
     vendor: bool | str = False,
+    more: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the manager model into a model repository and return its folder.
 
@@ -54,6 +55,7 @@ def export(
         batch_size: how many requests are answered together, at most.
         vendor: put a copy of this package beside the model, so that the server's Python, which
             must be of this version, need not have it; ``"3.12"`` makes sure of that.
+        more: parameters of the Python backend's own, as ``EXECUTION_ENV_PATH``.
 
     Raises:
         InvalidArgument: the model is there already, a name or number is none, or this package
@@ -79,6 +81,9 @@ def export(
         batch_size=batch_size,
         **{each.name: _as_text(getattr(values, each.name)) for each in fields(values)},
     )
+    for key, value in (more or {}).items():
+        words = f'parameters {{ key: "{key}" value {{ string_value: "{_as_text(value)}" }} }}'
+        config += f"{words}\n"
     if folder.exists():
         _fill(folder, version, config, vendor=bool(vendor))
         return folder
