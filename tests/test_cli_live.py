@@ -265,7 +265,8 @@ def test_serve_takes_more_models_and_flags(opened: Opened, tmp_path: Path) -> No
 
 @pytest.mark.server
 def test_serve_says_why_triton_would_not(tmp_path: Path) -> None:
-    done = run("serve", "--http-port", "0", "--", "--no-such-flag")
+    ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+    done = run("serve", *ports, "--", "--no-such-flag")
     assert done.returncode == 1
     (line,) = (each for each in done.stderr.splitlines() if each.startswith("error: "))
     assert line.startswith("error: UNAVAILABLE: Triton did not become ready: ")

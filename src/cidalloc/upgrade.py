@@ -1,4 +1,4 @@
-"""Write a registry's file anew, for a larger pool or in today's format, and lose nothing of it."""
+"""Write a registry's file anew, for a larger pool, and lose nothing of it."""
 
 from __future__ import annotations
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
+import io
+import os
 import signal
 import sys
 
@@ -27,8 +31,11 @@ __all__ = ["main", "run"]
     " words) or a failed check, 2 if the command was used wrongly.",
 )
 @click.version_option(__version__, message="cidalloc %(version)s")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Correlation IDs that no two live sequences share, for stateful models on Triton."""
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        context.color = False  # as rich does; else click looks whether this is a terminal
 
 
 for command in (
@@ -38,17 +45,35 @@ for command in (
     main.add_command(command)
 
 
+_PLAIN = {"→": "->", "…": "...", "–": "-", "×": "x", "µ": "u"}
+
+
+def _plainly(error: UnicodeError) -> tuple[str, int]:
+    """Replace what a terminal's encoding does not have."""
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(each, "?") for each in text), error.end
+
+
+codecs.register_error("cidalloc", _plainly)
+
+
 def run() -> None:
     """Run the command; an error is one line on stderr and exit status 1."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="cidalloc")
     try:
         main()
     except CidError as error:
         failure = f"{error.code.name}: {error}"
     except OSError as error:
-        failure = f"{Code.INVALID_ARGUMENT.name}: {error}"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        failure = f"{(Code.UNAVAILABLE if full else Code.INVALID_ARGUMENT).name}: {error}"
     else:
         return
     click.echo(f"error: {failure}", err=True)
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 what could not be written stays unwritten
     sys.exit(1)

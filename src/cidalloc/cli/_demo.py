@@ -115,12 +115,13 @@ def show_lanes(console: Console, lanes: tuple[Lane, Lane], managed: bool) -> Non
     accepted = sum(lane.statuses.count(200) for lane in lanes)
     colour = "bold red" if wrong else "bold green"
     console.print(
-        f"\n[{colour}]{wrong} of {total} sums are wrong.[/] Triton answered {accepted} of the"
+        f"\n[{colour}]{wrong} of {total} sums are wrong.[/] Triton answered {accepted} of these"
         f" {total} requests with 200."
     )
     for name, lane in zip("AB", lanes, strict=True):
         if lane.end_words:
-            console.print(f"[dim]At the END of {name}: {lane.end_status}, {lane.end_words}[/dim]")
+            words = f"Only the END of {name} was refused: {lane.end_status}, {lane.end_words}"
+            console.print(f"[dim]{words}[/dim]")
 
 
 @click.command()

@@ -90,7 +90,7 @@ def check(file: Path) -> None:
 @_FILE
 @click.option("--capacity", type=int, required=True, help="IDs that the pool shall have.")
 def grow(file: Path, capacity: int) -> None:
-    """Let the pool in FILE grow, or bring FILE to today's format. No manager may run.
+    """Let the pool in FILE grow. No manager may run.
 
     What is held stays held. The new file takes the old one's place at once, when it is complete.
     """

@@ -81,7 +81,8 @@ def _facts(status: Mapping[str, Any], rates: Rates | None) -> Table:
 
     row("pool", f"{pool['first']} to {last}, {capacity:,} IDs")
     anonymous = status["anonymous"]
-    row("held", f"{held:,}" + (f", {anonymous:,} of them without a session" if anonymous else ""))
+    more = f"; {anonymous:,} of them without a session" if anonymous else ""
+    row("held", f"{held:,}, what clients keep in stock included{more}")
     row("cooling", f"{cooling:,}")
     row("free", f"{status['free']:,} ({status['free'] / capacity:.1%})")
     row("peak", f"{status['peak']:,} held at once")

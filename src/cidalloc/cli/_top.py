@@ -36,7 +36,7 @@ def top(url: str, model: str, timeout: float, interval: float) -> None:
     """Watch the manager at URL: what is held, by whom, and how fast that changes.
 
     q or Ctrl-C leaves. While the manager is away the last state stays on the screen. Where the
-    output is no terminal, the state is printed once.
+    output is no terminal, or a dumb one, the state is printed once.
     """
     console = Console(highlight=False)
     with Manager(url, model, timeout) as manager:
@@ -44,7 +44,7 @@ def top(url: str, model: str, timeout: float, interval: float) -> None:
         shown = view.look(console.height)
         if view.error:
             raise view.error
-        if not console.is_terminal:
+        if not sys.stdout.isatty() or console.is_dumb_terminal:
             console.print(shown)
             return
         with (
