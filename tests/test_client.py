@@ -1,22 +1,23 @@
-"""The client's own part: URLs, failures to reach the manager, forks."""
+"""The client's own part: URLs, and what becomes of failures to reach the manager."""
 
 from __future__ import annotations
 
+import re
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
+from tritonclient.utils import InferenceServerException
 
 from cidalloc import errors
 from cidalloc.client import AsyncClient, Client
 from cidalloc.client._grpc import GrpcTransport
 from cidalloc.client._http import HttpTransport
-from cidalloc.client._transport import connect, parse_url, translate
+from cidalloc.client._transport import connect, parse_url, translate, unreachable
 from cidalloc.server import TritonServer
 
 
@@ -173,40 +174,78 @@ def test_socket_errors(error: OSError, kind: type[errors.CidError]) -> None:
         ("unexpected shape", "StatusCode.INVALID_ARGUMENT", errors.InvalidArgument),
         ("url should not include the scheme", None, errors.ProtocolError),
         ("boom", "500", errors.InternalError),
+        ("Received RST_STREAM with error code 8", "StatusCode.CANCELLED", errors.Unavailable),
+        (
+            "Received RST_STREAM with error code 11",
+            "StatusCode.RESOURCE_EXHAUSTED",
+            errors.Unavailable,
+        ),
+        ("Received RST_STREAM with error code 2", "StatusCode.INTERNAL", errors.Unavailable),
+        ("Channel closed!", "StatusCode.CANCELLED", errors.Unavailable),
+        ("Too many requests", "StatusCode.RESOURCE_EXHAUSTED", errors.Unavailable),
+        (
+            "message larger than max (9 vs. 8)",
+            "StatusCode.RESOURCE_EXHAUSTED",
+            errors.LimitExceeded,
+        ),
+        ("contention", "StatusCode.ABORTED", errors.Unavailable),
+        ("boom", "StatusCode.UNKNOWN", errors.InternalError),
+        ("lost", "StatusCode.DATA_LOSS", errors.InternalError),
+        ("no such method", "StatusCode.UNIMPLEMENTED", errors.ProtocolError),
+        ("no", "StatusCode.NOT_FOUND", errors.ProtocolError),
+        ("no", "StatusCode.PERMISSION_DENIED", errors.ProtocolError),
+        ("no", "StatusCode.UNAUTHENTICATED", errors.ProtocolError),
+        ("no", "StatusCode.ALREADY_EXISTS", errors.ProtocolError),
+        ("no", "StatusCode.FAILED_PRECONDITION", errors.ProtocolError),
+        ("no", "StatusCode.OUT_OF_RANGE", errors.ProtocolError),
+        ("late", "408", errors.Unavailable),
+        ("too large", "413", errors.LimitExceeded),
+        ("slow down", "429", errors.Unavailable),
+        ("<html>", "502", errors.Unavailable),
+        ("<html>", "504", errors.Unavailable),
+        ("no", "401", errors.ProtocolError),
         ("forbidden", "403", errors.ProtocolError),
+        ("no such page", "404", errors.ProtocolError),
+        ("no", "405", errors.ProtocolError),
+        ("no", "501", errors.ProtocolError),
         ("step 1: [CIDALLOC 3 NOT_OWNER] not yours", "500", errors.NotOwner),
     ],
 )
 def test_triton_errors(text: str, status: str | None, kind: type[errors.CidError]) -> None:
-    from tritonclient.utils import InferenceServerException
-
     found = translate(InferenceServerException(text, status), "m", "host")
     assert type(found) is kind
 
 
-def test_a_forked_child_has_no_client() -> None:
-    script = """
-import os, sys
-from cidalloc.client import AsyncClient, Client
-from cidalloc.errors import Forked
-from cidalloc.settings import Settings
-from loopback import Loopback
+def test_each_status_of_grpc_has_a_meaning() -> None:
+    """The table in docs/client.md says the same."""
+    guide = (Path(__file__).parent.parent / "docs" / "client.md").read_text()
+    for code in grpc.StatusCode:
+        if code is grpc.StatusCode.OK:
+            continue
+        found = translate(InferenceServerException("words", str(code)), "m", "host")
+        (line,) = [each for each in guide.splitlines() if re.search(rf"`{code.name}`.*\|", each)]
+        assert line.endswith(f"| `{type(found).__name__}` |"), line
 
-client = Client(transport=Loopback(Settings(fresh=True)))
-client.acquire()
-if os.fork() == 0:
-    refused = 0
-    for use in (client.acquire, client.close, lambda: client.sequence("m"), client.__enter__):
-        try:
-            use()
-        except Forked:
-            refused += 1
-    os._exit(refused)
-assert os.waitstatus_to_exitcode(os.wait()[1]) == 4
-assert client.held().tolist() == [2**30]
-client.close()
-"""
-    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, check=True)
+
+@pytest.mark.parametrize(
+    ("text", "status", "ours"),
+    [
+        ("Deadline Exceeded", "StatusCode.DEADLINE_EXCEEDED", True),
+        ("Channel closed!", "StatusCode.CANCELLED", True),
+        ("Received RST_STREAM with error code 2", "StatusCode.INTERNAL", True),
+        ("Socket closed", "StatusCode.UNAVAILABLE", True),
+        ("Exceeds maximum queue size", "StatusCode.UNAVAILABLE", False),
+        ("Exceeds maximum queue size", "503", False),
+        ("<html>503 Service Temporarily Unavailable</html>", "503", True),
+        ("upstream timed out", "504", True),
+        ("the model failed", "StatusCode.INTERNAL", False),
+        ("the model failed", "500", False),
+        ("unexpected shape", "400", False),
+    ],
+)
+def test_what_means_that_no_answer_came(text: str, status: str, ours: bool) -> None:
+    found = unreachable(InferenceServerException(text, status), "host")
+    assert (type(found) is errors.Unavailable) == ours
 
 
 def test_repr() -> None:

@@ -139,3 +139,79 @@ def test_a_server_that_is_away_for_a_while_costs_no_sequence(few: Path) -> None:
             # What the lost answer had issued is not lost: it is in stock.
             held = next(each["held"] for each in cids.status()["sessions"])
             assert held == len(cids._session.stock.known())
+
+
+POOL = """
+import multiprocessing, sys
+import tritonclient.http
+from concurrent.futures import ProcessPoolExecutor
+from cidalloc.client import Client
+from cidalloc.demo.sequences import number
+
+def begin(url):
+    global cids
+    cids = Client(url, label="a worker")
+
+def work(value):
+    with cids.sequence("simple_sequence") as sequence:
+        result = sequence.infer(number(value, tritonclient.http), end=True)
+    return int(result.as_numpy("OUTPUT")[0, 0])
+
+def show(url, label):
+    with Client(url) as other:
+        print(sum(each["label"] == label for each in other.status()["sessions"]))
+
+if __name__ == "__main__":
+    url, how = sys.argv[1:]
+    if how == "Process":
+        worker = multiprocessing.Process(target=lambda: (begin(url), work(1)))
+        worker.start()
+        worker.join()
+    else:
+        context = multiprocessing.get_context(how)
+        options = {"mp_context": context, "initializer": begin, "initargs": (url,)}
+        with ProcessPoolExecutor(2, **options) as pool:
+            assert list(pool.map(work, range(6))) == list(range(6))
+            show(url, "a worker")
+    show(url, "a worker")
+"""
+
+
+@pytest.mark.parametrize("how", ["spawn", "forkserver", "fork", "Process"])
+def test_a_process_pool_leaves_no_session(triton: TritonServer, tmp_path: Path, how: str) -> None:
+    """Its workers end without atexit."""
+    script = tmp_path / "pool.py"
+    script.write_text(POOL)
+    command = [sys.executable, str(script), triton.http_url, how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "0"
+    assert how == "Process" or done.stdout.split()[0] in ("1", "2"), "the workers had sessions"
+
+
+FORGETFUL = """
+import asyncio, sys
+import tritonclient.grpc, tritonclient.http
+from cidalloc.client import AsyncClient
+from cidalloc.demo.sequences import number
+
+async def main():
+    cids = AsyncClient(sys.argv[1], label=sys.argv[2])
+    sequence = await cids.sequence("simple_sequence", streaming=sys.argv[2] == "stream")
+    kind = tritonclient.http if "http" in sys.argv[1] else tritonclient.grpc
+    await sequence.infer(number(1, kind))
+    global kept
+    kept = cids, sequence
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("way", ["grpc", "http", "stream"])
+def test_an_event_loop_that_ends_closes_its_clients(triton: TritonServer, way: str) -> None:
+    url = triton.http_url if way == "http" else triton.grpc_url
+    command = [sys.executable, "-c", FORGETFUL, url, way]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    with Client(url) as other:
+        assert way not in [each["label"] for each in other.status()["sessions"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import sys
 import weakref
 from collections.abc import Iterable, Mapping
 from types import TracebackType
@@ -37,6 +38,18 @@ def _close_all() -> None:
 
 
 atexit.register(_close_all)
+_hooked: object = None  # the process in which multiprocessing closes them, which runs no atexit
+
+
+def _close_at_exit(client: Client) -> None:
+    global _hooked
+    _open.add(client)
+    if "multiprocessing.util" in sys.modules and _hooked is not Process.here:  # as in its children
+        from multiprocessing import parent_process, util
+
+        if parent_process() is not None:
+            _hooked = Process.here
+            util.Finalize(None, _close_all, exitpriority=100)
 
 
 class Client(Base):
@@ -90,7 +103,7 @@ class Client(Base):
         self._driver = SyncDriver(self._session, transport, model)
         self._lock = self._driver.lock
         self._clock = transport.now
-        _open.add(self)
+        _close_at_exit(self)
 
     def _abandon(self) -> None:
         self._driver.abandon()

@@ -287,7 +287,7 @@ class AsyncDriver(_Driver):
     def start(self) -> None:
         """Start the keeper, if it does not run yet."""
         if self._keeper is None and not self.session.closed:
-            self._keeper = self.tasks.start(self.run(self.session.keep))
+            self._keeper = self.tasks.start(self._keep())
 
     def wake(self) -> None:
         """Tell the keeper that there is something to do."""
@@ -320,6 +320,14 @@ class AsyncDriver(_Driver):
         if self._closing is None:
             self._closing = self.tasks.start(self._close(patience))
         await outlast(self._closing)
+
+    async def _keep(self) -> None:
+        try:
+            await self.run(self.session.keep)
+        except asyncio.CancelledError:  # the event loop ends, and nobody has closed the client
+            with contextlib.suppress(CidError):
+                await self._close(HURRY_S)
+            raise
 
     async def _close(self, patience: float) -> None:
         self.finish_all()

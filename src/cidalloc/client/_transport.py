@@ -27,7 +27,14 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from .. import wire
 from ..codes import Operation
-from ..errors import CidError, InternalError, InvalidArgument, ProtocolError, Unavailable
+from ..errors import (
+    CidError,
+    InternalError,
+    InvalidArgument,
+    LimitExceeded,
+    ProtocolError,
+    Unavailable,
+)
 
 __all__ = [
     "STRANGE",
@@ -289,19 +296,25 @@ def unreachable(error: BaseException, url: str) -> Unavailable | None:
     """Return our error if ``error`` means that no answer came; None if it is one of Triton's."""
     if isinstance(error, InferenceServerException):
         text, status = error.message() or "", error.status()
-        late = status == "StatusCode.DEADLINE_EXCEEDED"
-        away = status == "StatusCode.UNAVAILABLE" and _GRPC_AWAY.search(text)
-        return Unavailable(f"no answer from {url}: {text}") if late or away else None
+        away = status in _NO_ANSWER_STATUS or "RST_STREAM" in text
+        away = away or (status == "StatusCode.UNAVAILABLE" and _GRPC_AWAY.search(text) is not None)
+        away = away or (status == "503" and _NOT_TRITON.search(text) is not None)
+        return Unavailable(f"no answer from {url}: {text}") if away else None
     if isinstance(error, _NO_ANSWER) and not foreign(error):
         return Unavailable(f"no answer from {url}: {error or type(error).__name__}")
     return None
 
 
 _NO_ANSWER = (OSError, http.client.HTTPException, asyncio.TimeoutError, ssl.SSLError)
+# Of gRPC's, and what only proxies answer.
+_NO_ANSWER_STATUS = {"StatusCode.DEADLINE_EXCEEDED", "StatusCode.CANCELLED"}
+_NO_ANSWER_STATUS |= {"408", "429", "502", "504"}
 # What gRPC itself, and not the server, says with the status UNAVAILABLE.
 _GRPC_AWAY = re.compile(
     "failed to connect|connection|socket|GOAWAY|keepalive|DNS|name resolution|Broken pipe", re.I
 )
+# A proxy's page, and what tritonclient's asyncio client makes of it.
+_NOT_TRITON = re.compile("<html|while decoding the response", re.I)
 
 
 def translate(error: Exception, model: str, url: str) -> CidError:
@@ -317,19 +330,26 @@ def translate(error: Exception, model: str, url: str) -> CidError:
         return ours
     if "unknown model" in text.lower():
         return Unavailable(f"{url} serves no model {model}")
-    if status in _UNAVAILABLE or "is not healthy" in text or "not ready" in text:
+    if "is not healthy" in text or "not ready" in text:
         return Unavailable(f"no answer from {url}: {text}")
-    if status in _INVALID:
-        return InvalidArgument(text)
-    if status in _INTERNAL:
-        return InternalError(text)
-    return ProtocolError(f"unexpected answer from {url}: {error}")
+    kind = LimitExceeded if "larger than max" in text else STATUSES.get(str(status), ProtocolError)
+    if kind is Unavailable:
+        return Unavailable(f"no answer from {url}: {text}")
+    if kind is ProtocolError:
+        return ProtocolError(f"unexpected answer from {url}: {error}")
+    return kind(text)
 
 
-# The status of gRPC, and of HTTP.
-_UNAVAILABLE = ("StatusCode.UNAVAILABLE", "503", "504", "502")
-_INVALID = ("StatusCode.INVALID_ARGUMENT", "400")
-_INTERNAL = ("StatusCode.INTERNAL", "StatusCode.UNKNOWN", "500")
+STATUSES: dict[str, type[CidError]] = {
+    **dict.fromkeys(("StatusCode.UNAVAILABLE", "503"), Unavailable),
+    **dict.fromkeys(("StatusCode.ABORTED", "StatusCode.RESOURCE_EXHAUSTED"), Unavailable),
+    **dict.fromkeys(("StatusCode.INVALID_ARGUMENT", "400"), InvalidArgument),
+    **dict.fromkeys(("StatusCode.INTERNAL", "StatusCode.UNKNOWN", "500"), InternalError),
+    "StatusCode.DATA_LOSS": InternalError,
+    "413": LimitExceeded,
+}
+"""What a status of gRPC or HTTP means for a request to the manager, but for those that mean no
+answer (`unreachable`); any other one is a `ProtocolError`."""
 
 
 def check_options(
