@@ -89,6 +89,15 @@ def test_an_id_is_recycled_only_if_all_is_certain(actions: list[str]) -> None:
     assert (it.close() is BackTo.STOCK) == bool(certain)
 
 
+def test_an_answered_end_is_not_enough_while_something_is_unanswered() -> None:
+    it = life()
+    it.send(0.0, False)
+    it.send(0.0, True)
+    it.settle(0.0, True, None)
+    assert it.state is State.ENDED and it.close() is BackTo.MANAGER
+    assert it.state is State.COOLING
+
+
 def test_start_goes_with_the_first_and_again_if_that_failed() -> None:
     it = life()
     assert it.send(0, False) is True

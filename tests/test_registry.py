@@ -322,6 +322,34 @@ def test_after_a_reboot_fresh_ids_come_from_above_the_mark(tmp_path: Path) -> No
     assert max(registry.acquire(1, 5 + horizon)) <= mark
 
 
+@pytest.mark.parametrize("how", ["NEW", "RENEW", "DELETE"])
+def test_whoever_asks_for_a_longer_cooldown_raises_the_horizon(how: str) -> None:
+    """Or a power cut would cut it short."""
+    registry = small(capacity=100)
+    registry.open(A, 0, ttl_ms=1_000)
+    taken = registry.acquire(1, 0, token=A, seq=1)
+    long_ms = 40 * registry.store.header[Word.HORIZON]
+    if how == "NEW":
+        registry.acquire(1, 0, token=A, seq=2, cooldown_ms=long_ms)
+    elif how == "RENEW":
+        registry.renew(A, 0, cooldown_ms=long_ms)
+    else:
+        registry.release(taken, 0, token=A, seq=2, cooldown_ms=long_ms)
+    assert registry.store.header[Word.HORIZON] >= long_ms
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_the_end_of_a_session_keeps_to_the_least_cooldown(ended: bool) -> None:
+    registry = small(capacity=1, unended_cooldown_ms=0, cooldown_ms=5_000)
+    registry.open(A, 0, ttl_ms=1_000)
+    registry.open(B, 0, ttl_ms=60_000)
+    registry.acquire(1, 0, token=A, seq=1, cooldown_ms=0)
+    registry.close_session(A, 100, ended=ended)
+    with pytest.raises(Exhausted):
+        registry.acquire(1, 5_099, token=B, seq=1)
+    assert registry.acquire(1, 5_100, token=B, seq=2).tolist() == [1]
+
+
 def test_anonymous_ids_are_taken_back_in_slices() -> None:
     registry = small(capacity=100, anonymous_age_ms=8_000, max_anonymous=50, unended_cooldown_ms=0)
     taken = {now: int(registry.acquire(1, now)[0]) for now in range(0, 8_001, 500)}

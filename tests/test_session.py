@@ -244,6 +244,19 @@ def test_the_lease_counts_from_when_the_request_was_sent(world: World, session: 
     assert session.fence == sent + TTL
 
 
+def test_the_lease_of_a_repeated_open_counts_from_the_first(world: World, session: Session) -> None:
+    """Which may have arrived, and OPEN of a session that lives renews nothing."""
+    began = world.now
+    world.fates = ["unanswered", "unanswered"]
+    for _ in range(2):
+        session.now = world.now
+        with pytest.raises(errors.Unavailable):
+            world.run(session, session._establish(world.now + 1))
+    world.run(session, session._establish(world.now + 1))
+    assert world.operations() == ["OPEN"] * 3
+    assert session.fence == began + TTL
+
+
 def test_without_an_answer_its_ids_are_not_used(world: World, session: Session) -> None:
     (cid,) = world.acquire(session)
     epoch, sent = session.epoch, world.now
@@ -592,6 +605,43 @@ def test_closing_gives_everything_back(world: World, session: Session, in_use: b
     assert world.operations() == []
     with pytest.raises(errors.InvalidArgument, match="closed"):
         world.acquire(session)
+
+
+@pytest.mark.parametrize("left", ["leaving", "sent", "asking", "in doubt"])
+def test_closing_says_ended_only_if_nothing_is_left(
+    world: World, session: Session, left: str
+) -> None:
+    """As when the manager does not answer to what gives the rest back."""
+    (cid,) = world.acquire(session, 1, 60_000)
+    session.now = world.now
+    if left == "asking":
+        world.idle["model"] = errors.Unavailable("away")
+        session.give_unended(session.epoch, cid, "model", 10.0, 1.0)
+    else:
+        world.release(session, cid, cooldown_ms=60_000)
+        world.lies[Operation.DELETE] = Event(error=errors.Unavailable("no answer"))
+        if left != "leaving":
+            world.lies[Operation.HELD] = Event(error=errors.Unavailable("no answer"))
+            with pytest.raises(errors.Unavailable):
+                world.run(session, session._give_back(world.now + 1))
+        if left == "in doubt":
+            session.stock.sent = []
+    world.run(session, session.close(world.now + 10))
+    (request,) = [each for each in world.sent if each.operation is Operation.CLOSE]
+    assert request.parameters["ended"] is False
+
+
+def test_what_is_held_is_asked_for_so_that_nothing_late_can_act(
+    world: World, session: Session
+) -> None:
+    world.acquire(session)
+    world.fates = ["late"]
+    world.acquire(session, 500)
+    (request,) = [each for each in world.sent if each.operation is Operation.HELD]
+    (late,) = world.late
+    assert request.parameters["seq"] == late.parameters["seq"] + 1
+    answer = world.apply(late)
+    assert isinstance(answer.error, errors.Repeated)
 
 
 def test_closing_what_was_never_opened_sends_nothing(world: World, session: Session) -> None:
