@@ -167,6 +167,17 @@ clean:
 .cache/tmp:
 	@mkdir -p $@
 
+# Another Python than before, if one is named: begin anew.
+WHICH := -c 'import sys; print(sys.version.split()[0], sys.base_prefix)'
+ifneq ($(filter command environment,$(firstword $(origin PYTHON))),)
+ifneq ($(shell $(PYTHON) $(WHICH)),$(shell $(BIN)/python $(WHICH) 2>/dev/null))
+.venv/.ready: another-python
+endif
+endif
+.PHONY: another-python
+another-python:
+	rm -rf .venv
+
 .venv/.ready: pyproject.toml Makefile | .cache/tmp
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.13 found (the bundled Triton server" \
 		"knows no other); name one: make PYTHON=/path/to/python3" >&2; exit 1; }

@@ -86,7 +86,8 @@ def test_kubernetes() -> None:
     volumes = {each["name"] for each in spec["template"]["spec"]["volumes"]}
     volumes |= {each["metadata"]["name"] for each in spec["volumeClaimTemplates"]}
     assert {each["name"] for each in container["volumeMounts"]} == volumes
-    for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+    assert container["livenessProbe"]["httpGet"] == {"path": "/v2/health/live", "port": "http"}
+    for name in ("startupProbe", "readinessProbe"):
         command, *arguments = container[name]["exec"]["command"]
         assert command == "cidalloc"
         probe = main.commands[arguments[0]]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import re
+import shutil
+import subprocess
 from importlib.metadata import files, metadata
 from pathlib import Path
 
@@ -58,3 +60,30 @@ def test_every_file_says_what_it_is_for() -> None:
     source = ROOT / "src" / "cidalloc"
     for path in [*source.rglob("*.py"), *Path(__file__).parent.glob("*.py")]:
         assert path.read_text().startswith('"""'), f"{path.name} does not begin with its purpose"
+
+
+@pytest.mark.skipif(not (ROOT / "Makefile").exists(), reason="a source distribution has none")
+def test_another_python_begins_anew(tmp_path: Path) -> None:
+    """And none that is named keeps the environment that is there."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "CMakeLists.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "src").mkdir()
+    here, other = tmp_path / ".venv" / "bin" / "python", tmp_path / "other"
+    here.parent.mkdir(parents=True)
+    for path, version in ((here, "3.11.1 /usr"), (other, "3.12.1 /usr")):
+        path.write_text(f"#!/bin/sh\necho {version}\n")
+        path.chmod(0o755)
+    for stamp in (".ready", ".built"):
+        (tmp_path / ".venv" / stamp).touch()
+
+    def planned(*arguments: str) -> str:
+        command = ["make", "-n", "demo", *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
+
+    assert "rm -rf .venv" in planned(f"PYTHON={other}")
+    assert f"{other} -m venv" in planned(f"PYTHON={other}")
+    for arguments in ([], [f"PYTHON={here}"]):
+        assert "venv" not in planned(*arguments).replace(".venv/bin/cidalloc demo", "")
