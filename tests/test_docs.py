@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,45 +18,147 @@ from typing import Any
 import pytest
 from anonymous import Anonymous
 
+from cidalloc import errors
 from cidalloc.client import Client
 from cidalloc.client._transport import connect
 from cidalloc.codes import Code, Operation
+from cidalloc.handover import Holder
 from cidalloc.server import TritonServer
+from cidalloc.settings import Settings
+from cidalloc.store import writer_of
+from cidalloc.triton_model import export
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-EXAMPLE_ID = "1073741824"
 
 
 def blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def run_shell(script: str, triton: TritonServer, tmp_path: Path) -> str:
-    """Run a script of the docs; without curl, with a stand-in that does what they ask of it."""
-    path = os.environ["PATH"]
+CURL = """
+import sys, argparse, urllib.request
+options = argparse.ArgumentParser()
+options.add_argument("-s", action="store_true")
+options.add_argument("-X", default=None)
+options.add_argument("-H", action="append", default=[])
+options.add_argument("-d", default=None)
+options.add_argument("url")
+options = options.parse_args()
+url = options.url if "://" in options.url else "http://" + options.url
+headers = dict(each.split(": ") for each in options.H)
+body = None if options.d is None else options.d.encode()
+request = urllib.request.Request(url, body, headers, method=options.X)
+print(urllib.request.urlopen(request).read().decode())
+"""
+"""What the docs ask of curl, where there is none."""
+
+NOTE = """
+import os, sys
+with open(os.environ["NOTES"], "a") as notes:
+    print(os.path.basename(sys.argv[0]), *sys.argv[1:], file=notes)
+"""
+"""A command that is not run here, but noted."""
+
+
+def run_shell(script: str, server: TritonServer, folder: Path, *noted: str) -> str:
+    """Run a script of the docs and return what it prints."""
+    commands = dict.fromkeys(noted, NOTE)
     if shutil.which("curl") is None:
-        stand_in = tmp_path / "curl"
-        stand_in.write_text(
-            f"#!{sys.executable}\n"
-            "import sys, urllib.request\n"
-            "silent, url, flag, body = sys.argv[1:]\n"
-            "assert (silent, flag) == ('-s', '-d')\n"
-            "url = url if '://' in url else 'http://' + url\n"
-            "print(urllib.request.urlopen(url, body.encode()).read().decode())\n"
-        )
-        stand_in.chmod(0o755)
-        path = f"{tmp_path}:{path}"
-    script = script.replace("localhost:8000", triton.http_url)
+        commands["curl"] = CURL
+    for name, code in commands.items():
+        (folder / name).write_text(f"#!{sys.executable}\n{code}")
+        (folder / name).chmod(0o755)
+    script = script.replace("localhost:8000", server.http_url)
+    script = script.replace("localhost:8001", server.grpc_url)
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
         capture_output=True,
         text=True,
-        timeout=30,
-        check=True,
-        env={**os.environ, "PATH": path},
+        timeout=60,
+        cwd=folder,
+        env={
+            **os.environ,
+            "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "NOTES": str(folder / "notes"),
+        },
     )
+    assert done.returncode == 0, (script, done.stderr)
     return done.stdout
+
+
+ASIDE = ("pip", "make", "tritonserver", "python3")
+"""What blocks call that is not run here: see `test_what_is_not_run`."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_shell(page: Path, triton: TritonServer, tmp_path: Path) -> None:
+    """Every command of every page works, and prints what the comment behind it begins with."""
+    file = tmp_path / "it.cidalloc"
+    settings = Settings(first=1, capacity=9, state=str(tmp_path), fresh=True)
+    for block in blocks(page, "sh"):
+        if "repository/models" in block or "serve\n" in block:
+            continue  # tests of their own
+        Holder(settings, "it", lambda: 0).close()
+        script = re.sub(r"/path/to/model_repository|/models\b(?!/)", f"{tmp_path}/models", block)
+        script = script.replace("/var/lib/cidalloc", f"{tmp_path}/state")
+        script = re.sub(r"\bFILE\b", str(file), script).replace("--capacity N", "--capacity 99")
+        printed = run_shell(script, triton, tmp_path, *ASIDE)
+        for said in re.findall(r"# (cidmgr answers): 0", block):
+            assert re.match(rf"{said}: [\d,]+ held \(\d+ ms\)", printed)
+        file.unlink()
+
+
+def test_what_is_not_run(triton: TritonServer, tmp_path: Path) -> None:
+    """The other commands are made of what is there: extras, targets, flags."""
+    noted = [block for page in PAGES for block in blocks(page, "sh") if block.split()[0] in ASIDE]
+    for block in noted:
+        script = block.replace(". .venv/bin/activate", "true")
+        script = re.sub("^cidalloc.*", "", script, flags=re.MULTILINE)
+        run_shell(script, triton, tmp_path, *ASIDE)
+    project = (ROOT / "pyproject.toml").read_text()
+    extras = re.findall(r"^(\w+) = \[", project, re.MULTILINE)
+    targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    seen = set()
+    for line in (tmp_path / "notes").read_text().splitlines():
+        name, *arguments = line.split()
+        seen.add(name)
+        if name == "pip":
+            assert arguments[0] == "install"
+            (extra,) = re.findall(r"^\.\[(\w+)\]$", arguments[1])
+            assert extra in extras
+        elif name == "make":
+            assert set(arguments) <= set(targets)
+        elif name == "python3":
+            assert arguments == ["-m", "venv", ".venv"]
+    assert seen == set(ASIDE)
+
+
+def test_the_flags_of_the_server_and_healing_the_manager_alone(tmp_path: Path) -> None:
+    """A server with the flags of deployment.md, and what heals its manager when that dies."""
+    (flags,) = [
+        each
+        for each in blocks(PAGES[0].parent / "docs" / "deployment.md", "sh")
+        if each.startswith("tritonserver")
+    ]
+    arguments = flags.replace("\\\n", " ").split()[2:]
+    assert "--model-control-mode=none" in arguments
+    arguments += ["--model-control-mode=explicit", "--load-model=*"]  # the last one counts
+    (heal,) = [each for each in blocks(ROOT / "docs" / "operations.md", "sh") if "/unload" in each]
+    state = tmp_path / "state"
+    export(tmp_path / "models", Settings(first=1, capacity=99, state=str(state), fresh=True))
+    with TritonServer(tmp_path / "models", arguments=arguments) as server:
+        with Client(server.grpc_url) as cids:
+            cid = cids.acquire()
+            os.kill(writer_of(state / "cidmgr.cidalloc")[0], signal.SIGKILL)
+            with pytest.raises(errors.CidError):
+                cids.status()
+            run_shell(heal, server, tmp_path)
+            assert cids.acquire() != cid
+            assert cids._session.epoch == 0, "the session lives on"
+            stranger = heal.replace("-H 'admin: SECRET' ", "").replace("curl -s", "curl -sf")
+            with pytest.raises(AssertionError):
+                run_shell(stranger, server, tmp_path)
 
 
 def test_curl_of_the_readme(triton: TritonServer, tmp_path: Path) -> None:
@@ -69,26 +172,19 @@ def test_curl_of_the_readme(triton: TritonServer, tmp_path: Path) -> None:
 
 
 def test_curl_of_the_protocol(triton: TritonServer, tmp_path: Path) -> None:
-    """Every command in turn; what NEW gave goes back with the DELETE that follows it."""
+    """The short form and the long one give back what they got, the long one one of three."""
     page = ROOT / "docs" / "protocol.md"
-    commands = [block for block in blocks(page, "sh") if "curl" in block]
-    commands = [command for command in commands if "session" not in command]
-    assert len(commands) == 4
+    short, long = (each for each in blocks(page, "sh") if "curl" in each and "session" not in each)
     with Anonymous(connect(triton.grpc_url)) as client:
         before = client.active()
-        ids: list[int] = []
-        for command in commands:
-            script = command.replace(EXAMPLE_ID, str(ids[0])) if ids else command
-            answer = json.loads(run_shell(script, triton, tmp_path))
-            output = answer["outputs"][0]["data"] if "outputs" in answer else answer["OUTPUT"]
-            output = output if isinstance(output, list) else [output]
-            if '"CODE": 1' in command or '"data": [1]' in command:
-                assert output == [1], command
-                ids.pop(0)
-            else:
-                ids += output
-        assert client.active() == before + len(ids)
-        client.release_many(ids)
+        assert json.loads(run_shell(short, triton, tmp_path))["OUTPUT"] == 1
+        assert client.active() == before
+        last = run_shell(long + 'echo "$answer"', triton, tmp_path)
+        released, got = _objects(last)
+        assert released["outputs"][0]["data"] == [1]
+        ids = got["outputs"][0]["data"]
+        assert len(ids) == 3 and client.active() == before + 2
+        client.release_many(ids[1:])
 
 
 def test_a_session_with_curl(triton: TritonServer, tmp_path: Path) -> None:
@@ -150,7 +246,7 @@ def test_the_protocol_names_every_operation_and_code() -> None:
         assert re.search(rf"^\| {operation.value} \| {operation.name}\b", text, re.MULTILINE)
     rows = re.findall(r"^\| (\d+) \| ([A-Z_]+) \| \d{3}", text, re.MULTILINE)
     never_sent = {
-        *(Code.OK, Code.REGISTRY_LOCKED, Code.REGISTRY_CORRUPT, Code.PROTOCOL),
+        *(Code.OK, Code.REGISTRY_CORRUPT, Code.PROTOCOL),
         *(Code.SESSION_EXPIRED, Code.SEQUENCE_LOST, Code.FORKED),
     }
     named = {Code[name] for number, name in rows if Code[name].value == int(number)}
