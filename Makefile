@@ -53,10 +53,12 @@ lint: .venv/.built
 	$(BIN)/ruff format --check .
 	$(BIN)/hadolint deploy/Dockerfile
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint --max-line-length 100 src tests
+	$(BIN)/lint-imports
 	$(BIN)/python -m mypy
 	$(BIN)/python -m mypy.stubtest --concise --ignore-unused-allowlist \
 		--allowlist tests/stubtest.allowlist \
-		cidalloc._alloc cidalloc._mapping cidalloc._orphan cidalloc._sessions
+		cidalloc._alloc cidalloc.manager._sessions cidalloc.manager.storage._mapping \
+		cidalloc.triton_model._parent_watch
 
 crowd: .venv/.built
 	CIDALLOC_CROWD=50x20x60 $(BIN)/python -m pytest -q -s tests/test_crowd.py

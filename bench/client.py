@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from cidalloc.client import Client
-from cidalloc.client._transport import connect
+from cidalloc.client.sync.transport import connect
 from cidalloc.codes import Operation
-from cidalloc.demo import demo_server
-from cidalloc.settings import Settings
-from cidalloc.wire import MODEL, Request, as_ids
+from cidalloc.devserver.demo import demo_server
+from cidalloc.manager.settings import Settings
+from cidalloc.protocol import MODEL, Request, as_ids
 
 ROUNDS = 60
 PIPELINED = 1_000

@@ -22,12 +22,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cidalloc.client._transport import connect
+from cidalloc.client.sync.transport import connect
 from cidalloc.codes import Operation
-from cidalloc.server import TritonServer
-from cidalloc.settings import Settings
+from cidalloc.devserver.triton_server import TritonServer
+from cidalloc.manager.settings import Settings
+from cidalloc.protocol import Request, as_ids
 from cidalloc.triton_model import export
-from cidalloc.wire import Request, as_ids
 
 MANAGER, EMPTY, SILENT = "cidmgr", "empty", "silent"
 TOKEN = "0123456789abcdef" * 2

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cidalloc.layout import Kind, Shape
-from cidalloc.registry import Registry
-from cidalloc.settings import Settings
-from cidalloc.store import Store
+from cidalloc.manager.registry import Registry
+from cidalloc.manager.settings import Settings
+from cidalloc.manager.storage.file import Store
+from cidalloc.manager.storage.file_format import Kind, Shape
 
 BOOT = b"b" * 16
 ROUNDS = 5

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from cidalloc import Allocator
-from cidalloc.registry import Registry
-from cidalloc.settings import Settings
+from cidalloc.manager.registry import Registry
+from cidalloc.manager.settings import Settings
 
 CALLS, ROUNDS = 2_000, 9
 DICE = random.Random(1)  # noqa: S311 no secret

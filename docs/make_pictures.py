@@ -13,14 +13,14 @@ from rich import _export_format
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
-from cidalloc.cli._demo import show_lanes
-from cidalloc.cli._top import View
-from cidalloc.cli._watch import Manager
+from cidalloc.cli.ask import Manager
+from cidalloc.cli.demo import show_lanes
+from cidalloc.cli.top import View
 from cidalloc.client import Client
-from cidalloc.demo import demo_server
-from cidalloc.demo.collide import collide
-from cidalloc.server import TritonServer
-from cidalloc.settings import Settings
+from cidalloc.devserver.demo import demo_server
+from cidalloc.devserver.demo.collide import collide
+from cidalloc.devserver.triton_server import TritonServer
+from cidalloc.manager.settings import Settings
 
 
 def terminal() -> Console:

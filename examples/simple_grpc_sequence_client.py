@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import tritonclient.grpc as grpcclient
 
-from cidalloc.client import Client  # cidalloc
+from cidalloc.client import Client
 
 
 def send(triton, value, flags):

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import tritonclient.grpc as grpcclient
 
-from cidalloc.client import Client  # cidalloc
+from cidalloc.client import Client
 
 
 def send(triton, value, request_id, flags):

@@ -23,14 +23,14 @@ import atheris
 with atheris.instrument_imports(include=["cidalloc"]):
     import numpy as np
 
-    from cidalloc import wire
-    from cidalloc.client._transport import parse_url
+    from cidalloc import protocol as wire
+    from cidalloc.client.core.transport import parse_url
     from cidalloc.codes import Code, Operation
     from cidalloc.errors import CidError, RegistryCorrupt
-    from cidalloc.layout import GRANULE, Word
-    from cidalloc.registry import Registry
-    from cidalloc.service import Service
-    from cidalloc.settings import Settings
+    from cidalloc.manager.registry import Registry
+    from cidalloc.manager.service import Service
+    from cidalloc.manager.settings import Settings
+    from cidalloc.manager.storage.file_format import GRANULE, Word
     from cidalloc.triton_model.config import settings_from
 
 TOKENS = ["0123456789abcdef" * 2, "f" * 32, "0" * 31, "x" * 32, ""]

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from types import TracebackType
 
-from cidalloc.client._transport import Transport
+from cidalloc.client.sync.transport import Transport
 from cidalloc.codes import Operation
-from cidalloc.wire import IDs, Parameter, Request, as_ids
+from cidalloc.protocol import IDs, Parameter, Request, as_ids
 
 
 class Anonymous:

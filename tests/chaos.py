@@ -34,15 +34,15 @@ from chaos_client import IDLE_S, TTL_S
 from proxy import Proxy
 from tritonclient.utils import InferenceServerException
 
-from cidalloc import demo
 from cidalloc.client import Client
-from cidalloc.client._transport import connect
+from cidalloc.client.sync.transport import connect
 from cidalloc.codes import Operation
+from cidalloc.devserver import demo
+from cidalloc.devserver.triton_server import TritonServer
 from cidalloc.errors import CidError, Unavailable
-from cidalloc.server import TritonServer
-from cidalloc.settings import Settings
-from cidalloc.store import writer_of
-from cidalloc.wire import IDs, Request, as_ids
+from cidalloc.manager.settings import Settings
+from cidalloc.manager.storage.file import writer_of
+from cidalloc.protocol import IDs, Request, as_ids
 
 _HERE = Path(__file__).parent
 GRACE_S, COOLDOWN_S = 1.0, 1.0
@@ -66,7 +66,7 @@ import os, sys
 sys.path.insert(0, {here!r})
 from pathlib import Path
 import recorder
-from cidalloc.registry import Registry
+from cidalloc.manager.registry import Registry
 recorder.writer = recorder.append_to(Path({file!r}), f"manager{{os.getpid()}}")
 recorder.watched(Registry).__enter__()
 from cidalloc.triton_model.adapter import TritonPythonModel

@@ -17,12 +17,12 @@ from typing import Any
 from recorder import Recorder, append_to
 
 from cidalloc.client import Client
-from cidalloc.client._transport import connect
+from cidalloc.client.sync.transport import connect
 from cidalloc.codes import Code, Operation
-from cidalloc.demo import MODEL
-from cidalloc.demo.sequences import number
+from cidalloc.devserver.demo import MODEL
+from cidalloc.devserver.demo.sequences import number
 from cidalloc.errors import CidError
-from cidalloc.wire import IDs, Request
+from cidalloc.protocol import IDs, Request
 
 THREADS = 3
 TTL_S, LIMIT_S, IDLE_S = 4.0, 3.0, 2.0  # of the session, of a request, and of the model

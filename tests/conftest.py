@@ -10,11 +10,11 @@ import pytest
 from anonymous import Anonymous
 from loopback import Loopback
 
-from cidalloc import demo
 from cidalloc.client import Client
-from cidalloc.client._transport import connect
-from cidalloc.server import TritonServer
-from cidalloc.settings import Settings
+from cidalloc.client.sync.transport import connect
+from cidalloc.devserver import demo
+from cidalloc.devserver.triton_server import TritonServer
+from cidalloc.manager.settings import Settings
 from cidalloc.triton_model import export
 
 SMALL = Settings(

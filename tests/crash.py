@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cidalloc.errors import Exhausted
-from cidalloc.layout import Shape, Word
-from cidalloc.registry import Registry
-from cidalloc.settings import Settings
-from cidalloc.store import Store
+from cidalloc.manager.registry import Registry
+from cidalloc.manager.settings import Settings
+from cidalloc.manager.storage.file import Store
+from cidalloc.manager.storage.file_format import Shape, Word
 
 BOOT, NEXT_BOOT, LAST_BOOT = (bytes([n]) * 16 for n in (1, 2, 3))
 ENDED, UNENDED, GRACE, TTL = 50, 100, 1_000, 600_000

@@ -12,7 +12,7 @@ import random
 import sys
 
 from cidalloc.client import AsyncClient
-from cidalloc.demo.sequences import number
+from cidalloc.devserver.demo.sequences import number
 
 TTL_S = 3.0
 

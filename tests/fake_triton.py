@@ -12,10 +12,10 @@ import grpc
 import numpy as np
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
-from cidalloc import wire
+from cidalloc import protocol as wire
 from cidalloc.errors import CidError
-from cidalloc.service import Service
-from cidalloc.settings import Settings
+from cidalloc.manager.service import Service
+from cidalloc.manager.settings import Settings
 
 
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):

@@ -33,18 +33,19 @@ from disk import Disk
 from recorder import Recorder
 from tritonclient.utils import InferenceServerException
 
-from cidalloc import handover, wire
-from cidalloc.client._base import Base
-from cidalloc.client._flow import Config, Event, Idle, Send
-from cidalloc.client._life import State
-from cidalloc.client._session import Taken
-from cidalloc.client._stock import MOST_AHEAD
-from cidalloc.client._talk import Plan, Talk
+from cidalloc import protocol as wire
+from cidalloc.client.core.client import Base
+from cidalloc.client.core.effects import Config, Event, Idle, Send
+from cidalloc.client.core.id_cache import MOST_AHEAD
+from cidalloc.client.core.sequence import Plan, Talk
+from cidalloc.client.core.sequence_state import State
+from cidalloc.client.core.session import Taken
 from cidalloc.codes import Operation
 from cidalloc.errors import CidError, Unavailable
-from cidalloc.registry import Registry
-from cidalloc.service import Service
-from cidalloc.settings import Settings
+from cidalloc.manager import takeover as handover
+from cidalloc.manager.registry import Registry
+from cidalloc.manager.service import Service
+from cidalloc.manager.settings import Settings
 
 TTL_S, GRACE_S, COOLDOWN_S = 10.0, 2.0, 2.0
 IDLE_S, LIMIT_S = 4.0, 3.0  # of the model, and of a request to it

@@ -21,9 +21,9 @@ import numpy as np
 from crash import BOOT, token
 
 from cidalloc.errors import CidError
-from cidalloc.layout import Shape
-from cidalloc.registry import Registry
-from cidalloc.settings import Settings
+from cidalloc.manager.registry import Registry
+from cidalloc.manager.settings import Settings
+from cidalloc.manager.storage.file_format import Shape
 
 SHAPE = Shape(1, 2048 + 40, 1, split=2048)  # 41 IDs, and then the file grows
 SETTINGS = Settings(

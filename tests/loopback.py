@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from cidalloc import wire
-from cidalloc.client._transport import Done, Receive
+from cidalloc import protocol as wire
+from cidalloc.client.core.transport import Done, Receive
 from cidalloc.codes import Operation
 from cidalloc.errors import CidError, ProtocolError
-from cidalloc.service import Service, boottime_ms
-from cidalloc.settings import Settings
+from cidalloc.manager.service import Service, boottime_ms
+from cidalloc.manager.settings import Settings
 
 
 class Loopback:

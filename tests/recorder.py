@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cidalloc.service import boottime_ms
+from cidalloc.manager.service import boottime_ms
 
 Event = dict[str, Any]
 

@@ -10,14 +10,14 @@ import random
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from cidalloc import wire
-from cidalloc.client._flow import Config, Event, Flow, Idle, Send
-from cidalloc.client._session import Session, Taken
-from cidalloc.client._stock import MOST_AHEAD
+from cidalloc import protocol as wire
+from cidalloc.client.core.effects import Config, Event, Flow, Idle, Send
+from cidalloc.client.core.id_cache import MOST_AHEAD
+from cidalloc.client.core.session import Session, Taken
 from cidalloc.codes import Operation
 from cidalloc.errors import CidError, Unavailable
-from cidalloc.service import Service
-from cidalloc.settings import Settings
+from cidalloc.manager.service import Service
+from cidalloc.manager.settings import Settings
 
 T = TypeVar("T")
 

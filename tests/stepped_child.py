@@ -19,8 +19,8 @@ import numpy as np
 from crash import BOOT, ENDED, NEXT_BOOT, TTL, UNENDED, reopen, settings, token
 
 from cidalloc.errors import CidError
-from cidalloc.layout import Shape
-from cidalloc.registry import Registry
+from cidalloc.manager.registry import Registry
+from cidalloc.manager.storage.file_format import Shape
 
 FORBIDDEN = 77
 """What it exits with if it may not be traced."""

@@ -14,7 +14,7 @@ from loopback import AsyncLoopback, Loopback
 
 from cidalloc.client import AsyncClient, AsyncSequence, Client
 from cidalloc.errors import CidError, Forked, InvalidArgument
-from cidalloc.settings import Settings
+from cidalloc.manager.settings import Settings
 
 SETTINGS = Settings(first=1, capacity=1000, fresh=True)
 

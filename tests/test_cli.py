@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from cidalloc import __version__
+from cidalloc.devserver.triton_server import TritonServer
 from cidalloc.errors import Unavailable
-from cidalloc.server import TritonServer
-from cidalloc.settings import Settings
+from cidalloc.manager.settings import Settings
 from cidalloc.triton_model.config import settings_from
 
 HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"

@@ -22,11 +22,11 @@ from pathlib import Path
 import pytest
 from test_cli import run
 
-from cidalloc import demo
 from cidalloc.client import Client
-from cidalloc.demo import write_repository
-from cidalloc.server import TritonServer
-from cidalloc.settings import Settings
+from cidalloc.devserver import demo
+from cidalloc.devserver.demo import write_repository
+from cidalloc.devserver.triton_server import TritonServer
+from cidalloc.manager.settings import Settings
 
 
 @pytest.fixture(scope="module")

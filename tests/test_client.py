@@ -15,10 +15,11 @@ from tritonclient.utils import InferenceServerException
 
 from cidalloc import errors
 from cidalloc.client import AsyncClient, Client
-from cidalloc.client._grpc import GrpcTransport
-from cidalloc.client._http import HttpTransport
-from cidalloc.client._transport import connect, parse_url, translate, unreachable
-from cidalloc.server import TritonServer
+from cidalloc.client.core.transport import parse_url, translate, unreachable
+from cidalloc.client.sync.grpc import GrpcTransport
+from cidalloc.client.sync.http import HttpTransport
+from cidalloc.client.sync.transport import connect
+from cidalloc.devserver.triton_server import TritonServer
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ from conftest import QUICK
 
 from cidalloc import errors
 from cidalloc.client import Client
-from cidalloc.client._transport import connect
-from cidalloc.demo.sequences import number
-from cidalloc.server import TritonServer
+from cidalloc.client.sync.transport import connect
+from cidalloc.devserver.demo.sequences import number
+from cidalloc.devserver.triton_server import TritonServer
 
 TTL_S, GRACE_S = 2.0, 1.0
 COOLDOWN_S = 5.0 + 1.0  # the idle time of the model, and the timeout
@@ -29,7 +29,7 @@ HOLDER = """
 import sys, time
 from cidalloc import errors
 from cidalloc.client import Client
-from cidalloc.demo.sequences import number
+from cidalloc.devserver.demo.sequences import number
 
 cids = Client(sys.argv[1], model=sys.argv[2], ttl=2.0, timeout=1.0)
 sequence = cids.sequence("simple_sequence", timeout=1.0)
@@ -146,7 +146,7 @@ import multiprocessing, sys
 import tritonclient.http
 from concurrent.futures import ProcessPoolExecutor
 from cidalloc.client import Client
-from cidalloc.demo.sequences import number
+from cidalloc.devserver.demo.sequences import number
 
 def begin(url):
     global cids
@@ -193,7 +193,7 @@ FORGETFUL = """
 import asyncio, sys
 import tritonclient.grpc, tritonclient.http
 from cidalloc.client import AsyncClient
-from cidalloc.demo.sequences import number
+from cidalloc.devserver.demo.sequences import number
 
 async def main():
     cids = AsyncClient(sys.argv[1], label=sys.argv[2])

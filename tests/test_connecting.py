@@ -22,12 +22,12 @@ from loopback import Loopback
 from tritonclient.grpc import KeepAliveOptions
 
 from cidalloc.client import AsyncClient, Client
-from cidalloc.client._grpc import GrpcTransport
-from cidalloc.client._transport import connect
-from cidalloc.demo.sequences import number
+from cidalloc.client.sync.grpc import GrpcTransport
+from cidalloc.client.sync.transport import connect
+from cidalloc.devserver.demo.sequences import number
+from cidalloc.devserver.triton_server import TritonServer
 from cidalloc.errors import InvalidArgument
-from cidalloc.server import TritonServer
-from cidalloc.settings import Settings
+from cidalloc.manager.settings import Settings
 
 MODEL = "simple_sequence"
 SETTINGS = Settings(first=1, capacity=1000, fresh=True)

@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 from crowd_client import TTL_S
 
-from cidalloc import demo
 from cidalloc.client import Client
-from cidalloc.server import TritonServer
-from cidalloc.settings import Settings
+from cidalloc.devserver import demo
+from cidalloc.devserver.triton_server import TritonServer
+from cidalloc.manager.settings import Settings
 
 PROCESSES, SEQUENCES, SECONDS = map(int, os.environ.get("CIDALLOC_CROWD", "6x8x5").split("x"))
 GRACE_S = 1.0

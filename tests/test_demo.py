@@ -16,14 +16,15 @@ import tritonclient.grpc
 from anonymous import Anonymous
 from click.testing import CliRunner
 
-from cidalloc import cli, demo
+from cidalloc import cli
 from cidalloc.client import Client
-from cidalloc.client._transport import connect
-from cidalloc.demo import sequences
-from cidalloc.demo.collide import collide
-from cidalloc.demo.stress import Hold, Outcome, overlapping, stress
+from cidalloc.client.sync.transport import connect
+from cidalloc.devserver import demo
+from cidalloc.devserver.demo import sequences
+from cidalloc.devserver.demo.collide import collide
+from cidalloc.devserver.demo.stress import Hold, Outcome, overlapping, stress
+from cidalloc.devserver.triton_server import TritonServer
 from cidalloc.errors import Unavailable
-from cidalloc.server import TritonServer
 from cidalloc.triton_model import export
 
 SUMS = """\

@@ -20,12 +20,12 @@ from anonymous import Anonymous
 
 from cidalloc import errors
 from cidalloc.client import Client
-from cidalloc.client._transport import connect
+from cidalloc.client.sync.transport import connect
 from cidalloc.codes import Code, Operation
-from cidalloc.handover import Holder
-from cidalloc.server import TritonServer
-from cidalloc.settings import Settings
-from cidalloc.store import writer_of
+from cidalloc.devserver.triton_server import TritonServer
+from cidalloc.manager.settings import Settings
+from cidalloc.manager.storage.file import writer_of
+from cidalloc.manager.takeover import Holder
 from cidalloc.triton_model import export
 
 ROOT = Path(__file__).parent.parent

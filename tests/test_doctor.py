@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from cidalloc.cli._doctor import doctor
-from cidalloc.cli._rules import Facts, examine
+from cidalloc.cli.doctor import doctor
+from cidalloc.cli.rules import Facts, examine
 
 STATUS = {
     "version": "1",
@@ -129,14 +129,14 @@ def test_a_failure_is_exit_status_1(
     seen: Facts, options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "FAIL" in [each.level for each in examine(seen)]
-    monkeypatch.setattr("cidalloc.cli._doctor._gather", lambda *_: seen)
+    monkeypatch.setattr("cidalloc.cli.doctor._gather", lambda *_: seen)
     done = CliRunner().invoke(doctor, ["localhost:1", *options])
     assert done.exit_code == 1, done.output
 
 
 def test_anything_else_is_exit_status_0(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = facts({"held": 800}, may_load=True, unread={"asr": "gone"})
-    monkeypatch.setattr("cidalloc.cli._doctor._gather", lambda *_: seen)
+    monkeypatch.setattr("cidalloc.cli.doctor._gather", lambda *_: seen)
     assert CliRunner().invoke(doctor, ["localhost:1"]).exit_code == 0
 
 

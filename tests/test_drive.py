@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 from loopback import AsyncLoopback, Loopback
 
-from cidalloc import errors, wire
+from cidalloc import errors
+from cidalloc import protocol as wire
 from cidalloc.client import AsyncClient, Client
-from cidalloc.settings import Settings
+from cidalloc.manager.settings import Settings
 
 SETTINGS = Settings(first=1, capacity=100_000, max_sessions=100, cooldown_ms=0, fresh=True)
 

@@ -16,9 +16,9 @@ import pytest
 from loopback import Loopback
 
 from cidalloc.client import Client, Sequence
-from cidalloc.client._lease import runs
+from cidalloc.client.core.lease import runs
 from cidalloc.errors import CidError
-from cidalloc.settings import Settings
+from cidalloc.manager.settings import Settings
 
 SETTINGS = Settings(first=1, capacity=10_000, max_sessions=1000, fresh=True)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cidalloc.client import Client
-from cidalloc.server import TritonServer
+from cidalloc.devserver.triton_server import TritonServer
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from cidalloc import handover
 from cidalloc.errors import InvalidArgument, RegistryLocked, RegistryMismatch, Unavailable
-from cidalloc.handover import Holder, boot_id
-from cidalloc.layout import GRANULE, Word
-from cidalloc.locks import process_id
-from cidalloc.settings import Settings
-from cidalloc.store import Claim, writer_of
+from cidalloc.manager import takeover as handover
+from cidalloc.manager.settings import Settings
+from cidalloc.manager.storage.file import Claim, writer_of
+from cidalloc.manager.storage.file_format import GRANULE, Word
+from cidalloc.manager.storage.file_lock import process_id
+from cidalloc.manager.takeover import Holder, boot_id
 
 
 class Clock:
@@ -65,8 +65,8 @@ def gone() -> int:
 
 OTHER = """if True:
     import sys, time
-    from cidalloc.handover import Holder
-    from cidalloc.settings import Settings
+    from cidalloc.manager.takeover import Holder
+    from cidalloc.manager.settings import Settings
     values = Settings(first=10, capacity=50, state=sys.argv[1], fresh=True)
     holder = Holder(values, "m", lambda: 1_000)
     print("waits" if holder.waits else "has it", flush=True)
@@ -274,8 +274,8 @@ def test_a_folder_that_cannot_be_made(clock: Clock) -> None:
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes namespaces")
 HOLD = """
 import sys, time
-from cidalloc.handover import Holder
-from cidalloc.settings import Settings
+from cidalloc.manager.takeover import Holder
+from cidalloc.manager.settings import Settings
 values = Settings(first=10, capacity=50, state=sys.argv[1], fresh=True)
 holder = Holder(values, "m", lambda: 1_000)
 print("has it", flush=True)

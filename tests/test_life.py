@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cidalloc.client._life import LIFE, BackTo, Event, Life, State, diagram
+from cidalloc.client.core.sequence_state import LIFE, BackTo, Event, Life, State, diagram
 from cidalloc.errors import InvalidArgument, SequenceLost, Unavailable
 
 CLOSED = {State.RECYCLED, State.COOLING}

@@ -17,10 +17,10 @@ from anonymous import Anonymous
 from tritonclient.utils import InferenceServerException
 
 from cidalloc import errors
-from cidalloc.client._transport import translate
+from cidalloc.client.core.transport import translate
 from cidalloc.codes import Code
-from cidalloc.server import TritonServer
-from cidalloc.wire import parse_error
+from cidalloc.devserver.triton_server import TritonServer
+from cidalloc.protocol import parse_error
 
 POOL = range(1000, 1008)
 

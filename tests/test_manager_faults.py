@@ -19,14 +19,14 @@ import pytest
 import tritonclient.grpc
 import tritonclient.http
 
-from cidalloc import wire
+from cidalloc import protocol as wire
 from cidalloc.client import Client
-from cidalloc.client._transport import connect
+from cidalloc.client.sync.transport import connect
 from cidalloc.codes import Operation
+from cidalloc.devserver.triton_server import TritonServer
 from cidalloc.errors import CidError, InternalError, Unavailable
-from cidalloc.server import TritonServer
-from cidalloc.settings import Settings
-from cidalloc.store import writer_of
+from cidalloc.manager.settings import Settings
+from cidalloc.manager.storage.file import writer_of
 from cidalloc.triton_model import export
 
 pytestmark = pytest.mark.server
@@ -299,7 +299,7 @@ def test_another_server_is_refused(place: Place, server: TritonServer) -> None:
 SERVE = """
 import sys
 from pathlib import Path
-from cidalloc.server import TritonServer
+from cidalloc.devserver.triton_server import TritonServer
 with TritonServer(Path(sys.argv[1])):
     pass
 """

@@ -13,8 +13,8 @@ import pytest
 import tritonclient.grpc
 
 from cidalloc.client import Client
-from cidalloc.server import TritonServer
-from cidalloc.settings import Settings
+from cidalloc.devserver.triton_server import TritonServer
+from cidalloc.manager.settings import Settings
 from cidalloc.triton_model import export
 from cidalloc.triton_model.metrics import FAMILIES, SETTLED, Metrics
 

@@ -13,10 +13,10 @@ from slow_models import count_up
 
 from cidalloc import errors
 from cidalloc.client import Client
-from cidalloc.client._session import Session
-from cidalloc.client._target import KNOWN_S, Target
-from cidalloc.server import TritonServer
-from cidalloc.settings import Settings
+from cidalloc.client.core.model_info import KNOWN_S, Target
+from cidalloc.client.core.session import Session
+from cidalloc.devserver.triton_server import TritonServer
+from cidalloc.manager.settings import Settings
 from cidalloc.triton_model import export
 
 TTL = 60.0

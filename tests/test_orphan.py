@@ -17,7 +17,7 @@ sys.stdin.readline()  # until we are killed
 """
 CHILD = """
 import ctypes, os
-from cidalloc._orphan import end_with_parent
+from cidalloc.triton_model._parent_watch import end_with_parent
 end_with_parent(os.getppid())
 end_with_parent(os.getppid())  # once is enough
 print(flush=True)

@@ -6,6 +6,7 @@ import importlib
 import re
 import shutil
 import subprocess
+import sys
 from importlib.metadata import files, metadata
 from pathlib import Path
 
@@ -20,10 +21,10 @@ PUBLIC = {
     "cidalloc": ["Allocator", "CidError", "Code", "__version__"],
     "cidalloc.client": ["AsyncClient", "AsyncSequence", "Client", "Sequence", *errors.__all__],
     "cidalloc.codes": ["Code", "Operation"],
-    "cidalloc.registry": ["SHOWN", "Grant", "Registry"],
-    "cidalloc.settings": ["MAX_SESSIONS", "Settings"],
-    "cidalloc.service": ["Service", "boottime_ms"],
-    "cidalloc.server": ["TritonServer"],
+    "cidalloc.manager.registry": ["SHOWN", "Grant", "Registry"],
+    "cidalloc.manager.settings": ["MAX_SESSIONS", "Settings"],
+    "cidalloc.manager.service": ["Service", "boottime_ms"],
+    "cidalloc.devserver.triton_server": ["TritonServer"],
     "cidalloc.triton_model": ["default_state_folder", "export", "settings_from"],
 }
 
@@ -45,12 +46,12 @@ def test_what_is_installed() -> None:
     for wanted in (
         "cidalloc/py.typed",
         "cidalloc/_alloc.pyi",
-        "cidalloc/_mapping.pyi",
-        "cidalloc/_orphan.pyi",
-        "cidalloc/_sessions.pyi",
+        "cidalloc/manager/storage/_mapping.pyi",
+        "cidalloc/triton_model/_parent_watch.pyi",
+        "cidalloc/manager/_sessions.pyi",
         "cidalloc/_alloc.pxd",
         "cidalloc/triton_model/config.pbtxt",
-        "cidalloc/demo/models/simple_sequence/1/model.py",
+        "cidalloc/devserver/demo/models/simple_sequence/1/model.py",
     ):
         assert wanted in names
     assert metadata("cidalloc")["License-Expression"] == "Apache-2.0"
@@ -87,3 +88,12 @@ def test_another_python_begins_anew(tmp_path: Path) -> None:
     assert f"{other} -m venv" in planned(f"PYTHON={other}")
     for arguments in ([], [f"PYTHON={here}"]):
         assert "venv" not in planned(*arguments).replace(".venv/bin/cidalloc demo", "")
+
+
+def test_the_allocator_alone_is_light() -> None:
+    code = (
+        "import cidalloc, sys; cidalloc.Allocator().acquire();"
+        "print([m for m in sys.modules if m.startswith(('triton', 'grpc', 'click', 'rich'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

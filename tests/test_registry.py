@@ -24,9 +24,9 @@ from cidalloc.errors import (
     SessionUnknown,
     Unavailable,
 )
-from cidalloc.layout import Word
-from cidalloc.registry import Grant, Registry
-from cidalloc.settings import Settings
+from cidalloc.manager.registry import Grant, Registry
+from cidalloc.manager.settings import Settings
+from cidalloc.manager.storage.file_format import Word
 
 
 def small(**values: Any) -> Registry:

@@ -23,8 +23,8 @@ from crash import BOOT, token
 from killed_child import SETTINGS, SHAPE, clock
 
 from cidalloc.errors import Exhausted
-from cidalloc.registry import Registry
-from cidalloc.store import Store
+from cidalloc.manager.registry import Registry
+from cidalloc.manager.storage.file import Store
 
 KILLS = int(os.environ.get("CIDALLOC_KILLS", "240"))
 SEED = int(os.environ.get("CIDALLOC_SEED", time.time_ns() % 10**6))

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cidalloc import errors
-from cidalloc.layout import Word
-from cidalloc.registry import Grant, Registry
-from cidalloc.settings import Settings
-from cidalloc.wire import MAX_COOLDOWN_MS
+from cidalloc.manager.registry import Grant, Registry
+from cidalloc.manager.settings import Settings
+from cidalloc.manager.storage.file_format import Word
+from cidalloc.protocol import MAX_COOLDOWN_MS
 
 TICK = 128  # milliseconds: so much later an expiry may be seen
 TOKENS = [bytes([n] * 16) for n in range(3)]

@@ -20,9 +20,9 @@ from crash import BOOT, GRACE, NEXT_BOOT, TTL, UNENDED, settings, token
 from disk import Disk
 
 from cidalloc.errors import Exhausted, SessionUnknown, Unavailable
-from cidalloc.layout import Shape, Word
-from cidalloc.registry import Registry
-from cidalloc.store import Store
+from cidalloc.manager.registry import Registry
+from cidalloc.manager.storage.file import Store
+from cidalloc.manager.storage.file_format import Shape, Word
 
 CUTS = int(os.environ.get("CIDALLOC_CUTS", "120"))
 SEED = int(os.environ.get("CIDALLOC_SEED", time.time_ns() % 10**6))

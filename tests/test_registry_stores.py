@@ -25,7 +25,7 @@ from crash import (
 from stepped_child import MIDDLE, NOW, SCENARIOS, WARM
 from tracee import TRAPS, Snapshot, Tracee
 
-from cidalloc.layout import Word
+from cidalloc.manager.storage.file_format import Word
 
 TIMES = [NOW, *(NOW + after + by for after in (ENDED, UNENDED, 300) for by in (-1, 0)), NOW + 1_000]
 

@@ -28,9 +28,9 @@ from slow_models import count_up, total
 
 from cidalloc import errors
 from cidalloc.client import AsyncClient, Client
-from cidalloc.client._grpc import Connections
-from cidalloc.server import TritonServer
-from cidalloc.settings import Settings
+from cidalloc.client.core.grpc_calls import Connections
+from cidalloc.devserver.triton_server import TritonServer
+from cidalloc.manager.settings import Settings
 from cidalloc.triton_model import export
 
 WAYS = ["grpc", "http"]

@@ -25,9 +25,9 @@ from tritonclient.utils import InferenceServerException
 
 from cidalloc import errors
 from cidalloc.client import AsyncClient, AsyncSequence, Client, Sequence
-from cidalloc.demo.sequences import number
-from cidalloc.server import TritonServer
-from cidalloc.settings import Settings
+from cidalloc.devserver.demo.sequences import number
+from cidalloc.devserver.triton_server import TritonServer
+from cidalloc.manager.settings import Settings
 
 MODEL = "simple_sequence"
 SETTINGS = Settings(first=1, capacity=100_000, max_sessions=1000, fresh=True)

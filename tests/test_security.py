@@ -15,15 +15,15 @@ import tritonclient.grpc
 from click.testing import CliRunner
 
 from cidalloc.cli import main
-from cidalloc.client._transport import connect
+from cidalloc.client.sync.transport import connect
 from cidalloc.codes import Code, Operation
+from cidalloc.devserver.triton_server import TritonServer
 from cidalloc.errors import CidError, LimitExceeded, SessionUnknown
-from cidalloc.registry import SHOWN
-from cidalloc.server import TritonServer
-from cidalloc.service import Service
-from cidalloc.settings import Settings
+from cidalloc.manager.registry import SHOWN
+from cidalloc.manager.service import Service
+from cidalloc.manager.settings import Settings
+from cidalloc.protocol import Request, as_ids
 from cidalloc.triton_model.metrics import series
-from cidalloc.wire import Request, as_ids
 
 PAGE = Path(__file__).parent.parent / "docs" / "security.md"
 TOKEN, OTHER = "c0ffee" * 5 + "00", "ab" * 16

@@ -20,9 +20,9 @@ from tritonclient.utils import InferenceServerException
 
 from cidalloc import errors
 from cidalloc.client import Client, Sequence
-from cidalloc.client._stock import ENDED, need_ms
-from cidalloc.demo.sequences import number
-from cidalloc.server import TritonServer
+from cidalloc.client.core.id_cache import ENDED, need_ms
+from cidalloc.devserver.demo.sequences import number
+from cidalloc.devserver.triton_server import TritonServer
 
 MODEL = "simple_sequence"
 

@@ -12,9 +12,9 @@ import pytest
 from cidalloc import __version__
 from cidalloc.codes import Code, Operation
 from cidalloc.errors import CidError
-from cidalloc.registry import Registry
-from cidalloc.service import Service, boottime_ms
-from cidalloc.settings import Settings
+from cidalloc.manager.registry import Registry
+from cidalloc.manager.service import Service, boottime_ms
+from cidalloc.manager.settings import Settings
 
 
 class Clock:

@@ -6,12 +6,12 @@ import pytest
 from simulation import World
 
 from cidalloc import errors
-from cidalloc.client._flow import Event, Idle, Send
-from cidalloc.client._session import Session, Taken
-from cidalloc.client._stock import ENDED
+from cidalloc.client.core.effects import Event, Idle, Send
+from cidalloc.client.core.id_cache import ENDED
+from cidalloc.client.core.session import Session, Taken
 from cidalloc.codes import Operation
-from cidalloc.settings import Settings
-from cidalloc.wire import as_ids
+from cidalloc.manager.settings import Settings
+from cidalloc.protocol import as_ids
 
 SETTINGS = Settings(first=1, capacity=10_000, max_sessions=1000, fresh=True)
 TTL = 60.0

@@ -19,17 +19,12 @@ from hypothesis.stateful import (
 )
 from simulation import World
 
-from cidalloc.client._session import Session
-from cidalloc.client._stock import ENDED
+from cidalloc.client.core.id_cache import ENDED
+from cidalloc.client.core.session import Session
 from cidalloc.codes import Operation
-from cidalloc.errors import (
-    Exhausted,
-    SequenceLost,
-    SessionExpired,
-    Unavailable,
-)
-from cidalloc.settings import Settings
-from cidalloc.wire import Request
+from cidalloc.errors import Exhausted, SequenceLost, SessionExpired, Unavailable
+from cidalloc.manager.settings import Settings
+from cidalloc.protocol import Request
 
 TTL = 20.0
 SETTINGS = Settings(

@@ -15,8 +15,8 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cidalloc import Allocator
-from cidalloc._sessions import Sessions
 from cidalloc.errors import Forked, RegistryCorrupt
+from cidalloc.manager._sessions import Sessions
 
 TICK = 128
 LAP = 2**14 * TICK

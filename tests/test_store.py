@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from cidalloc._sessions import Sessions
 from cidalloc.errors import (
     CidError,
     Exhausted,
@@ -31,11 +30,12 @@ from cidalloc.errors import (
     SessionUnknown,
     Unavailable,
 )
-from cidalloc.layout import GRANULE, Kind, Shape, Word, extents_of
-from cidalloc.locks import process_id
-from cidalloc.registry import Registry
-from cidalloc.settings import Settings
-from cidalloc.store import Claim, Store, writer_of
+from cidalloc.manager._sessions import Sessions
+from cidalloc.manager.registry import Registry
+from cidalloc.manager.settings import Settings
+from cidalloc.manager.storage.file import Claim, Store, writer_of
+from cidalloc.manager.storage.file_format import GRANULE, Kind, Shape, Word, extents_of
+from cidalloc.manager.storage.file_lock import process_id
 
 PER = GRANULE // 32  # blocks in a granule
 BOOT = b"this boot of it!"
@@ -214,8 +214,8 @@ RACE = """if True:
     import sys, time
     from pathlib import Path
     from cidalloc.errors import RegistryLocked
-    from cidalloc.registry import Registry
-    from cidalloc.settings import Settings
+    from cidalloc.manager.registry import Registry
+    from cidalloc.manager.settings import Settings
     sys.stdin.readline()
     try:
         registry = Registry.in_file(
@@ -779,8 +779,8 @@ def test_the_number_of_a_process_is_its_own() -> None:
 BUSY = """if True:
     import sys, time
     from pathlib import Path
-    from cidalloc.registry import Registry
-    from cidalloc.settings import Settings
+    from cidalloc.manager.registry import Registry
+    from cidalloc.manager.settings import Settings
     values = Settings(first=1, capacity=10**6, fresh=True, cooldown_ms=0, unended_cooldown_ms=0,
                       anonymous_age_ms=1000)
     registry = Registry.in_file(Path(sys.argv[1]), values, 0, b"this boot of it!")

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from cidalloc.client._flow import Config, Event
-from cidalloc.client._target import Target, read_target
+from cidalloc.client.core.effects import Config, Event
+from cidalloc.client.core.model_info import Target, read_target
 from cidalloc.errors import InvalidArgument, Unavailable
 
 

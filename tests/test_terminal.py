@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cidalloc.server import TritonServer
-from cidalloc.settings import Settings
+from cidalloc.devserver.triton_server import TritonServer
+from cidalloc.manager.settings import Settings
 from cidalloc.triton_model import export
 
 pytestmark = pytest.mark.server
@@ -44,7 +44,8 @@ def commands(url: str, folder: Path) -> list[list[str]]:
     """Every command that ends by itself."""
     export(folder / "others", Settings(first=1, capacity=9, fresh=True))
     file = f"{folder}/it.cidalloc"
-    made = "from cidalloc.handover import Holder; from cidalloc.settings import Settings;"
+    made = "from cidalloc.manager.settings import Settings\n"
+    made += "from cidalloc.manager.takeover import Holder\n"
     made += "Holder(Settings(first=1, capacity=9, state=%r, fresh=True), 'it', lambda: 0).close()"
     subprocess.run([sys.executable, "-c", made % str(folder)], check=True)
     return [

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from cidalloc.devserver.triton_server import TritonServer
 from cidalloc.errors import InvalidArgument, Unavailable
-from cidalloc.server import TritonServer
-from cidalloc.settings import Settings
+from cidalloc.manager.settings import Settings
 from cidalloc.triton_model import config, export, settings_from
 
 CONFIG: dict[str, Any] = {

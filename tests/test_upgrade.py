@@ -10,12 +10,12 @@ from click.testing import CliRunner
 
 from cidalloc import cli
 from cidalloc.errors import InvalidArgument, RegistryCorrupt, RegistryLocked, RegistryMismatch
-from cidalloc.handover import boot_id
-from cidalloc.layout import Shape
-from cidalloc.registry import Registry
-from cidalloc.settings import Settings
-from cidalloc.store import Store
-from cidalloc.upgrade import upgrade
+from cidalloc.manager.registry import Registry
+from cidalloc.manager.settings import Settings
+from cidalloc.manager.storage.file import Store
+from cidalloc.manager.storage.file_format import Shape
+from cidalloc.manager.storage.resize import upgrade
+from cidalloc.manager.takeover import boot_id
 
 BOOT = b"b" * 16
 TOKEN = b"t" * 16

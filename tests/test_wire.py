@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cidalloc import wire
+from cidalloc import protocol as wire
 from cidalloc.codes import Code, Operation
 from cidalloc.errors import CidError, InvalidArgument, OutOfRange, UnknownOperation, error_for
-from cidalloc.wire import Request
+from cidalloc.protocol import Request
 
 cids = st.lists(st.integers(0, 2**64 - 1), max_size=5)
 parameters = st.dictionaries(

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import pytest
 from stepped_child import FORBIDDEN
 
-from cidalloc.layout import GRANULE, Word
+from cidalloc.manager.storage.file_format import GRANULE, Word
 
 TRAPS = platform.machine() == "x86_64"
 CONT, STEP, GET_REGS, SET_REGS, TO_SYSCALL, SET_OPTIONS = 7, 9, 12, 13, 24, 0x4200

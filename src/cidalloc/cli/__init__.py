@@ -14,13 +14,7 @@ import click
 from .. import __version__
 from ..codes import Code
 from ..errors import CidError
-from ._demo import demo, stress
-from ._doctor import doctor
-from ._model import model
-from ._registry import registry
-from ._serve import serve
-from ._top import top
-from ._watch import acquire, probe, release, status
+from . import ask, demo, doctor, model, registry, serve, top
 
 __all__ = ["main", "run"]
 
@@ -39,8 +33,8 @@ def main(context: click.Context) -> None:
 
 
 for command in (
-    *(demo, stress, serve, model, registry),
-    *(status, top, acquire, release, probe, doctor),
+    *(demo.demo, demo.stress, serve.serve, model.model, registry.registry),
+    *(ask.status, top.top, ask.acquire, ask.release, ask.probe, doctor.doctor),
 ):
     main.add_command(command)
 

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from cidalloc import wire
-from cidalloc._orphan import end_with_parent
+from cidalloc import protocol as wire
 from cidalloc.codes import Code
 from cidalloc.errors import CidError, InvalidArgument
-from cidalloc.handover import IMPATIENCE_S, server_pid
-from cidalloc.service import Service
+from cidalloc.manager.service import Service
+from cidalloc.manager.takeover import IMPATIENCE_S, server_pid
+from cidalloc.triton_model._parent_watch import end_with_parent
 from cidalloc.triton_model.config import settings_from
 from cidalloc.triton_model.metrics import Metrics
 

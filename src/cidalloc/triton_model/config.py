@@ -17,8 +17,8 @@ from string import Template
 from typing import Any
 
 from ..errors import InvalidArgument
-from ..settings import Settings
-from ..wire import MODEL
+from ..manager.settings import Settings
+from ..protocol import MODEL
 
 __all__ = ["default_state_folder", "export", "settings_from"]
 

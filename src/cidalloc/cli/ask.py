@@ -1,0 +1,169 @@
+"""The commands that ask a running manager: status, acquire, release, probe."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+
+from ..client.sync.transport import connect
+from ..codes import Operation
+from ..errors import InvalidArgument, ProtocolError
+from ..protocol import MODEL, IDs, Parameter, Request, as_ids
+from .screen import status_view
+
+__all__ = ["Manager", "acquire", "ask_options", "probe", "release", "status"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Manager:
+    """A manager as a command asks it: one request, one answer, no session and no second try.
+
+    Args:
+        url: the server.
+        model: the manager's name there.
+        timeout: seconds for each answer.
+    """
+
+    def __init__(self, url: str, model: str, timeout: float) -> None:
+        self.transport = connect(url)
+        self.model = model
+        self.timeout = timeout
+
+    def ask(
+        self, operation: Operation, ids: Iterable[int] = (), **parameters: Parameter
+    ) -> tuple[IDs, str]:
+        """Return OUTPUT and DETAIL; raises what the manager answered, or why it did not."""
+        request = Request(operation, as_ids(ids), parameters)
+        return self.transport.call(self.model, request, self.timeout)
+
+    def status(self) -> dict[str, Any]:
+        """Return what STATUS says."""
+        text = self.ask(Operation.STATUS)[1]
+        try:
+            found: dict[str, Any] = json.loads(text)
+            return {**found, "pool": {**found["pool"]}}
+        except (ValueError, TypeError, KeyError):
+            raise ProtocolError(f"model {self.model} says a status that is none") from None
+
+    def __enter__(self) -> Manager:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.transport.close()
+
+
+def ask_options(command: Command) -> Command:
+    """Let a command take URL, --model and --timeout."""
+    options: list[Any] = [
+        click.option(
+            "--timeout",
+            type=click.FloatRange(0.0, min_open=True),
+            default=10.0,
+            show_default=True,
+            help="Seconds to wait for an answer.",
+        ),
+        click.option("--model", default=MODEL, show_default=True, help="The manager's name."),
+        click.argument("url"),
+    ]
+    for option in options:
+        command = option(command)
+    return command
+
+
+@click.command(
+    short_help="What a manager holds, for whom.", epilog="Example: cidalloc status localhost:8001"
+)
+@ask_options
+@click.option("--json", "as_json", is_flag=True, help="For programs: what the manager answers.")
+def status(url: str, model: str, timeout: float, as_json: bool) -> None:
+    """Print what the manager at URL holds, for whom, and what went wrong so far.
+
+    URL is host:port or grpc://, grpcs://, http:// or https://, as for the client.
+    """
+    with Manager(url, model, timeout) as manager:
+        found = manager.status()
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        Console(highlight=False).print(status_view(found))
+
+
+@click.command(
+    short_help="Print an ID, for shell scripts.",
+    epilog="Example: cid=$(cidalloc acquire localhost:8001)",
+)
+@ask_options
+@click.option(
+    "--count",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="How many IDs, one a line.",
+)
+def acquire(url: str, model: str, timeout: float, count: int) -> None:
+    """Print a correlation ID that no live sequence has: for shell scripts.
+
+    It is held without a session: nobody sees whether you still live, and the manager takes it back
+    after a day (its setting anonymous_age_ms). Give it back with 'cidalloc release'. A program uses
+    the client, whose IDs are freed soon after it dies.
+    """
+    with Manager(url, model, timeout) as manager:
+        ids, _ = manager.ask(Operation.NEW, count=count)
+    click.echo("\n".join(map(str, ids.tolist())))
+    if sys.stderr.isatty():
+        click.echo("held without a session until it is released, or for a day at most", err=True)
+
+
+@click.command(
+    short_help="Give such IDs back.",
+    epilog="Example: cidalloc release localhost:8001 --ended 1073741824",
+)
+@ask_options
+@click.argument("cid", nargs=-1, required=True, type=int)
+@click.option(
+    "--ended", is_flag=True, help="END was answered: the ID cools only for the least cooldown."
+)
+@click.option(
+    "--cooldown",
+    type=click.FloatRange(0.0),
+    help="Seconds for which no one may get it: at least the idle time of the model it was used on."
+    "  [default: the manager's unended_cooldown_ms]",
+)
+def release(
+    url: str, model: str, timeout: float, cid: tuple[int, ...], ended: bool, cooldown: float | None
+) -> None:
+    """Give the IDs that 'cidalloc acquire' printed back: all of them or, if one is wrong, none."""
+    if ended and cooldown is not None:
+        raise InvalidArgument("--ended and --cooldown exclude each other")
+    parameters: dict[str, Parameter] = {"ended": ended}
+    if cooldown is not None:
+        parameters["cooldown_ms"] = round(cooldown * 1000)
+    with Manager(url, model, timeout) as manager:
+        manager.ask(Operation.DELETE, cid, **parameters)
+
+
+@click.command(
+    short_help="Does the manager answer?",
+    epilog="Example: cidalloc probe localhost:8001 --timeout 2",
+)
+@ask_options
+def probe(url: str, model: str, timeout: float) -> None:
+    """Exit with 0 if the manager at URL answers, with 1 if not: for Kubernetes and scripts.
+
+    This is a real inference. Triton's own readiness stays true when the process of a Python model
+    is dead.
+    """
+    began = time.monotonic()
+    with Manager(url, model, timeout) as manager:
+        held, _ = manager.ask(Operation.ACTIVE)
+    if held.shape != (1,):
+        raise ProtocolError(f"model {manager.model} answers unlike a cidalloc manager")
+    took = (time.monotonic() - began) * 1e3
+    click.echo(f"{manager.model} answers: {held[0]:,} held ({took:.0f} ms)")

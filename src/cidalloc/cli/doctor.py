@@ -1,0 +1,135 @@
+"""The command ``doctor``: looks at a deployment as its operator would, and says what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import click
+import tritonclient.grpc
+import tritonclient.http
+from tritonclient.utils import InferenceServerException
+
+from ..client.core.transport import STRANGE, parse_url
+from ..client.sync.transport import Transport
+from ..errors import CidError
+from .ask import Manager, ask_options
+from .rules import Facts, Finding, examine
+
+__all__ = ["doctor"]
+
+_COLORS = {"ok": "green", "note": "blue", "warn": "yellow", "FAIL": "red"}
+_NONESUCH = "cidalloc-doctor-asks-for-a-model-that-is-not-there"
+
+
+@click.command(
+    short_help="Check a deployment, and say what to do.",
+    epilog="Example: cidalloc doctor localhost:8001 --target my_asr_model",
+)
+@ask_options
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    help="A model to look at; may be given several times.  [default: all that keep sequences]",
+)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def doctor(url: str, model: str, timeout: float, targets: tuple[str, ...], as_json: bool) -> None:
+    """Check the manager at URL, its server, and the models that take its IDs.
+
+    Each finding says what it means and what to do. It changes nothing; to learn whether strangers
+    may load models, it asks for one that is not there. Exit status 1 if a finding is a FAIL, as is
+    a --target that cannot be read or that the client refuses.
+    """
+    with Manager(url, model, timeout) as manager:
+        findings = examine(_gather(manager, url, targets))
+    if as_json:
+        click.echo(json.dumps([each.as_json() for each in findings]))
+    else:
+        for each in findings:
+            _print(each)
+    if any(each.level == "FAIL" for each in findings):
+        sys.exit(1)
+
+
+def _print(finding: Finding) -> None:
+    click.echo(f"{click.style(f'{finding.level:<4}', _COLORS[finding.level])}  {finding.what}")
+    if finding.todo:
+        click.echo(f"      → {finding.todo}")
+
+
+def _gather(manager: Manager, url: str, targets: tuple[str, ...]) -> Facts:
+    facts = Facts(manager=manager.model)
+    began = time.monotonic()
+    try:
+        facts.status = manager.status()
+    except CidError as error:
+        facts.error = f"{error.code.name}: {error}"
+        facts.reachable = False
+    facts.answered_ms = (time.monotonic() - began) * 1e3
+    with _triton(url, manager.timeout) as ask:
+        metadata, words = ask("get_server_metadata")
+        if metadata is None:
+            facts.error = facts.error or words
+            return facts
+        facts.reachable = True
+        facts.server = str(metadata.get("version", ""))
+        facts.config, _ = _config(manager.transport, manager.model, manager.timeout)
+        index, facts.index_error = ask("get_model_repository_index")
+        found = index.get("models", []) if isinstance(index, dict) else index or []
+        facts.named = bool(targets)
+        names = targets or sorted({each["name"] for each in found} - {manager.model})
+        for name in names:
+            config, words = _config(manager.transport, name, manager.timeout)
+            if config is None:
+                facts.unread[name] = words
+            elif targets or "sequence_batching" in config:
+                facts.targets[name] = config
+        _, words = ask("load_model", _NONESUCH)
+        facts.may_load = "failed to load" in words
+        shared, _ = ask("get_system_shared_memory_status")
+        facts.shared_memory = shared is not None
+    return facts
+
+
+def _config(
+    transport: Transport, model: str, timeout: float
+) -> tuple[Mapping[str, Any] | None, str]:
+    try:
+        return transport.model_config(model, timeout), ""
+    except CidError as error:
+        return None, str(error)
+
+
+@contextlib.contextmanager
+def _triton(url: str, timeout: float) -> Iterator[Any]:
+    """Yield what calls a method of tritonclient, and returns the answer or None and the words."""
+    address = parse_url(url)
+    client: Any
+    if address.kind == "grpc":
+        client = tritonclient.grpc.InferenceServerClient(address.target, ssl=address.tls)
+        more = {"client_timeout": timeout}
+    else:
+        client = tritonclient.http.InferenceServerClient(
+            address.target + address.path,
+            ssl=address.tls,
+            connection_timeout=timeout,
+            network_timeout=timeout,
+        )
+        more = {}
+
+    def ask(method: str, *arguments: str) -> tuple[Any, str]:
+        options: dict[str, Any] = dict(more)
+        if address.kind == "grpc" and not arguments:
+            options["as_json"] = True
+        try:
+            return getattr(client, method)(*arguments, **options), ""
+        except (InferenceServerException, *STRANGE) as error:
+            return None, str(error)
+
+    with contextlib.closing(client):
+        yield ask

@@ -1,0 +1,235 @@
+"""The command ``model``: write the manager into a model repository."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from ..errors import InvalidArgument
+from ..manager.settings import Settings
+from ..triton_model import default_state_folder, export, settings_from
+from .rules import EXACT, INEXACT
+
+__all__ = ["model"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_UNITS = {"ms": 1, "s": 1000, "": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+
+
+def duration(text: str) -> int:
+    """Return in milliseconds what is written ``90s`` or ``2m``; a number alone is seconds."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|)", text)
+    if not match:
+        raise click.BadParameter(f"{text!r} is no time: 500ms, 90s, 2m, 1h and 1d are some")
+    return round(float(match[1]) * _UNITS[match[2]])
+
+
+def written(milliseconds: int) -> str:
+    """Return a time as `duration` reads it, in the largest unit that fits."""
+    for unit in ("d", "h", "m", "s"):
+        if milliseconds and milliseconds % _UNITS[unit] == 0:
+            return f"{milliseconds // _UNITS[unit]}{unit}"
+    return f"{milliseconds}ms"
+
+
+# Option, setting, words.
+_OPTIONS = (
+    ("--first", "first", "The lowest ID of the pool."),
+    ("--capacity", "capacity", "How many IDs the pool has."),
+    ("--min-ttl", "min_ttl_ms", "The least time to live that a session may ask for."),
+    ("--max-ttl", "max_ttl_ms", "The most."),
+    ("--grace", "grace_ms", "How much longer a silent session is kept."),
+    ("--cooldown", "cooldown_ms", "The least time for which an ID cools, after END, too."),
+    (
+        "--unended-cooldown",
+        "unended_cooldown_ms",
+        "How long an ID cools that comes back without a word on END.",
+    ),
+    ("--max-cooldown", "max_cooldown_ms", "The longest that a client may ask for."),
+    ("--max-count", "max_count", "The most IDs in one request."),
+    ("--max-sessions", "max_sessions", "The most sessions that are open at once."),
+    ("--max-held", "max_held", "The most IDs that one session may hold."),
+    ("--max-anonymous", "max_anonymous", "The most IDs that may be held without a session."),
+    ("--anonymous-age", "anonymous_age_ms", "When such an ID is taken back."),
+)
+
+
+def _settings_options(command: Command) -> Command:
+    defaults = Settings()
+    for option, name, words in reversed(_OPTIONS):
+        default = getattr(defaults, name)
+        timed = name.endswith("_ms")
+        command = click.option(
+            option,
+            name,
+            type=duration if timed else int,
+            default=written(default) if timed else default,
+            show_default=True,
+            help=words,
+        )(command)
+    return command
+
+
+@click.command(
+    short_help="Write the manager into a model repository.",
+    epilog="Example: cidalloc model /models --state /var/lib/cidalloc --max-ttl 5m --vendor",
+)
+@click.argument("repository", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "-o",
+    "--overwrite",
+    is_flag=True,
+    help="Write anew what is there. What is not said keeps the value that it has.",
+)
+@click.option("--reset", is_flag=True, help="The same, but what is not said gets its default.")
+@click.option("-n", "--name", default="cidmgr", show_default=True, help="The model's name.")
+@click.option("-m", "--modver", default=1, show_default=True, help="The model's version.")
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path, file_okay=False),
+    help=f"The folder for the file in which the manager remembers what is held."
+    f" [default: {default_state_folder()}]",
+)
+@click.option("--no-state", is_flag=True, help="Remember nothing across a restart.")
+@click.option(
+    "--vendor/--no-vendor",
+    default=False,
+    help="Put a copy of this package into the model's folder, so that Triton's Python need not have"
+    " it. That Python must be of the version that runs this command.",
+)
+@click.option(
+    "--python",
+    "version",
+    metavar="X.Y",
+    help="With --vendor: the Python of the server, to be sure of that.",
+)
+@_settings_options
+@click.option(
+    "--fresh/--no-fresh",
+    default=False,
+    help="No ID of the pool was ever issued: begin at --first.",
+)
+@click.option(
+    "--batch-size", default=256, show_default=True, help="Requests that are answered together."
+)
+@click.pass_context
+def model(
+    context: click.Context,
+    /,
+    repository: Path,
+    overwrite: bool,
+    reset: bool,
+    name: str,
+    modver: int,
+    state: Path | None,
+    no_state: bool,
+    vendor: bool,
+    version: str | None,
+    batch_size: int,
+    **settings: Any,
+) -> None:
+    """Write the manager model into the Triton model repository DIR.
+
+    Times are written like 500ms, 90s, 2m, 1h or 1d. All that is chosen here stands in the model's
+    config.pbtxt, which you may edit later; the manager checks it when it loads.
+    """
+
+    def said(option: str) -> bool:
+        return context.get_parameter_source(option) is not ParameterSource.DEFAULT
+
+    if state and no_state:
+        raise InvalidArgument("--state and --no-state exclude each other")
+    if version and not vendor:
+        raise InvalidArgument("--python goes with --vendor")
+    there = (repository / name).exists()
+    before = _read(repository / name) if there and overwrite and not reset else None
+    chosen = {key: value for key, value in settings.items() if said(key) or before is None}
+    if state or no_state:
+        chosen["state"] = str(state.absolute()) if state else ""
+    elif before is None:
+        chosen["state"] = str(default_state_folder())
+    values = replace(before.settings if before else Settings(), **chosen)
+    if before:
+        batch_size = batch_size if said("batch_size") else before.batch_size
+        modver = modver if said("modver") else before.version
+        vendor = vendor if said("vendor") else before.vendored
+    folder = Path(values.state)
+    if values.state and repository.resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise InvalidArgument(
+            f"--state {folder} is within the model repository: there, a file that changes makes"
+            " Triton load the model anew"
+        )
+    place = export(
+        repository,
+        values,
+        name=name,
+        version=modver,
+        overwrite=overwrite or reset,
+        batch_size=batch_size,
+        vendor=(version or True) if vendor else False,
+        more=before.more if before else {},
+    )
+    click.echo(f"Wrote {place / 'config.pbtxt'} and {place / str(modver) / 'model.py'}.")
+    if before:
+        click.echo(f"{_kept(values, chosen)} --reset would start over.")
+    if (last := values.first + values.capacity - 1) > EXACT:
+        click.echo(f"warning: the pool ends at {last}: {INEXACT}.", err=True)
+    if values.state:
+        click.echo(f"It will remember what is held in {folder / name}.cidalloc.")
+        if not folder.is_dir():
+            click.echo("The manager makes that folder where the server runs, for its user alone.")
+    if vendor:
+        click.echo("Next: load the model. A copy of cidalloc is in its folder.")
+    else:
+        click.echo("Next: install cidalloc where Triton's Python finds it, then load the model.")
+
+
+class _Before(NamedTuple):
+    settings: Settings
+    batch_size: int
+    version: int
+    vendored: bool
+    more: dict[str, str]
+
+
+def _read(folder: Path) -> _Before:
+    """Return what was chosen at an earlier export, or in its configuration since."""
+    from google.protobuf import json_format, text_format
+    from tritonclient.grpc import model_config_pb2
+
+    try:
+        text = (folder / "config.pbtxt").read_text()
+        message = text_format.Parse(text, model_config_pb2.ModelConfig())
+        config = json_format.MessageToDict(message, preserving_proto_field_name=True)
+        settings = settings_from(config)
+    except (OSError, ValueError, text_format.ParseError) as error:
+        raise InvalidArgument(
+            f"cannot read what was chosen before in {folder / 'config.pbtxt'}: {error}; mend it,"
+            " or start over with --reset"
+        ) from None
+    versions = [int(each.name) for each in folder.iterdir() if re.fullmatch(r"[1-9]\d*", each.name)]
+    version = max(versions, default=1)
+    vendored = (folder / str(version) / "cidalloc").is_dir()
+    more = {
+        key: value["string_value"]
+        for key, value in config.get("parameters", {}).items()
+        if key.isupper()
+    }
+    return _Before(settings, int(config["max_batch_size"]), version, vendored, more)
+
+
+def _kept(values: Settings, chosen: dict[str, Any]) -> str:
+    """Say what was chosen before and stays."""
+    kept = [
+        f"{each.name}={getattr(values, each.name)}"
+        for each in fields(values)
+        if each.name not in chosen and getattr(values, each.name) != each.default
+    ]
+    return f"Kept from before: {', '.join(kept) or 'nothing but defaults'}."

@@ -1,0 +1,111 @@
+"""The commands ``cidalloc registry``: look into a manager's file, audit it, let its pool grow."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import RegistryCorrupt
+from ..manager.registry import Registry
+from ..manager.service import boottime_ms
+from ..manager.storage.file import writer_of
+from ..manager.storage.file_lock import process_id
+from ..manager.storage.resize import upgrade
+from ..manager.takeover import boot_id
+
+__all__ = ["registry"]
+
+_FILE = click.argument("file", type=click.Path(path_type=Path))
+
+
+@click.group()
+def registry() -> None:
+    """Look into the file of a registry, which remembers what is held."""
+
+
+@registry.command()
+@_FILE
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def show(file: Path, as_json: bool) -> None:
+    """Print what is in FILE. Only reads it; a manager may run."""
+    found, status = _look(file)
+    pid, running = _writer(file)
+    status["writer"] = pid if running else None
+    if as_json:
+        click.echo(json.dumps(status))
+        return
+    console = Console(highlight=False)
+    pool = status["pool"]
+    last = pool["first"] + pool["capacity"] - 1
+    rows = (
+        ("registry", status["registry"]),
+        ("file", f"{file}, {file.stat().st_size / 2**20:,.1f} MiB"),
+        ("writer", f"process {pid}" if running else "none"),
+        ("pool", f"{pool['first']} to {last}, {pool['capacity']:,} IDs"),
+        ("held", f"{status['held']:,}, {status['anonymous']:,} of them without a session"),
+        ("cooling", f"{status['cooling']:,}"),
+        ("ever opened", f"{status['high_water']:,}"),
+        ("sessions", f"{status['sessions_total']:,}"),
+    )
+    for name, value in rows:
+        console.print(f"{name:<12} {value}", soft_wrap=True)
+    if found.store.boot != boot_id():
+        console.print("[dim]from before the last start of this machine: see docs/design.md[/dim]")
+    sessions = status["sessions"]
+    if sessions:
+        table = Table("session", box=None, pad_edge=False)
+        table.add_column("held", justify="right")
+        table.add_column("age", justify="right")
+        for each in sessions:
+            table.add_row(each["label"] or "–", f"{each['held']:,}", f"{each['age_s']:,.0f} s")
+        console.print()
+        console.print(table)
+        if status["sessions_total"] > len(sessions):
+            console.print(f"… and {status['sessions_total'] - len(sessions):,} more")
+
+
+@registry.command()
+@_FILE
+def check(file: Path) -> None:
+    """Audit FILE: whether a manager can go on with it. Only reads it; a manager may run."""
+    began = time.monotonic()
+    found, status = _look(file)
+    try:
+        found._check()
+    except AssertionError as error:
+        raise RegistryCorrupt(f"{file} is damaged: {error}") from None
+    click.echo(
+        f"{file} is sound: {status['held']:,} held, {status['cooling']:,} cooling,"
+        f" {status['sessions_total']:,} sessions ({time.monotonic() - began:.2f} s)"
+    )
+
+
+@registry.command(name="upgrade")
+@_FILE
+@click.option("--capacity", type=int, required=True, help="IDs that the pool shall have.")
+def grow(file: Path, capacity: int) -> None:
+    """Let the pool in FILE grow. No manager may run.
+
+    What is held stays held. The new file takes the old one's place at once, when it is complete.
+    """
+    shape = upgrade(file, capacity)
+    click.echo(f"{file} has a pool of {shape.capacity:,} IDs from {shape.first} on.")
+    click.echo(f"Next: set capacity to {shape.capacity} in the model's config.pbtxt, and start it.")
+
+
+def _look(file: Path) -> tuple[Registry, dict[str, Any]]:
+    now = boottime_ms()
+    found = Registry.look(file, now, boot_id())
+    return found, found.status(now)
+
+
+def _writer(file: Path) -> tuple[int, bool]:
+    """Return the process that last wrote a file, and whether it is there."""
+    pid, _ = writer_of(file)
+    return pid, pid != 0 and process_id(pid) != 0

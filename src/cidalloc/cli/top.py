@@ -1,0 +1,114 @@
+"""The command ``top``: a manager's status, live."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from ..errors import CidError, Unavailable
+from .ask import Manager, ask_options
+from .screen import rates_between, status_view
+
+__all__ = ["View", "top"]
+
+_AROUND = 14  # lines of the screen that are no sessions
+
+
+@click.command(short_help="The same, live.", epilog="Example: cidalloc top localhost:8001")
+@ask_options
+@click.option(
+    "--interval",
+    type=click.FloatRange(0.1),
+    default=1.0,
+    show_default=True,
+    help="Seconds between two looks.",
+)
+def top(url: str, model: str, timeout: float, interval: float) -> None:
+    """Watch the manager at URL: what is held, by whom, and how fast that changes.
+
+    q or Ctrl-C leaves. While the manager is away the last state stays on the screen. Where the
+    output is no terminal, or a dumb one, the state is printed once.
+    """
+    console = Console(highlight=False)
+    with Manager(url, model, timeout) as manager:
+        view = View(manager, url)
+        shown = view.look(console.height)
+        if view.error:
+            raise view.error
+        if not sys.stdout.isatty() or console.is_dumb_terminal:
+            console.print(shown)
+            return
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            _keys() as pressed,
+            Live(shown, console=console, screen=True, auto_refresh=False) as live,
+        ):
+            while pressed(interval) not in ("q", "Q", "\x1b"):
+                live.update(view.look(console.height), refresh=True)
+
+
+class View:
+    """The last look at a manager, and the one before for the rates."""
+
+    def __init__(self, manager: Manager, url: str) -> None:
+        self._manager = manager
+        self._url = url
+        self._status: dict[str, Any] | None = None
+        self._body: RenderableType = Text()
+        self.error: CidError | None = None
+
+    def look(self, height: int) -> RenderableType:
+        """Ask once, and return what a screen of so many lines shows."""
+        try:
+            status = self._manager.status()
+        except CidError as error:
+            self.error = error
+        else:
+            self.error = None
+            rates = rates_between(self._status, status)
+            self._status = status
+            self._body = status_view(status, rates, max(height - _AROUND, 1))
+        head = Text(f"{self._manager.model} at {self._url}", style="bold")
+        head.append(time.strftime("  %H:%M:%S"), style="dim")
+        head.append("  q leaves", style="dim")
+        if self.error is not None:
+            kind = "no answer" if isinstance(self.error, Unavailable) else self.error.code.name
+            head.append(f"  {kind}: the state of before", style="bold red")
+        return Group(head, Text(), self._body)
+
+
+@contextlib.contextmanager
+def _keys() -> Iterator[Callable[[float], str]]:
+    """Yield what waits so many seconds for a key, and returns it or nothing."""
+    if not sys.stdin.isatty():
+
+        def wait(seconds: float) -> str:
+            time.sleep(seconds)
+            return ""
+
+        yield wait
+        return
+    import termios
+    import tty
+
+    fd = sys.stdin.fileno()
+    before = termios.tcgetattr(fd)
+
+    def pressed(seconds: float) -> str:
+        ready, _, _ = select.select([fd], [], [], seconds)
+        return sys.stdin.read(1) if ready else ""
+
+    try:
+        tty.setcbreak(fd)
+        yield pressed
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)

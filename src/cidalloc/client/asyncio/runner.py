@@ -1,0 +1,171 @@
+"""Runs flows in the tasks that await, and the heartbeat in a task of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from ...errors import CidError, InvalidArgument, Unavailable
+from ..core.effects import Config, Effect, Event, Flow, Idle, Send
+from ..core.runner import DAY_S, LOOK_S, Driver
+from ..core.sequence import HURRY_S, Talk
+from ..core.session import Session
+from ..core.transport import SLACK_S
+from .tasks import Tasks, outlast
+from .transport import AsyncTransport
+
+__all__ = ["AsyncDriver"]
+
+T = TypeVar("T")
+
+
+class AsyncDriver(Driver):
+    """Runs flows of a session in the tasks that await, and its keeper in one of its own.
+
+    Only one task runs at a time, so its lock is never waited for. Requests and closings run in
+    tasks of the driver's, which go on when the task that waits for them is cancelled.
+    """
+
+    def __init__(self, session: Session, transport: AsyncTransport, model: str) -> None:
+        super().__init__(session, model, transport.now)
+        self.transport = transport
+        self.tasks = Tasks()
+        self._waiting: set[asyncio.Future[None]] = set()
+        self._keeper: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._ticking = False
+
+    def future(self) -> asyncio.Future[Any]:
+        """Return a new future."""
+        return asyncio.get_running_loop().create_future()
+
+    def check_loop(self) -> None:
+        """See that this is the event loop that the client belongs to: the first one it is used in.
+
+        Raises:
+            InvalidArgument: it is another one, or none.
+        """
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise InvalidArgument("no event loop runs here: call this in a coroutine") from None
+        if self._loop is None:
+            self._loop = loop
+        if self._loop is not loop:
+            raise InvalidArgument(
+                f"the client of {self.transport.url} is used in another event loop: make one in"
+                " each"
+            )
+
+    async def run(self, flow: Callable[[], Flow[T]]) -> T:
+        """Run a flow to its end and return its value."""
+        self.session.now = self.now()
+        steps = flow()
+        event: Event | None = None
+        try:
+            while True:
+                effect = self._step(steps, event)
+                event = await self._perform(effect)
+        except StopIteration as stop:
+            value: T = stop.value
+        finally:
+            steps.close()
+            self._notify()
+        return value
+
+    def start(self) -> None:
+        """Start the keeper, if it does not run yet."""
+        if self._keeper is None and not self.session.closed:
+            self._keeper = self.tasks.start(self._keep())
+
+    def wake(self) -> None:
+        """Tell the keeper that there is something to do."""
+        self.session.wants = False
+        self.start()
+        self._notify()
+
+    def watch(self, talk: Talk) -> None:
+        """Look at a sequence every now and then, until nothing of it is on its way any more."""
+        self._watched[talk] = None
+        if not self._ticking:
+            self._ticking = True
+            asyncio.get_running_loop().call_later(LOOK_S, self._tick)
+
+    def drop(self, talk: Talk) -> None:
+        """End a sequence whose handle was collected as garbage, which happens in any thread."""
+        talk.dropped = True
+        self._soon(lambda: None if talk.on_way else talk.finish())
+
+    def abandon(self) -> None:
+        """Let a task close the session and the connections: nobody has the client."""
+        self._soon(lambda: self.tasks.start(self._close(0.0)))
+
+    async def close(self, patience: float) -> None:
+        """Close the session and the connections, even if the closing task is cancelled.
+
+        Args:
+            patience: seconds that the manager may take.
+        """
+        if self._closing is None:
+            self._closing = self.tasks.start(self._close(patience))
+        await outlast(self._closing)
+
+    async def _keep(self) -> None:
+        try:
+            await self.run(self.session.keep)
+        except asyncio.CancelledError:  # the event loop ends, and nobody has closed the client
+            with contextlib.suppress(CidError):
+                await self._close(HURRY_S)
+            raise
+
+    async def _close(self, patience: float) -> None:
+        self.finish_all()
+        await self.run(lambda: self.session.close(self.now() + patience))
+        self._notify()
+        # What is on its way ends by itself; if the event loop ends before, that cancels it.
+        await self.tasks.wait(HURRY_S)
+        await self.transport.close()
+
+    def _soon(self, call: Callable[[], object]) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(call)
+
+    def _tick(self) -> None:
+        self._ticking = self._look()
+        if self._ticking:
+            asyncio.get_running_loop().call_later(LOOK_S, self._tick)
+
+    def _notify(self) -> None:
+        for each in self._waiting:
+            if not each.done():
+                each.set_result(None)
+        self._waiting.clear()
+
+    async def _perform(self, effect: Effect) -> Event:
+        if isinstance(effect, Idle):
+            left = min(max(effect.until - self.now(), 0.0), DAY_S)
+            changed = asyncio.get_running_loop().create_future()
+            self._waiting.add(changed)
+            await asyncio.wait({changed}, timeout=left)
+            self._waiting.discard(changed)
+            return Event()
+        # In a task of its own: a request that is on its way is not cancelled.
+        work = self.tasks.start(self._ask(effect))
+        await asyncio.wait({work}, timeout=effect.timeout + SLACK_S)
+        if not work.done():
+            return Event(error=Unavailable(f"no answer within {effect.timeout:g} s"))
+        return work.result()
+
+    async def _ask(self, effect: Send | Config) -> Event:
+        try:
+            if isinstance(effect, Config):
+                config = await self.transport.model_config(effect.model, effect.timeout)
+                return Event(config=config)
+            output, detail = await self.transport.call(self.model, effect.request, effect.timeout)
+            return Event(output, detail)
+        except CidError as error:
+            return Event(error=error)

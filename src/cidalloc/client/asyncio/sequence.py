@@ -1,0 +1,127 @@
+"""A sequence for asyncio: as `Sequence`, but awaiting."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Generator
+from types import TracebackType
+from typing import Any
+
+from ..core.handle import Handle
+from ..core.sequence import HURRY_S, Plan, Talk
+from ..core.session import Taken
+from .runner import AsyncDriver
+from .tasks import outlast
+
+__all__ = ["AsyncSequence"]
+
+_log = logging.getLogger("cidalloc.client")
+
+
+class AsyncSequence(Handle):
+    """A sequence with an ID of its own; made by `AsyncClient.sequence`, used with ``async with``.
+
+    It may be awaited, too, which also begins it; then it must be closed. All else is as with
+    `Sequence`, and its methods are to be awaited. Closing, at the end of the block too, goes on
+    when the task is cancelled, be it often; the cancellation arrives afterwards.
+    """
+
+    def __init__(
+        self,
+        driver: AsyncDriver,
+        model: str,
+        begin: Callable[[Taken], Awaitable[Plan]],
+        streaming: bool,
+        farewell: list[Any] | None,
+        client: object,
+        opened_at: tuple[str, int],
+    ) -> None:
+        super().__init__(driver, model, opened_at)
+        self._client = client  # which would be closed if nobody had it any more
+        self._beginning = begin
+        self._streaming = streaming
+        self._farewell = farewell
+        self._closing: asyncio.Task[None] | None = None
+
+    async def infer(self, inputs: list[Any], *, end: bool = False, **options: Any) -> Any:
+        """Send a request and return its result; as `Sequence.infer`.
+
+        A request that is on its way goes on when its task is cancelled.
+        """
+        return await self.async_infer(inputs, end=end, **options)
+
+    def async_infer(
+        self, inputs: list[Any], *, end: bool = False, **options: Any
+    ) -> asyncio.Future[Any]:
+        """Send a request and return the future of its result; as `Sequence.async_infer`."""
+        self._check_home()
+        talk = self._begun
+        future: asyncio.Future[Any] = talk.submit(talk.request(inputs, end, options))
+        future.add_done_callback(_retrieved)
+        return future
+
+    async def close(self) -> None:
+        """Send the farewell, wait for what is unanswered, and give the ID back.
+
+        Closing again does nothing.
+        """
+        self._check_home()
+        if self._talk is not None:
+            await self._close(self._talk.limit)
+
+    async def _close(self, patience: float) -> None:
+        self._check_home()
+        if self._closing is None:
+            self._closing = self._driver.tasks.start(self._close_once(patience))
+        await outlast(self._closing)
+
+    async def _close_once(self, patience: float) -> None:
+        talk = self._begun
+        try:
+            if talk.wants_farewell():
+                assert talk.farewell is not None
+                try:
+                    farewell = talk.submit(talk.request(talk.farewell, True, {}))
+                    await asyncio.wait_for(farewell, patience)
+                except (Exception, asyncio.CancelledError) as error:
+                    text = error or type(error).__name__
+                    _log.warning("the farewell of %r failed: %s", self, text)
+            if talk.on_way:
+                patience = HURRY_S if talk.abandoned else patience
+                await asyncio.wait(talk.unanswered(), timeout=patience)
+        finally:
+            talk.finish()
+
+    def __await__(self) -> Generator[Any, None, AsyncSequence]:
+        return self.__aenter__().__await__()
+
+    async def __aenter__(self) -> AsyncSequence:
+        self._check_home()
+        if self._talk is None:
+            taken = Taken()
+            try:
+                plan = await self._beginning(taken)
+                self._talk = Talk(self._driver, plan, self._streaming, self._farewell)
+            except BaseException as error:
+                self._driver.untake(taken, error)
+                raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._close(self._begun.limit if error is None else HURRY_S)
+
+    def _check_home(self) -> None:
+        super()._check_home()
+        self._driver.check_loop()
+
+
+def _retrieved(future: asyncio.Future[Any]) -> None:
+    """Keep asyncio from complaining of an error that nobody looked at."""
+    if not future.cancelled():
+        future.exception()

@@ -1,0 +1,1 @@
+"""The client's decisions and state, without threads and event loops."""

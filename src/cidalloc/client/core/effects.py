@@ -1,0 +1,61 @@
+"""Flows: the client's decisions as generators, which say what they need and never do it.
+
+A flow yields one of the three effects below and is resumed with the `Event` that came of it. Two
+short drivers run flows, one blocking and one awaiting; so each decision is written once, and tests
+run it without a server, a thread or a clock. While a flow waits, others go on: after each yield it
+looks at the state anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ...errors import CidError
+from ...protocol import IDs, Request
+
+__all__ = ["Config", "Effect", "Event", "Flow", "Idle", "Send"]
+
+T = TypeVar("T")
+
+_NOTHING: IDs = np.empty(0, np.uint64)
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a request to the manager, and wait at most ``timeout`` seconds for its answer."""
+
+    request: Request
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Read the configuration of a model, in at most ``timeout`` seconds."""
+
+    model: str
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Wait until the time ``until``, or until another flow has changed something."""
+
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What came of an effect: the answer to a request, a configuration, an error, or nothing."""
+
+    output: IDs = field(default_factory=lambda: _NOTHING)
+    detail: str = ""
+    config: Mapping[str, Any] | None = None
+    error: CidError | None = None
+
+
+Effect = Send | Config | Idle
+Flow = Generator[Effect, Event, T]

@@ -1,0 +1,51 @@
+"""Objects that belong to the process that made them, and say so in a forked child."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, NoReturn
+
+from ...errors import Forked, InvalidArgument
+
+__all__ = ["BoundToProcess", "Process", "caller"]
+
+
+class Process:
+    """Stands for this process; a forked child has another one."""
+
+    here = object()
+
+
+def _in_child() -> None:
+    Process.here = object()
+
+
+os.register_at_fork(after_in_child=_in_child)
+
+
+class BoundToProcess:
+    """Remembers the process that made it; cannot be copied, nor sent to another process."""
+
+    def __init__(self) -> None:
+        self._home = Process.here
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise InvalidArgument(
+            f"{self!r} cannot be copied or pickled: it is one session with the manager; make a"
+            " new one where you need it"
+        )
+
+    @property
+    def _at_home(self) -> bool:
+        return self._home is Process.here
+
+    def _check_home(self) -> None:
+        if self._home is not Process.here:
+            raise Forked(f"{self!r} belongs to the parent process: make a new one after the fork")
+
+
+def caller(depth: int = 2) -> tuple[str, int]:
+    """Return the file and the line of the call so many frames above this function."""
+    frame = sys._getframe(depth)
+    return frame.f_code.co_filename, frame.f_lineno

@@ -1,0 +1,86 @@
+"""What the application has of a sequence: the part that blocking and awaiting ones share."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from ...errors import InvalidArgument
+from .fork_guard import BoundToProcess
+from .sequence import Plan, Talk
+
+__all__ = ["Handle", "warn_unclosed"]
+
+
+class Handle(BoundToProcess):
+    """A sequence, but for its ways to wait.
+
+    Args:
+        driver: of its client.
+        model: the model.
+        opened_at: the file and the line where it was asked for.
+    """
+
+    _talk: Talk | None = None
+
+    def __init__(self, driver: Any, model: str, opened_at: tuple[str, int]) -> None:
+        super().__init__()
+        self._driver = driver
+        self._model = model
+        self._opened_at = opened_at
+
+    def __repr__(self) -> str:
+        name = type(self).__name__
+        if self._talk is None:
+            return f"<cidalloc {name} on {self._model}, not begun>"
+        return f"<cidalloc {name} {self._talk.plan.cid} on {self._model}, {self.state}>"
+
+    def __del__(self) -> None:
+        talk = self._talk
+        if talk is None or talk not in self._driver.talks or not self._at_home:
+            return
+        # The ID cools; whatever is on its way may still be answered.
+        self._driver.drop(talk)
+        warn_unclosed(self, f"unclosed sequence {talk.plan.cid} on {self._model}", self._opened_at)
+
+    @property
+    def cid(self) -> int:
+        """The correlation ID, ``sequence_id`` in tritonclient."""
+        return self._begun.plan.cid
+
+    @property
+    def model(self) -> str:
+        """The model that the sequence is on."""
+        return self._model
+
+    @property
+    def state(self) -> str:
+        """Where it is in its life, in a word or two."""
+        return "not begun" if self._talk is None else self._talk.life.state.value
+
+    def flags(self, *, end: bool = False) -> dict[str, Any]:
+        """Return the arguments that make a request of your own part of this sequence.
+
+        They are ``sequence_id``, ``sequence_start``, ``sequence_end`` and ``timeout``. Since the
+        sequence does not see the answer, its ID cools after use, as if END had not been answered.
+
+        Raises what `infer` does, but for what Triton answers.
+        """
+        self._check_home()
+        return self._begun.lend(end)
+
+    @property
+    def _begun(self) -> Talk:
+        if self._talk is None:
+            raise InvalidArgument(f"{self!r}: enter it with async with, or await it")
+        return self._talk
+
+    @property
+    def _plan(self) -> Plan:
+        return self._begun.plan
+
+
+def warn_unclosed(thing: object, words: str, opened_at: tuple[str, int]) -> None:
+    """Warn that something was collected as garbage while it was open."""
+    file, line = opened_at
+    warnings.warn(f"{words}, opened at {file}:{line}", ResourceWarning, stacklevel=3, source=thing)

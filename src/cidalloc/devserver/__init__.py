@@ -1,0 +1,1 @@
+"""A Triton server on loopback, for development, tests and the demo."""

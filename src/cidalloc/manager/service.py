@@ -1,0 +1,230 @@
+"""The service: everything that the manager model does, without Triton.
+
+Decodes a request, applies it to the registry, and returns the tensors of the answer. It owns the
+clock, and the turns that threads take.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import __version__
+from ..codes import Operation
+from ..errors import CidError, InternalError, InvalidArgument, RegistryMismatch
+from ..protocol import MODEL, PROTOCOL, IDs, Request
+from .registry import SHOWN, Registry
+from .settings import Settings
+from .takeover import HEARTBEAT_S, IMPATIENCE_S, Holder
+
+__all__ = ["Service", "boottime_ms"]
+
+_log = logging.getLogger("cidalloc.manager.service")
+
+Answer = tuple[IDs, str]
+"""The tensor OUTPUT, uint64 [1, n], and the text in DETAIL."""
+
+
+def boottime_ms() -> int:
+    """Return the time since boot in milliseconds; it runs on in suspend and never jumps."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
+
+
+class Service:
+    """Answers requests from one registry.
+
+    Args:
+        settings: what the operator chose.
+        clock: returns the time in milliseconds.
+        name: the manager's; its file is named by it.
+
+    Raises what `Holder` does.
+    """
+
+    def __init__(
+        self, settings: Settings, clock: Callable[[], int] = boottime_ms, name: str = MODEL
+    ) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._holder = Holder(settings, name, clock)
+        self._operations: Counter[str] = Counter()
+        self._errors: Counter[str] = Counter()
+        self._stopped = threading.Event()
+        self._apply: dict[Operation, Callable[[Registry, Request, int], IDs | list[int] | int]] = {
+            Operation.NEW: _new,
+            Operation.DELETE: _delete,
+            Operation.ACTIVE: lambda registry, request, now: registry.tick(now).active,
+            Operation.INACTIVE: lambda registry, request, now: registry.tick(now).inactive,
+            Operation.PEAK: lambda registry, request, now: registry.tick(now).peak,
+            Operation.OPEN: _open,
+            Operation.RENEW: _renew,
+            Operation.CLOSE: _close,
+            Operation.HELD: _held,
+        }
+
+    def start(self) -> None:
+        """Start the thread that looks after the registry while no requests come."""
+        threading.Thread(target=self._look_after, name="cidalloc", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop that thread, and let another process have the registry."""
+        self._stopped.set()
+        with self._lock:
+            self._holder.close()
+
+    def poll(self) -> None:
+        """See whether another process wants the registry, or lets us have it; let time pass."""
+        with self._lock:
+            self._holder.poll()
+
+    def figures(self) -> dict[str, Any] | None:
+        """Return what STATUS says, without sessions; None while another process has the registry.
+
+        It counts as no request.
+        """
+        with self._lock:
+            try:
+                return self._status(self._holder.registry(), self._clock(), 0)
+            except CidError:
+                return None
+
+    def answer(
+        self, code: npt.NDArray[Any], ids: npt.NDArray[Any] | None, parameters: str
+    ) -> Answer | CidError:
+        """Answer one request; never raises.
+
+        Args:
+            code: the tensor ``CODE``.
+            ids: the tensor ``CORRELATION_ID``, or None if it was left out.
+            parameters: the request's parameters as a JSON object.
+
+        Returns:
+            The tensors of the answer, or the error to send in their place.
+        """
+        with self._lock:
+            try:
+                request = Request.decode(code, ids, parameters)
+                self._operations[request.operation.name] += 1
+                return self._answered(request)
+            except CidError as error:
+                failure = error
+            except Exception as error:
+                # The text of a stranger's exception may carry paths: it stays in the server's log.
+                _log.exception("a request failed in an unexpected way")
+                failure = InternalError(f"unexpected {type(error).__name__} in the manager")
+            self._errors[failure.code.name] += 1
+            return failure
+
+    def _answered(self, request: Request) -> Answer:
+        registry = self._holder.registry()
+        _check_registry(registry, request)
+        now = self._clock()
+        if request.operation is Operation.STATUS:
+            return _NOTHING, json.dumps(self._status(registry, now, SHOWN))
+        output = self._apply[request.operation](registry, request, now)
+        return np.asarray(output, np.uint64).reshape(1, -1), ""
+
+    def _status(self, registry: Registry, now: int, sessions: int) -> dict[str, Any]:
+        return {
+            "version": __version__,
+            **registry.status(now, sessions),
+            "operations": dict(self._operations),
+            "errors": dict(self._errors),
+        }
+
+    def _look_after(self) -> None:
+        while not self._stopped.wait(IMPATIENCE_S if self._holder.waits else HEARTBEAT_S):
+            try:
+                self.poll()
+            except Exception:
+                _log.exception("could not look after the registry")
+
+
+_NOTHING: IDs = np.empty((1, 0), np.uint64)
+
+
+def _check_registry(registry: Registry, request: Request) -> None:
+    wanted = request.text("registry")
+    if wanted is not None and wanted != str(registry.uuid):
+        raise RegistryMismatch(
+            f"this is the registry {registry.uuid}, not {wanted}: does a load balancer stand"
+            " between? A session belongs to one manager"
+        )
+
+
+def _token(request: Request) -> bytes:
+    token = request.token
+    if token is None:
+        raise InvalidArgument(f"{request.operation.name} needs the parameter session")
+    return token
+
+
+def _seq(request: Request) -> int:
+    if "seq" not in request.parameters:
+        raise InvalidArgument(
+            "a change of a session needs the parameter seq, which rises with each"
+        )
+    return request.integer("seq", 0, 1, 2**63 - 1)
+
+
+def _cooldown(request: Request) -> int | None:
+    if "cooldown_ms" not in request.parameters:
+        return None
+    return request.integer("cooldown_ms", 0, 0)
+
+
+def _new(registry: Registry, request: Request, now: int) -> IDs:
+    token, count = request.token, request.integer("count", 1, 1)
+    if token is None:
+        return registry.acquire(count, now)
+    seq, cooldown = _seq(request), _cooldown(request)
+    return registry.acquire(count, now, token=token, seq=seq, cooldown_ms=cooldown)
+
+
+def _delete(registry: Registry, request: Request, now: int) -> int:
+    token = request.token
+    return registry.release(
+        request.ids,
+        now,
+        token=token,
+        seq=0 if token is None else _seq(request),
+        ended=request.boolean("ended"),
+        cooldown_ms=_cooldown(request),
+    )
+
+
+def _open(registry: Registry, request: Request, now: int) -> list[int]:
+    if "ttl_ms" not in request.parameters:
+        raise InvalidArgument("OPEN needs the parameter ttl_ms")
+    grant = registry.open(
+        _token(request),
+        now,
+        ttl_ms=request.integer("ttl_ms", 0, 0),
+        cooldown_ms=_cooldown(request),
+        label=request.text("label") or "",
+    )
+    high, low = divmod(registry.uuid.int, 2**64)
+    times = (registry.settings.cooldown_ms, registry.settings.unended_cooldown_ms)
+    return [PROTOCOL, grant.generation, grant.ttl_ms, high, low, *times]
+
+
+def _renew(registry: Registry, request: Request, now: int) -> list[int]:
+    grant = registry.renew(_token(request), now, cooldown_ms=_cooldown(request))
+    return [grant.generation, grant.ttl_ms]
+
+
+def _close(registry: Registry, request: Request, now: int) -> int:
+    return registry.close_session(_token(request), now, ended=request.boolean("ended"))
+
+
+def _held(registry: Registry, request: Request, now: int) -> IDs:
+    seq = _seq(request) if "seq" in request.parameters else None
+    return registry.held(_token(request), now, seq=seq)

@@ -1,0 +1,108 @@
+"""What an operator may choose: the settings of a registry, and their bounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import InvalidArgument
+from ..protocol import MAX_COOLDOWN_MS
+
+__all__ = ["MAX_SESSIONS", "Settings"]
+
+MAX_SESSIONS = 2**24 - 2
+"""The most sessions that a registry can have: the owners that a pool can have, less nobody. Those
+that hold anonymous IDs are among them, so fewer can be asked for."""
+
+_DAY_MS = 86_400_000
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What an operator may choose. Times are milliseconds.
+
+    Args:
+        first: the lowest ID of the pool. The default pool, 2³⁰ … 2³¹-1, fits every type that a
+            model's CORRID control may have, and stays clear of the small numbers that
+            unmanaged clients pick by hand.
+        capacity: how many IDs the pool has.
+        cooldown_ms: the least time for which an ID that was given back is not issued again: late
+            and duplicated packets of its former user must have died out.
+        unended_cooldown_ms: the same for an ID that comes back without a word on END or on a time
+            that would do: long enough for most models to forget an idle sequence.
+        max_cooldown_ms: the longest time that a client may ask for. After a power cut all that was
+            in use cools for the longest that anybody has asked for, so this bounds that, too.
+        min_ttl_ms, max_ttl_ms: the times to live that a session may ask for.
+        grace_ms: for how much longer than that a session that is silent is kept.
+        max_count: the most IDs that one request may take or give back.
+        max_sessions: the most sessions that are open at once.
+        max_held: the most IDs that one session may hold.
+        max_anonymous: the most IDs that may be held without a session.
+        anonymous_age_ms: after how long an ID that is held without a session is taken back; it may
+            be an eighth later.
+        state: the folder of the registry's file, which outlives the process; empty for a registry
+            in memory alone.
+        fresh: there is no past: no ID of this pool was ever issued. Issuing then begins at
+            ``first``. Otherwise a registry without a file does not know which IDs are still in
+            use: it begins at a random place, or if the pool is too small for that, waits for as
+            long as a session may live. A file that exists already knows better, and this is
+            ignored.
+
+    Raises:
+        InvalidArgument: a value out of its bounds; the message names it.
+    """
+
+    first: int = 2**30
+    capacity: int = 2**30
+    cooldown_ms: int = 5_000
+    unended_cooldown_ms: int = 120_000
+    max_cooldown_ms: int = MAX_COOLDOWN_MS
+    min_ttl_ms: int = 1_000
+    max_ttl_ms: int = 600_000
+    grace_ms: int = 10_000
+    max_count: int = 100_000
+    max_sessions: int = 1_000_000
+    max_held: int = 1_000_000
+    max_anonymous: int = 100_000
+    anonymous_age_ms: int = _DAY_MS
+    state: str = ""
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("first", 1, 2**63 - 1),
+            ("capacity", 1, 2**38),
+            ("cooldown_ms", 0, MAX_COOLDOWN_MS),
+            ("unended_cooldown_ms", 0, MAX_COOLDOWN_MS),
+            ("max_cooldown_ms", 0, MAX_COOLDOWN_MS),
+            ("min_ttl_ms", 1, 30 * _DAY_MS),
+            ("max_ttl_ms", 1, 30 * _DAY_MS),
+            ("grace_ms", 0, _DAY_MS),
+            ("max_count", 1, 1_000_000),
+            ("max_sessions", 1, 16_000_000),
+            ("max_held", 1, 2**38),
+            ("max_anonymous", 0, 2**38),
+            ("anonymous_age_ms", 1_000, 365 * _DAY_MS),
+        ):
+            value = getattr(self, name)
+            if type(value) is not int or not low <= value <= high:
+                raise InvalidArgument(f"{name}={value!r} is not an integer of {low} to {high}")
+        if type(self.fresh) is not bool:
+            raise InvalidArgument(f"fresh={self.fresh!r} is neither true nor false")
+        if self.first + self.capacity > 2**63:
+            raise InvalidArgument(
+                f"first={self.first} and capacity={self.capacity} reach beyond 2**63-1, the"
+                " highest ID that gRPC carries"
+            )
+        if self.min_ttl_ms > self.max_ttl_ms:
+            raise InvalidArgument(
+                f"min_ttl_ms={self.min_ttl_ms} is more than max_ttl_ms={self.max_ttl_ms}"
+            )
+        for name in ("cooldown_ms", "unended_cooldown_ms"):
+            if getattr(self, name) > self.max_cooldown_ms:
+                raise InvalidArgument(
+                    f"{name}={getattr(self, name)} is more than"
+                    f" max_cooldown_ms={self.max_cooldown_ms}"
+                )
+        if type(self.state) is not str or (self.state and not Path(self.state).is_absolute()):
+            raise InvalidArgument(f"state={self.state!r} is not the absolute path of a folder")

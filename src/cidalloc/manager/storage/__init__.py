@@ -1,0 +1,1 @@
+"""Where a registry keeps its records: memory or a file, and how they lie in it."""

@@ -1,0 +1,179 @@
+"""Which process has the registry's file: from the one that is asked to go to the one that comes.
+
+On a reload, Triton starts the new process while the old one still serves, and ends the old one only
+when the new one's ``initialize`` has returned, or much later. So a new process does not wait: if
+the file is locked by a process of its own server, or of a server that is gone, it makes its wish
+known and answers UNAVAILABLE until it has the file. The old one sees the wish, lets go, and answers
+UNAVAILABLE from then on. A process of another server that lives is no reason to wait, but an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import CidError, InvalidArgument, RegistryLocked, Unavailable
+from .records import shape_for
+from .registry import Registry
+from .settings import Settings
+from .storage.file import Claim, Store, writer_of
+from .storage.file_lock import process_id
+
+__all__ = ["Holder", "boot_id", "server_pid"]
+
+_log = logging.getLogger("cidalloc.manager.takeover")
+
+HEARTBEAT_S = 0.1
+"""How often `Holder.poll` is to be called, in seconds, by a process that has the file."""
+IMPATIENCE_S = 0.005
+"""The same for one that waits for it."""
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_UNSEEN_MS = 5_000  # a process that was left over by a killed server has ended by then
+_TAKE_BACK_MS = 3_000  # the file was free for so long: whoever wanted it is gone
+
+
+def boot_id() -> bytes:
+    """Return the 16 bytes that tell this boot of the machine from others.
+
+    Raises:
+        InvalidArgument: they cannot be read.
+    """
+    try:
+        return bytes.fromhex(_BOOT_ID.read_text().replace("-", ""))
+    except (OSError, ValueError) as error:
+        raise InvalidArgument(
+            f"cannot read {_BOOT_ID}, which tells whether the machine was started anew: {error};"
+            " let the server read it, or keep no file: 'cidalloc model -o --no-state DIR'"
+        ) from None
+
+
+def server_pid() -> int:
+    """Return the process ID of the server that started this process; it may have ended since.
+
+    Then the parent is another process, but Triton has told its process ID in the fifth argument
+    (`StubLauncher` in https://github.com/triton-inference-server/python_backend).
+    """
+    parent = os.getppid()
+    program, *words = Path("/proc/self/cmdline").read_text(errors="replace").split("\0")
+    if str(parent) in words or "triton_python_backend_stub" not in program or len(words) < 5:
+        return parent
+    ended = words[4].isdigit() and not process_id(int(words[4]))
+    return int(words[4]) if ended else parent
+
+
+class Holder:
+    """The registry, for as long as this process has it.
+
+    Args:
+        settings: what the operator chose; ``state`` is where the file is.
+        name: the file's name in that folder, without its suffix.
+        clock: returns the time in milliseconds.
+        server: the `process_id` of our server; of the parent process if it is left out.
+
+    Raises what `Store.open` does; `RegistryLocked` only if the other one is no predecessor.
+    """
+
+    def __init__(
+        self, settings: Settings, name: str, clock: Callable[[], int], server: int | None = None
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._server = process_id(os.getppid()) if server is None else server
+        self._path = Path(settings.state) / f"{name}.cidalloc" if settings.state else None
+        self._registry: Registry | None = None
+        self._claim: Claim | None = None
+        self._let_go_at: int | None = None
+        self._unseen_since: int | None = None  # whoever has the file cannot be seen from here
+        self._trouble = "the registry is still with the process before"
+        if self._path is None:
+            self._registry = Registry(settings, clock())
+            return
+        try:
+            self._take()
+        except RegistryLocked:
+            _, writer = writer_of(self._path)
+            # The low bits of a process_id are its pid.
+            alive = writer != 0 and process_id(writer & 2**22 - 1) == writer
+            if alive and writer != self._server:
+                raise
+            self._unseen_since = None if alive else clock()
+            # What is wrong with us must show now, while the old one still has the file.
+            Store.expect(self._path, shape_for(settings))
+            self._claim = Claim(self._path)
+            self.poll()
+
+    @property
+    def waits(self) -> bool:
+        """Whether this process waits for the file."""
+        return self._claim is not None
+
+    def registry(self) -> Registry:
+        """Return the registry.
+
+        Raises:
+            Unavailable: another process has it, or is about to.
+            RegistryLocked: one that cannot be seen from here has it, and does not end.
+        """
+        now = self._clock()
+        if self._let_go_at is not None and now - self._let_go_at >= _TAKE_BACK_MS:
+            # We are still asked: whoever wanted it may have died, and Triton stayed with us.
+            self._let_go_at = now
+            self._try_take()
+        if self._registry is None:
+            if self._unseen_since is not None and now - self._unseen_since >= _UNSEEN_MS:
+                raise RegistryLocked(
+                    f"{self._trouble}; that process cannot be seen from here: is it in another"
+                    " container, or was it stopped?"
+                )
+            raise Unavailable(f"{self._trouble}; try again")
+        return self._registry
+
+    def poll(self) -> None:
+        """Look whether the file is to be let go, or can be had; else let time pass in it."""
+        if self._claim is not None:
+            # Of several that wait, only the one whose turn it is may take it.
+            if self._claim.make():
+                self._try_take()
+        elif self._registry is not None:
+            claimant = self._registry.store.claimed_by()  # of none, if it is in memory
+            if claimant and claimant == self._server:
+                _log.info("handing %s over to a newer process", self._path)
+                self._registry.close()
+                self._registry = None
+                self._let_go_at = self._clock()
+                self._trouble = "a newer process has the registry"
+            else:
+                self._registry.tick(self._clock())
+
+    def close(self) -> None:
+        """Let go of the file for good."""
+        if self._claim is not None:
+            self._claim.close()
+        if self._registry is not None:
+            self._registry.close()
+        self._claim = self._registry = self._let_go_at = None
+        self._trouble = "this process has ended its work"
+
+    def _try_take(self) -> None:
+        try:
+            self._take()
+        except RegistryLocked as error:
+            self._trouble = str(error)
+        except CidError as error:
+            if str(error) != self._trouble:
+                _log.error("cannot take over the registry: %s", error)
+            self._trouble = str(error)
+            if self._claim is not None and not isinstance(error, Unavailable):
+                # It will not get better by waiting, and the old one may have the file again.
+                self._claim.close()
+                self._claim, self._let_go_at = None, self._clock()
+
+    def _take(self) -> None:
+        assert self._path is not None
+        self._registry = Registry.in_file(self._path, self._settings, self._clock(), boot_id())
+        self._let_go_at = self._unseen_since = None
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
