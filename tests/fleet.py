@@ -35,11 +35,11 @@ from tritonclient.utils import InferenceServerException
 
 from cidalloc import protocol as wire
 from cidalloc.client.core.client import Base
-from cidalloc.client.core.effects import Config, Event, Idle, Send
-from cidalloc.client.core.id_cache import MOST_AHEAD
-from cidalloc.client.core.sequence import Plan, Talk
-from cidalloc.client.core.sequence_state import State
-from cidalloc.client.core.session import Taken
+from cidalloc.client.core.effects import Config, Idle, Reply, Send
+from cidalloc.client.core.id_cache import MAX_AHEAD
+from cidalloc.client.core.sequence import Plan, SequenceCore
+from cidalloc.client.core.sequence_state import Phase
+from cidalloc.client.core.session import Acquired
 from cidalloc.codes import Operation
 from cidalloc.errors import CidError, Unavailable
 from cidalloc.manager import takeover as handover
@@ -70,11 +70,11 @@ SETTINGS: dict[str, int] = {
 class Infer:
     """A request to the model, as part of a sequence."""
 
-    talk: SimTalk
+    core: SimSequence
     flags: dict[str, Any]
 
 
-class SimTalk(Talk):
+class SimSequence(SequenceCore):
     """A sequence whose requests are simulated."""
 
     def __init__(self, client: SimClient, plan: Plan, holder: str) -> None:
@@ -88,16 +88,16 @@ class SimClient(Base):
 
     def __init__(self, rng: random.Random, now: Callable[[], float]) -> None:
         transport = SimpleNamespace(url="simulated", inputs=object)
-        super().__init__("cidmgr", TTL_S, "simulated", 2.0, MOST_AHEAD, None, transport, ("", 0))
+        super().__init__("cidmgr", TTL_S, "simulated", 2.0, MAX_AHEAD, None, transport, ("", 0))
         self.transport = transport
-        self.talks: dict[Talk, None] = {}
+        self.sequences: dict[SequenceCore, None] = {}
         self._rng = self._session._rng = rng  # type: ignore[assignment]
         self.session = self._session
         self.lock = nullcontext()
         self.now = now
 
     def wake(self) -> None:
-        """The keeper looks after each step anyway."""
+        """The heartbeat looks after each step anyway."""
 
     def __del__(self) -> None:
         """What a killed process leaves is no oversight of its program."""
@@ -118,7 +118,7 @@ class Node:
         self._offset, self._rate = dice.uniform(0, 1e6), 1 + dice.uniform(-DRIFT, DRIFT)
         self.client = SimClient(random.Random(dice.getrandbits(64)), self.clock)
         self.recorder = Recorder(name, fleet.log.append, lambda: fleet.now)
-        self.waiting: dict[Callable[[Event], None], None] = {}  # in order
+        self.waiting: dict[Callable[[Reply], None], None] = {}  # in order
         self._keeping = False
         for _ in range(TALKERS):
             self.run(self.talker())
@@ -156,7 +156,7 @@ class Node:
                 session.wants = False
                 waiting, self.waiting = self.waiting, {}
                 for wake in waiting:
-                    wake(Event())
+                    wake(Reply())
         self.perform(effect, self.once(task))
 
     def once(self, task: Task) -> Callable[[Any], None]:
@@ -176,12 +176,12 @@ class Node:
         if isinstance(effect, Idle):
             self.waiting[resume] = None
             if effect.until < float("inf"):
-                self.fleet.at(max(self.real(effect.until), self.fleet.now), lambda: resume(Event()))
+                self.fleet.at(max(self.real(effect.until), self.fleet.now), lambda: resume(Reply()))
         elif isinstance(effect, Config):
             idle = int(IDLE_S * 1e6)
             config = {"name": "model", "sequence_batching": {}}
             config["sequence_batching"] = {"max_sequence_idle_microseconds": idle}
-            resume(Event(config=config))
+            resume(Reply(config=config))
         elif isinstance(effect, Send):
             self.send(effect, resume)
         else:
@@ -196,7 +196,7 @@ class Node:
         number = self.recorder.invoke("message", operation=request.operation.name, **more)
         renews = "session" in request.parameters
 
-        def answered(event: Event) -> None:
+        def answered(event: Reply) -> None:
             if event.error is None and renews and epoch == session.epoch and self.alive:
                 fields = request.operation.name == "OPEN"
                 generation = event.output.tolist()[1] if fields else session._generation
@@ -204,14 +204,14 @@ class Node:
             resume(event)
 
         fleet.carry(self, lambda: fleet.manage(request), answered)
-        timeout = Event(error=Unavailable("no answer"))
+        timeout = Reply(error=Unavailable("no answer"))
         fleet.at(fleet.now + effect.timeout, lambda: resume(timeout))
 
     def infer(self, effect: Infer, resume: Callable[[Any], None]) -> None:
         """Send a request to the model, and note it."""
-        fleet, talk = self.fleet, effect.talk
+        fleet, core = self.fleet, effect.core
         number = self.recorder.invoke(
-            "use", cid=talk.cid, holder=talk.holder, session=self.client.session._generation
+            "use", cid=core.cid, holder=core.holder, session=self.client.session._generation
         )
 
         def answered(result: Any) -> None:
@@ -219,7 +219,7 @@ class Node:
                 self.recorder.done(number, "fail" if isinstance(result, Exception) else "ok")
                 resume(result)
 
-        fleet.carry(self, lambda: fleet.triton(talk, effect.flags), answered, LIMIT_S)
+        fleet.carry(self, lambda: fleet.triton(core, effect.flags), answered, LIMIT_S)
         timeout = Unavailable("no answer")
         fleet.at(fleet.now + LIMIT_S + 5.0, lambda: resume(timeout))
 
@@ -229,44 +229,44 @@ class Node:
         while True:
             try:
                 plan = yield from client._begin_sequence(
-                    "model", LIMIT_S, None, True, None, Taken()
+                    "model", LIMIT_S, None, True, None, Acquired()
                 )
             except CidError:
                 yield from self.pause(dice.uniform(0.1, 2.0))
                 continue
             holder = f"{self.name}.{next(self.fleet.numbers)}"
-            talk = SimTalk(client, plan, holder)
+            core = SimSequence(client, plan, holder)
             self.recorder.note(
                 "hold",
-                cid=talk.cid,
+                cid=core.cid,
                 holder=holder,
                 session=client.session._generation,
                 need=IDLE_S + LIMIT_S,
             )
             self.fleet.counts["sequences"] += 1
-            yield from self.converse(talk, dice.randint(1, 8))
-            talk.finish()
+            yield from self.converse(core, dice.randint(1, 8))
+            core.finish()
             yield from self.pause(dice.expovariate(4))
 
-    def converse(self, talk: SimTalk, length: int) -> Task:
+    def converse(self, core: SimSequence, length: int) -> Task:
         dice = self.fleet.dice
         for step in range(length):
             end = step == length - 1 and dice.random() < 0.8
-            request = talk.request([], end, {})
+            request = core.request([], end, {})
             try:
-                assert talk.enter(request), "one request after the other"
+                assert core.enter(request), "one request after the other"
             except CidError:
                 return
             error: BaseException | None = None
             try:
-                yield Infer(talk, request.options)
+                yield Infer(core, request.options)
             except Exception as caught:
                 error = caught
-            talk.over(request, _ANSWER, error)
+            core.over(request, _ANSWER, error)
             if error is not None and dice.random() < 0.7:
                 return
-            if talk.life.state is State.RECYCLED:
-                self.recorder.note("ended", holder=talk.holder)
+            if core.state.phase is Phase.RECYCLED:
+                self.recorder.note("ended", holder=core.holder)
             yield from self.pause(dice.choice([0.0, 0.05, 0.5, dice.uniform(0, 4.5)]))
 
     def pause(self, seconds: float) -> Task:
@@ -340,9 +340,9 @@ class Fleet:
             store.close()
             self._service = None
 
-    def manage(self, request: wire.Request) -> Event:
+    def manage(self, request: wire.Request) -> Reply:
         if self._service is None:
-            return Event(error=Unavailable("nobody listens"))
+            return Reply(error=Unavailable("nobody listens"))
         if self.fate.random() < 0.05:
             self.disk.note()
         tensors = request.encode()
@@ -350,13 +350,13 @@ class Fleet:
             tensors[wire.CODE], tensors[wire.CORRELATION_ID], json.dumps(dict(request.parameters))
         )
         if isinstance(answer, CidError):
-            return Event(error=wire.parse_error(wire.error_text(answer)))
-        return Event(answer[0][0], answer[1])
+            return Reply(error=wire.parse_error(wire.error_text(answer)))
+        return Reply(answer[0][0], answer[1])
 
     # ---- The model
 
-    def triton(self, talk: SimTalk, flags: dict[str, Any]) -> Any:
-        cid, holder = flags["sequence_id"], talk.holder
+    def triton(self, core: SimSequence, flags: dict[str, Any]) -> Any:
+        cid, holder = flags["sequence_id"], core.holder
         owner, last = self._state.get(cid, ("", 0.0))
         if owner and self.now > last + IDLE_S:
             owner = ""
@@ -371,7 +371,7 @@ class Fleet:
         else:
             self._state[cid] = owner, self.now
         self.counts["inferences"] += 1
-        return Event()
+        return Reply()
 
     # ---- The network
 

@@ -188,8 +188,10 @@ def _of_clients(every: list[Op], rules: Rules) -> Iterator[str]:
         elif op.what == "hold":
             holds[op.cid].append(op)
     for op in itertools.chain(*uses.values()):
-        fence = max((sent for back, sent in answers[op.session] if back <= op.began), default=0.0)
-        late = op.began - fence - rules.ttl
+        lease_deadline = max(
+            (sent for back, sent in answers[op.session] if back <= op.began), default=0.0
+        )
+        late = op.began - lease_deadline - rules.ttl
         if late > rules.slack:
             yield f"L: ID {op.cid} was used by {op.holder} {late:.3f} s after its lease"
     for cid, several in holds.items():

@@ -73,7 +73,7 @@ MUTANTS = [
     Mutant(
         "use after the lease",
         "client/_session.py",
-        "if self.now >= self.fence:\n            raise SessionExpired(self._expired())",
+        "if self.now >= self.lease_deadline:\n            raise SessionExpired(self._expired())",
         "if False:\n            raise SessionExpired(self._expired())",
         "L",
     ),

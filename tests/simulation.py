@@ -1,6 +1,6 @@
 """A world for flows: one thread, a clock that tests move, and messages that get lost or come late.
 
-It drives the client's core as the real drivers do, one step at a time, into the real service.
+It drives the client's core as the real runners do, one step at a time, into the real service.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from cidalloc import protocol as wire
-from cidalloc.client.core.effects import Config, Event, Flow, Idle, Send
-from cidalloc.client.core.id_cache import MOST_AHEAD
-from cidalloc.client.core.session import Session, Taken
+from cidalloc.client.core.effects import Config, Flow, Idle, Reply, Send
+from cidalloc.client.core.id_cache import MAX_AHEAD
+from cidalloc.client.core.session import Acquired, Session
 from cidalloc.codes import Operation
 from cidalloc.errors import CidError, Unavailable
 from cidalloc.manager.service import Service
@@ -31,7 +31,7 @@ class World:
         self.service = Service(settings, self.clock)
         self.fates: list[str] = []  # of the next requests: "lost", "unanswered", "late" or "ok"
         self.late: list[wire.Request] = []
-        self.lies: dict[Operation, Event] = {}  # what is answered once, while nothing is done
+        self.lies: dict[Operation, Reply] = {}  # what is answered once, while nothing is done
         self.sent: list[wire.Request] = []
         self.idle: dict[str, float | CidError] = {}  # of models, or why it cannot be read
         self.looks = 0  # at the configurations of models
@@ -45,33 +45,33 @@ class World:
         self.service = Service(settings or self.settings, self.clock)
 
     def session(
-        self, ttl: float = 60.0, timeout: float = 10.0, seed: int = 0, ahead: int = MOST_AHEAD
+        self, ttl: float = 60.0, timeout: float = 10.0, seed: int = 0, ahead: int = MAX_AHEAD
     ) -> Session:
         rng = random.Random(seed)
         return Session(ttl=ttl, label="simulated", timeout=timeout, rng=rng, ahead=ahead)
 
-    def apply(self, request: wire.Request) -> Event:
+    def apply(self, request: wire.Request) -> Reply:
         tensors = request.encode()
         answer = self.service.answer(
             tensors[wire.CODE], tensors[wire.CORRELATION_ID], json.dumps(dict(request.parameters))
         )
         if isinstance(answer, CidError):
-            return Event(error=wire.parse_error(wire.error_text(answer)))
-        return Event(answer[0][0], answer[1])
+            return Reply(error=wire.parse_error(wire.error_text(answer)))
+        return Reply(answer[0][0], answer[1])
 
-    def perform(self, effect: Send | Config | Idle) -> Event:
+    def perform(self, effect: Send | Config | Idle) -> Reply:
         """Do what a flow asks for; waiting is quick here."""
         if isinstance(effect, Idle):
             assert effect.until < float("inf"), "this flow waits for ever"
             self.now = max(self.now, effect.until)
-            return Event()
+            return Reply()
         if isinstance(effect, Config):
             self.looks += 1
             idle = self.idle[effect.model]
             if isinstance(idle, CidError):
-                return Event(error=idle)
+                return Reply(error=idle)
             batching = {"max_sequence_idle_microseconds": int(idle * 1e6)}
-            return Event(config={"name": effect.model, "sequence_batching": batching})
+            return Reply(config={"name": effect.model, "sequence_batching": batching})
         self.sent.append(effect.request)
         if effect.request.operation in self.lies:
             return self.lies.pop(effect.request.operation)
@@ -83,11 +83,11 @@ class World:
         elif fate == "late":
             self.late.append(effect.request)
         self.now += min(self.lost_after, effect.timeout)
-        return Event(error=Unavailable("no answer"))
+        return Reply(error=Unavailable("no answer"))
 
     def run(self, session: Session, flow: Flow[T]) -> T:
         """Run a flow to its end."""
-        event: Event | None = None
+        event: Reply | None = None
         try:
             while True:
                 session.now = self.now
@@ -98,7 +98,7 @@ class World:
             return value
 
     def keep(self, session: Session, until: float) -> None:
-        """Run the keeper up to a time."""
+        """Run the heartbeat up to a time."""
         session.now = self.now
         flow = session.keep()
         effect = next(flow)
@@ -113,7 +113,7 @@ class World:
         session.now = self.now
 
     def acquire(self, session: Session, count: int = 1, need_ms: int | None = None) -> list[int]:
-        session.now, taken = self.now, Taken()
+        session.now, taken = self.now, Acquired()
         self.run(session, session.acquire(count, need_ms, self.now + session.timeout, taken))
         return list(taken)
 

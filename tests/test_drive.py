@@ -1,4 +1,4 @@
-"""The drivers: many threads or tasks on one session, and what is left when all is over."""
+"""The runners: many threads or tasks on one session, and what is left when all is over."""
 
 from __future__ import annotations
 
@@ -63,24 +63,24 @@ def test_many_threads_share_a_client() -> None:
             list(pool.map(work, range(8)))
         assert cids.held().tolist() == []
         assert transport.most == 1, "changes go one after the other"
-        assert cids.active() == len(cids._session.stock.known())
+        assert cids.active() == len(cids._session.cache.known())
     assert Client(transport=transport).active() == 0
 
 
-def keepers() -> list[threading.Thread]:
+def heartbeats() -> list[threading.Thread]:
     return [each for each in threading.enumerate() if each.name == "cidalloc-client"]
 
 
 def test_a_closed_client_leaves_no_thread() -> None:
-    before = len(keepers())
+    before = len(heartbeats())
     with Client(transport=Loopback(SETTINGS)) as cids:
         cids.acquire()
-        assert len(keepers()) == before + 1
-    assert len(keepers()) == before
+        assert len(heartbeats()) == before + 1
+    assert len(heartbeats()) == before
 
 
 def test_a_client_that_nobody_has_ends_its_keeper() -> None:
-    before = len(keepers())
+    before = len(heartbeats())
     transport = Loopback(SETTINGS)
     cids = Client(transport=transport)
     cids.acquire()
@@ -93,7 +93,7 @@ def test_a_client_that_nobody_has_ends_its_keeper() -> None:
     assert warning.category is ResourceWarning
     assert f"unclosed Client of loopback, opened at {__file__}:{line}" in str(warning.message)
     deadline = time.monotonic() + 30
-    while len(keepers()) > before:
+    while len(heartbeats()) > before:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     with Client(transport=transport) as other:
@@ -161,8 +161,8 @@ def test_many_tasks_share_a_client() -> None:
                     await cids.release(cid, ended=bool((turn + number) % 3))
 
             await asyncio.gather(*(work(number) for number in range(20)))
-            assert await cids.active() == len(cids._session.stock.known())
-        assert len(asyncio.all_tasks()) == 1, "the keeper is still there"
+            assert await cids.active() == len(cids._session.cache.known())
+        assert len(asyncio.all_tasks()) == 1, "the heartbeat is still there"
 
     asyncio.run(main())
 
@@ -185,7 +185,7 @@ def test_a_cancelled_acquire_leaves_no_turn_behind() -> None:
                 await asyncio.wait_for(cids.acquire(), 0.1)
             transport.stuck = False
             assert await cids.acquire()
-            assert await cids.active() == len(cids._session.stock.known())
+            assert await cids.active() == len(cids._session.cache.known())
 
     asyncio.run(main())
 

@@ -112,7 +112,7 @@ def ring(name: str, at: int) -> bool:
     if isinstance(got, Sequence):
         got.close()
 
-    assert cids._lock.acquire(timeout=5), where  # the keeper may have it, but not for long
+    assert cids._lock.acquire(timeout=5), where  # the heartbeat may have it, but not for long
     cids._lock.release()
     deadline = time.monotonic() + 5
     while runs(cids._session._turn):
@@ -129,7 +129,7 @@ def ring(name: str, at: int) -> bool:
         sequence.close()
         assert sequence.state.startswith("closed"), where
     cids.close()
-    assert not cids._driver.talks, where
+    assert not cids._runner.sequences, where
     with Client(transport=transport) as other:
         assert other.status()["sessions"] == [], where
     return bool(bell.rang)

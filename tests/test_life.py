@@ -10,15 +10,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cidalloc.client.core.sequence_state import LIFE, BackTo, Event, Life, State, diagram
+from cidalloc.client.core.sequence_state import (
+    TRANSITIONS,
+    BackTo,
+    Event,
+    Phase,
+    SequenceState,
+    diagram,
+)
 from cidalloc.errors import InvalidArgument, SequenceLost, Unavailable
 
-CLOSED = {State.RECYCLED, State.COOLING}
+CLOSED = {Phase.RECYCLED, Phase.COOLING}
 IDLE = 5.0
 
 
-def life(exact: bool = True) -> Life:
-    return Life("sequence 7 on m", IDLE, exact)
+def life(exact: bool = True) -> SequenceState:
+    return SequenceState("sequence 7 on m", IDLE, exact)
 
 
 def test_the_picture_in_the_guide_is_the_table() -> None:
@@ -29,8 +36,8 @@ def test_the_picture_in_the_guide_is_the_table() -> None:
 
 def test_the_picture_shows_every_change() -> None:
     lines = diagram().splitlines()
-    for (state, event), to in LIFE.items():
-        as_closed = event is Event.CUT and LIFE[state, Event.CLOSE] is to
+    for (state, event), to in TRANSITIONS.items():
+        as_closed = event is Event.CUT and TRANSITIONS[state, Event.CLOSE] is to
         if state is not to and not as_closed:
             arrow = f"    {state.name.lower()} --> {to.name.lower()}: "
             (line,) = [line for line in lines if line.startswith(arrow)]
@@ -38,27 +45,27 @@ def test_the_picture_shows_every_change() -> None:
 
 
 def test_every_state_is_reached_and_can_be_left() -> None:
-    reached, before = {State.FRESH}, 0
+    reached, before = {Phase.FRESH}, 0
     while len(reached) > before:
         before = len(reached)
-        reached |= {to for (state, _), to in LIFE.items() if state in reached}
-    assert reached == set(State)
-    for state in set(State) - CLOSED:
-        assert LIFE[state, Event.CLOSE] in CLOSED
-        assert state is State.FRESH or LIFE[state, Event.CUT] is State.COOLING
+        reached |= {to for (state, _), to in TRANSITIONS.items() if state in reached}
+    assert reached == set(Phase)
+    for state in set(Phase) - CLOSED:
+        assert TRANSITIONS[state, Event.CLOSE] in CLOSED
+        assert state is Phase.FRESH or TRANSITIONS[state, Event.CUT] is Phase.COOLING
     for state in CLOSED:
-        assert all(to is state for (here, _), to in LIFE.items() if here is state)
+        assert all(to is state for (here, _), to in TRANSITIONS.items() if here is state)
 
 
 def test_only_two_ways_lead_to_a_recycled_id() -> None:
-    ways = {key for key, to in LIFE.items() if to is State.RECYCLED and key[0] is not to}
-    assert ways == {(State.FRESH, Event.CLOSE), (State.ENDED, Event.CLOSE)}
+    ways = {key for key, to in TRANSITIONS.items() if to is Phase.RECYCLED and key[0] is not to}
+    assert ways == {(Phase.FRESH, Event.CLOSE), (Phase.ENDED, Event.CLOSE)}
 
 
 def test_a_doubt_never_goes_away() -> None:
-    doubtful = {State.DOUBTFUL, State.DOUBTFUL_ENDING, State.DOUBTFUL_ENDED}
-    doubtful |= {State.LOST, State.COOLING}
-    for (state, _), to in LIFE.items():
+    doubtful = {Phase.DOUBTFUL, Phase.DOUBTFUL_ENDING, Phase.DOUBTFUL_ENDED}
+    doubtful |= {Phase.LOST, Phase.COOLING}
+    for (state, _), to in TRANSITIONS.items():
         if state in doubtful:
             assert to in doubtful
 
@@ -94,8 +101,8 @@ def test_an_answered_end_is_not_enough_while_something_is_unanswered() -> None:
     it.send(0.0, False)
     it.send(0.0, True)
     it.settle(0.0, True, None)
-    assert it.state is State.ENDED and it.close() is BackTo.MANAGER
-    assert it.state is State.COOLING
+    assert it.phase is Phase.ENDED and it.close() is BackTo.MANAGER
+    assert it.phase is Phase.COOLING
 
 
 def test_start_goes_with_the_first_and_again_if_that_failed() -> None:
@@ -111,7 +118,7 @@ def test_start_goes_with_the_first_and_again_if_that_failed() -> None:
     assert it.send(0, True) is False
 
 
-def send(it: Life, at: float, answered: float | None) -> None:
+def send(it: SequenceState, at: float, answered: float | None) -> None:
     it.send(at, False)
     if answered is not None:
         it.settle(answered, False, None)
@@ -127,7 +134,7 @@ def test_when_triton_must_have_forgotten() -> None:
     it.settle(18.41, False, None)
     with pytest.raises(SequenceLost, match="sequence 7 on m"):
         it.send(30, False)
-    assert it.state is State.LOST
+    assert it.phase is Phase.LOST
     assert it.close() is BackTo.MANAGER
 
 
@@ -139,7 +146,7 @@ def test_when_triton_must_have_forgotten() -> None:
         lambda it: (it.send(10, False), it.settle(11, False, Unavailable("no answer"))),
     ],
 )
-def test_when_nobody_knows_it_never_must(then: Callable[[Life], object]) -> None:
+def test_when_nobody_knows_it_never_must(then: Callable[[SequenceState], object]) -> None:
     it = life()
     send(it, 8, 9)
     then(it)
@@ -168,7 +175,7 @@ def test_what_was_forgotten_stays_so() -> None:
     it.send(2, True)
     it.settle(3, False, SequenceLost("x"))
     it.settle(3, True, None)
-    assert it.state is State.LOST
+    assert it.phase is Phase.LOST
     with pytest.raises(SequenceLost):
         it.send(3, False)
 

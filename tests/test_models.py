@@ -13,7 +13,7 @@ from slow_models import count_up
 
 from cidalloc import errors
 from cidalloc.client import Client
-from cidalloc.client.core.model_info import KNOWN_S, Target
+from cidalloc.client.core.model_info import KNOWN_S, ModelInfo
 from cidalloc.client.core.session import Session
 from cidalloc.devserver.triton_server import TritonServer
 from cidalloc.manager.settings import Settings
@@ -35,14 +35,14 @@ def session(world: World) -> Session:
     return world.session(TTL)
 
 
-def begin(world: World, session: Session, model: str = "model") -> Target:
+def begin(world: World, session: Session, model: str = "model") -> ModelInfo:
     session.now = world.now
     return world.run(session, session.models.begin(model, TIMEOUT, world.now, 1.0))
 
 
 def give(world: World, session: Session, cid: int, idle: float) -> None:
     session.now = world.now
-    session.give_unended(session.epoch, cid, "model", idle, TIMEOUT)
+    session.release_unended(session.epoch, cid, "model", idle, TIMEOUT)
 
 
 def cooldowns(world: World) -> list[int]:
@@ -73,7 +73,7 @@ def test_an_id_without_end_cools_for_the_idle_time_of_now(
     give(world, session, cid, idle)
     world.keep(session, world.now)
     assert cooldowns(world) == [int((max(now, 200) + TIMEOUT) * 1000)]
-    assert world.held() == len(session.stock.known())
+    assert world.held() == len(session.cache.known())
 
 
 def test_ids_of_a_model_that_is_away_wait_for_it(world: World, session: Session) -> None:
@@ -83,12 +83,12 @@ def test_ids_of_a_model_that_is_away_wait_for_it(world: World, session: Session)
     for cid in cids:
         give(world, session, cid, 200)
     world.keep(session, world.now + 5)
-    assert set(cids) <= session.stock.known() and not cooldowns(world)
-    assert set(cids).isdisjoint(session.stock.fresh)
+    assert set(cids) <= session.cache.known() and not cooldowns(world)
+    assert set(cids).isdisjoint(session.cache.fresh)
     world.idle["model"] = 300.0
     world.keep(session, world.now + 5)
     assert set(cooldowns(world)) == {303_000}
-    assert set(cids).isdisjoint(session.stock.known())
+    assert set(cids).isdisjoint(session.cache.known())
 
 
 def test_ids_of_a_model_that_stays_away_cool_for_what_was_known(
@@ -100,7 +100,7 @@ def test_ids_of_a_model_that_stays_away_cool_for_what_was_known(
     give(world, session, cid, 200)
     world.keep(session, world.now + 100)
     assert set(cooldowns(world)) == {203_000}
-    assert cid not in session.stock.known()
+    assert cid not in session.cache.known()
 
 
 def test_ids_of_a_model_that_keeps_no_sequences_any_more(world: World, session: Session) -> None:
@@ -156,7 +156,7 @@ def test_a_heartbeat_with_a_model_away(world: World, session: Session) -> None:
     world.idle["model"] = 900.0
     world.keep(session, world.now + TTL / 2)
     assert session.announced_ms == 903_000
-    assert session.fence > world.now
+    assert session.lease_deadline > world.now
 
 
 @pytest.mark.parametrize("sign", ["another version", "forgotten"])

@@ -86,8 +86,8 @@ def test_sequences_side_by_side(cids: Client, kind: str) -> None:
 def cooldown_of(sequence: Sequence, monkeypatch: pytest.MonkeyPatch) -> int:
     """Close a sequence and return for how many milliseconds its ID cools, or ENDED."""
     seen: list[int] = []
-    session = sequence._driver.session
-    give, ask = session.give, session.give_unended
+    session = sequence._runner.session
+    give, ask = session.give, session.release_unended
 
     def spy(cids: list[int], cooldown_ms: int) -> None:
         assert cids == [sequence.cid]
@@ -102,7 +102,7 @@ def cooldown_of(sequence: Sequence, monkeypatch: pytest.MonkeyPatch) -> int:
     if sequence.state == "closed, recycled":  # by the answer to END
         return ENDED
     monkeypatch.setattr(session, "give", spy)
-    monkeypatch.setattr(session, "give_unended", spy_too)
+    monkeypatch.setattr(session, "release_unended", spy_too)
     sequence.close()
     sequence.close()
     assert len(seen) == 1
@@ -314,10 +314,10 @@ def test_what_must_be_forgotten_is_not_sent(
     with cids.sequence("idle_sequence", streaming=kind == "stream") as sequence:
         sequence.infer(send(kind, 1))
         time.sleep(0.8)
-        talk = sequence._begun
+        core = sequence._begun
         with pytest.raises(errors.SequenceLost, match=r"idle time, 0\.2 s"):
-            talk.enter(talk.request(send(kind, 1), False, {}))
-        assert not talk.on_way
+            core.enter(core.request(send(kind, 1), False, {}))
+        assert not core.on_way
 
 
 def test_somebody_elses_end(cids: Client, kind: str, triton: TritonServer) -> None:

@@ -6,9 +6,9 @@ import pytest
 from simulation import World
 
 from cidalloc import errors
-from cidalloc.client.core.effects import Event, Idle, Send
+from cidalloc.client.core.effects import Idle, Reply, Send
 from cidalloc.client.core.id_cache import ENDED
-from cidalloc.client.core.session import Session, Taken
+from cidalloc.client.core.session import Acquired, Session
 from cidalloc.codes import Operation
 from cidalloc.manager.settings import Settings
 from cidalloc.protocol import as_ids
@@ -48,7 +48,7 @@ def test_ended_ids_recycle_oldest_first_after_their_cooldown(
     world: World, session: Session
 ) -> None:
     cids = world.acquire(session, 5)
-    spare = session.stock.fresh.copy()
+    spare = session.cache.fresh.copy()
     for cid in cids:
         world.release(session, cid)
     for _ in spare:
@@ -72,7 +72,7 @@ def test_the_stock_grows_with_demand(world: World, session: Session) -> None:
             world.acquire(session)
         world.keep(session, world.now + 0.001)
     assert len(world.operations()) < 40
-    assert session.stock.goal > 50
+    assert session.cache.goal > 50
 
 
 def test_a_stock_that_nobody_needs_goes_back(world: World, session: Session) -> None:
@@ -96,8 +96,8 @@ def test_no_more_ahead_than_was_said(world: World, ahead: int) -> None:
         world.release(session, *cids)
         world.keep(session, world.now + 0.01)
         assert world.held() <= ahead
-        assert len(session.stock.cooling) + len(session.stock.fresh) <= ahead
-    assert world.held() == len(session.stock.known())
+        assert len(session.cache.cooling) + len(session.cache.fresh) <= ahead
+    assert world.held() == len(session.cache.known())
 
 
 def test_what_is_surplus_goes_in_bulk(world: World, session: Session) -> None:
@@ -153,9 +153,9 @@ def test_a_cooldown_that_the_manager_refuses_stops_nothing_else() -> None:
     world.release(session, *cids[3:], cooldown_ms=200_000)
     world.keep(session, world.now + 2 * TTL)
     assert session.opened
-    assert session.now < session.fence, "heartbeats went on"
-    assert world.held() == 3 + len(session.stock.fresh)
-    assert session.stock.used == set(cids[:3])
+    assert session.now < session.lease_deadline, "heartbeats went on"
+    assert world.held() == 3 + len(session.cache.fresh)
+    assert session.cache.used == set(cids[:3])
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_wrong_releases_change_nothing(
     for cooldown_ms in (ENDED, None, 5):
         with pytest.raises(kind):
             world.release(session, *cids, cooldown_ms=cooldown_ms)
-    assert session.stock.used == {1, 2}
+    assert session.cache.used == {1, 2}
 
 
 # ---- Cooldowns are announced before an ID is used
@@ -225,12 +225,12 @@ def test_heartbeats_only_when_nothing_else_was_sent(world: World, session: Sessi
     quiet = names[len(names) - 1 - names[::-1].index("NEW") :]
     assert names[: len(names) - len(quiet)].count("RENEW") == 0
     assert 500 / (0.35 * TTL) - 2 < quiet.count("RENEW") < 500 / (0.25 * TTL) + 2
-    assert world.now < session.fence
+    assert world.now < session.lease_deadline
 
 
 def test_the_lease_counts_from_when_the_request_was_sent(world: World, session: Session) -> None:
     session.now = world.now
-    flow = session.acquire(1, None, world.now + 10, Taken())
+    flow = session.acquire(1, None, world.now + 10, Acquired())
     effect = next(flow)
     for _ in range(2):
         assert isinstance(effect, Send)
@@ -241,7 +241,7 @@ def test_the_lease_counts_from_when_the_request_was_sent(world: World, session: 
             effect = flow.send(world.apply(effect.request))
         except StopIteration:
             break
-    assert session.fence == sent + TTL
+    assert session.lease_deadline == sent + TTL
 
 
 def test_the_lease_of_a_repeated_open_counts_from_the_first(world: World, session: Session) -> None:
@@ -254,7 +254,7 @@ def test_the_lease_of_a_repeated_open_counts_from_the_first(world: World, sessio
             world.run(session, session._establish(world.now + 1))
     world.run(session, session._establish(world.now + 1))
     assert world.operations() == ["OPEN"] * 3
-    assert session.fence == began + TTL
+    assert session.lease_deadline == began + TTL
 
 
 def test_without_an_answer_its_ids_are_not_used(world: World, session: Session) -> None:
@@ -307,7 +307,7 @@ def test_a_lost_id_among_others_gives_none_back(world: World, session: Session) 
         session._lost.add(lost)
         with pytest.raises(errors.SessionExpired, match="no other was given back"):
             world.release(session, lost, *others, cooldown_ms=60_000)
-        assert live in session.stock.used and not session.stock.leaving
+        assert live in session.cache.used and not session.cache.leaving
     world.release(session, live, cooldown_ms=60_000)
 
 
@@ -316,7 +316,7 @@ def test_an_answer_that_comes_after_the_lease_renews_nothing(world: World) -> No
     world.acquire(session)
     world.now += 2.0
     session.now = world.now
-    flow = session.acquire(1, None, world.now + 10, Taken())
+    flow = session.acquire(1, None, world.now + 10, Acquired())
     effect = next(flow)
     with pytest.raises(errors.SessionExpired, match="longer to answer"):
         while True:
@@ -334,7 +334,7 @@ def test_an_answer_that_comes_after_the_lease_renews_nothing(world: World) -> No
 def test_the_manager_expires_later_than_the_client(world: World, session: Session) -> None:
     world.acquire(session)
     world.fates = ["lost"] * 1000
-    world.keep(session, session.fence)
+    world.keep(session, session.lease_deadline)
     assert world.held() > 0
     world.now += SETTINGS.grace_ms / 1000 - 0.001
     assert world.held() > 0
@@ -358,8 +358,8 @@ def test_two_managers_in_turns(world: World, session: Session) -> None:
     world.acquire(session)
     epoch, ours = session.epoch, world.service
     world.restart()
-    flow = session.acquire(5, None, world.now + 10, Taken())
-    event: Event | None = None
+    flow = session.acquire(5, None, world.now + 10, Acquired())
+    event: Reply | None = None
     services = [world.service, world.service, ours]
     with pytest.raises(errors.RegistryMismatch, match="load balancer"):
         while True:
@@ -379,24 +379,24 @@ def test_a_new_that_is_answered_with_other_than_was_asked_for(
 ) -> None:
     """Nothing is used of it; then the manager is asked what it really did."""
     cids = world.acquire(session, 2)
-    world.lies[Operation.NEW] = Event(as_ids(said))
+    world.lies[Operation.NEW] = Reply(as_ids(said))
     with pytest.raises(errors.ProtocolError, match="asked for"):
         world.acquire(session, 100)
     world.operations()
     assert not set(world.acquire(session, 100)) & set(cids)
     assert world.operations()[0] == "HELD"
-    assert world.held() == len(session.stock.known())
+    assert world.held() == len(session.cache.known())
 
 
 def test_a_delete_that_is_refused_though_we_hold_them(world: World, session: Session) -> None:
     """What the manager counts as ours goes back all the same."""
     cids = world.acquire(session, 3)
     world.release(session, *cids, cooldown_ms=10_000)
-    world.lies[Operation.DELETE] = Event(error=errors.NotHeld("nobody holds it"))
+    world.lies[Operation.DELETE] = Reply(error=errors.NotHeld("nobody holds it"))
     world.operations()
     world.keep(session, world.now)
     assert world.operations()[:3] == ["DELETE", "HELD", "DELETE"]
-    assert world.held() == len(session.stock.known())
+    assert world.held() == len(session.cache.known())
 
 
 def test_an_id_that_the_manager_does_not_count_as_ours_is_lost(
@@ -418,7 +418,7 @@ def test_an_id_that_the_manager_does_not_count_as_ours_is_lost(
 @pytest.mark.parametrize("said", ["nonsense", "[]", "{}", '{"pool": {"first": 1}}'])
 def test_a_status_that_is_none(world: World, session: Session, said: str) -> None:
     world.acquire(session)
-    world.lies[Operation.STATUS] = Event(as_ids([]), said)
+    world.lies[Operation.STATUS] = Reply(as_ids([]), said)
     with pytest.raises(errors.ProtocolError, match="status"):
         world.run(session, session.pool(world.now + 10))
     pool = world.run(session, session.pool(world.now + 10))
@@ -437,7 +437,7 @@ def test_others_see_gone_what_is_leaving_in_spite_of_a_lost_answer(
     world.operations()
     status = world.run(session, session.status(world.now + 10))
     assert world.operations() == ["DELETE", "HELD", "DELETE", "STATUS"]
-    assert status["held"] == len(session.stock.known())
+    assert status["held"] == len(session.cache.known())
     assert status["cooling"] == 3
 
 
@@ -453,7 +453,7 @@ def test_a_new_without_an_answer(world: World, session: Session, fate: str) -> N
     assert world.operations()[:2] == ["NEW", "HELD"]
     for request in world.late:
         assert isinstance(world.apply(request).error, errors.Repeated)
-    assert world.held() == len(session.stock.known())
+    assert world.held() == len(session.cache.known())
     assert len(set(cids)) == 10
     # Those of the lost answer are in stock.
     if fate == "unanswered":
@@ -471,8 +471,8 @@ def test_a_delete_without_an_answer(world: World, session: Session, fate: str) -
     assert world.operations()[: len(expected)] == expected
     for request in world.late:
         assert isinstance(world.apply(request).error, errors.Repeated)
-    assert world.held() == len(session.stock.known())
-    assert session.stock.used == set(cids[5:])
+    assert world.held() == len(session.cache.known())
+    assert session.cache.used == set(cids[5:])
 
 
 def test_an_answer_is_waited_for_no_longer_than_was_said(world: World, session: Session) -> None:
@@ -532,9 +532,9 @@ def test_a_handover_is_waited_for(world: World, session: Session) -> None:
     old = world.service._holder._registry
     world.service._holder._registry = None
     session.now = world.now
-    taken = Taken()
+    taken = Acquired()
     flow = session.acquire(5, None, world.now + 10, taken)
-    event: Event | None = None
+    event: Reply | None = None
     refused = 0
     try:
         while True:
@@ -556,7 +556,7 @@ def test_a_flow_that_is_broken_off_leaves_a_doubt_and_no_block(
 ) -> None:
     world.acquire(session)
     session.now = world.now
-    flow = session.acquire(5, None, world.now + 10, Taken())
+    flow = session.acquire(5, None, world.now + 10, Acquired())
     effect = next(flow)
     assert isinstance(effect, Send)
     world.apply(effect.request)
@@ -564,25 +564,25 @@ def test_a_flow_that_is_broken_off_leaves_a_doubt_and_no_block(
     world.operations()
     assert len(world.acquire(session, 5)) == 5
     assert world.operations() == ["HELD"]
-    assert world.held() == len(session.stock.known())
+    assert world.held() == len(session.cache.known())
 
 
 def test_one_change_at_a_time(world: World, session: Session) -> None:
     world.acquire(session)
     session.now = world.now
-    first = session.acquire(5, None, world.now + 10, Taken())
-    second = session.acquire(5, None, world.now + 10, Taken())
+    first = session.acquire(5, None, world.now + 10, Acquired())
+    second = session.acquire(5, None, world.now + 10, Acquired())
     one = next(first)
     assert isinstance(one, Send)
     assert isinstance(next(second), Idle)
     with pytest.raises(StopIteration):
         first.send(world.apply(one.request))
-    two = second.send(Event())
+    two = second.send(Reply())
     assert isinstance(two, Send)
     seqs = [one.request.parameters["seq"], two.request.parameters["seq"]]
     assert seqs == sorted(set(seqs))
     session.now += 11
-    third = session.acquire(500, None, session.now - 1, Taken())
+    third = session.acquire(500, None, session.now - 1, Acquired())
     with pytest.raises(errors.Unavailable, match="other requests come first"):
         next(third)
 
@@ -616,16 +616,16 @@ def test_closing_says_ended_only_if_nothing_is_left(
     session.now = world.now
     if left == "asking":
         world.idle["model"] = errors.Unavailable("away")
-        session.give_unended(session.epoch, cid, "model", 10.0, 1.0)
+        session.release_unended(session.epoch, cid, "model", 10.0, 1.0)
     else:
         world.release(session, cid, cooldown_ms=60_000)
-        world.lies[Operation.DELETE] = Event(error=errors.Unavailable("no answer"))
+        world.lies[Operation.DELETE] = Reply(error=errors.Unavailable("no answer"))
         if left != "leaving":
-            world.lies[Operation.HELD] = Event(error=errors.Unavailable("no answer"))
+            world.lies[Operation.HELD] = Reply(error=errors.Unavailable("no answer"))
             with pytest.raises(errors.Unavailable):
                 world.run(session, session._give_back(world.now + 1))
         if left == "in doubt":
-            session.stock.sent = []
+            session.cache.sent = []
     world.run(session, session.close(world.now + 10))
     (request,) = [each for each in world.sent if each.operation is Operation.CLOSE]
     assert request.parameters["ended"] is False

@@ -102,15 +102,15 @@ class Clients(RuleBasedStateMachine):
             default = SETTINGS.unended_cooldown_ms if how is None else how
             cooldown = min(default, session.announced_ms)
             # Also with a lease that has run out: if it is renewed, nothing was lost.
-            ours = epoch == session.epoch and cid in session.stock.used
-            lapsed = session.now >= session.fence
+            ours = epoch == session.epoch and cid in session.cache.used
+            lapsed = session.now >= session.lease_deadline
             announced = session.announced_ms
-            session.give_from(epoch, cid, ENDED if how == ENDED else cooldown)
+            session.release_from(epoch, cid, ENDED if how == ENDED else cooldown)
             if ours:
                 wait = SETTINGS.cooldown_ms if how == ENDED else cooldown
                 free_from = self.world.now + wait / 1000
                 if lapsed:  # not used since; if it is not renewed, it cools for what was announced
-                    free_from = min(free_from, session.fence + announced / 1000)
+                    free_from = min(free_from, session.lease_deadline + announced / 1000)
                 self.free_from[cid] = free_from
 
     @rule(fates=st.lists(st.sampled_from(["ok", "lost", "unanswered", "late"]), max_size=4))
@@ -154,9 +154,9 @@ class Clients(RuleBasedStateMachine):
         for (who, cid), epoch in self.used.items():
             session = self.sessions[who]
             session.now = self.world.now
-            expired = epoch == session.epoch and session.now >= session.fence
-            if expired and cid in session.stock.used:
-                cooled = session.fence + session.announced_ms / 1000
+            expired = epoch == session.epoch and session.now >= session.lease_deadline
+            if expired and cid in session.cache.used:
+                cooled = session.lease_deadline + session.announced_ms / 1000
                 self.free_from[cid] = max(self.free_from.get(cid, 0.0), cooled)
 
     @invariant()
@@ -170,10 +170,10 @@ class Clients(RuleBasedStateMachine):
     @invariant()
     def an_id_is_in_one_place(self) -> None:
         for session in self.sessions:
-            stock = session.stock
-            places = [stock.used, stock.fresh, [cid for _, cid in stock.cooling], stock.sent]
-            places += stock.leaving.values()
-            assert sum(len(place) for place in places) == len(stock.known())
+            cache = session.cache
+            places = [cache.used, cache.fresh, [cid for _, cid in cache.cooling], cache.sent]
+            places += cache.leaving.values()
+            assert sum(len(place) for place in places) == len(cache.known())
 
     @rule(who=CLIENTS)
     def in_the_end_both_agree(self, who: int) -> None:
@@ -184,7 +184,7 @@ class Clients(RuleBasedStateMachine):
         if session.opened:
             held = self.world.apply(self.held_request(session))
             if held.error is None:
-                assert set(held.output.tolist()) == session.stock.known()
+                assert set(held.output.tolist()) == session.cache.known()
 
     @staticmethod
     def held_request(session: Session) -> Request:

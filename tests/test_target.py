@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from cidalloc.client.core.effects import Config, Event
-from cidalloc.client.core.model_info import Target, read_target
+from cidalloc.client.core.effects import Config, Reply
+from cidalloc.client.core.model_info import ModelInfo, read_model_info
 from cidalloc.errors import InvalidArgument, Unavailable
 
 
@@ -32,42 +32,42 @@ def config(kind: str | None = None, **batching: Any) -> dict[str, Any]:
     ],
 )
 def test_the_highest_id(kind: str | None, highest: int) -> None:
-    assert Target.from_config(config(kind)).highest_cid == highest
+    assert ModelInfo.from_config(config(kind)).highest_cid == highest
 
 
 @pytest.mark.parametrize(("idle", "seconds"), [("2500000", 2.5), (2500000, 2.5), (0, 1.0)])
 def test_idle_time_of_grpc_and_http(idle: Any, seconds: float) -> None:
-    read = Target.from_config(config(max_sequence_idle_microseconds=idle))
+    read = ModelInfo.from_config(config(max_sequence_idle_microseconds=idle))
     assert read.idle_s == seconds
 
 
 def test_tritons_default_idle_time_is_a_second() -> None:
-    assert Target.from_config(config()).idle_s == 1.0
+    assert ModelInfo.from_config(config()).idle_s == 1.0
 
 
 def test_strings_are_refused() -> None:
     with pytest.raises(InvalidArgument, match="TYPE_STRING"):
-        Target.from_config(config("TYPE_STRING"))
+        ModelInfo.from_config(config("TYPE_STRING"))
 
 
 @pytest.mark.parametrize("scheduling", [{}, {"dynamic_batching": {}}])
 def test_models_without_sequences_are_refused(scheduling: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument, match="sequence_batching"):
-        Target.from_config({"name": "m", **scheduling})
+        ModelInfo.from_config({"name": "m", **scheduling})
 
 
 # ---- Ensembles
 
 
-def read(models: dict[str, Any], name: str) -> Target:
-    flow = read_target(name, 1.0)
+def read(models: dict[str, Any], name: str) -> ModelInfo:
+    flow = read_model_info(name, 1.0)
     effect = next(flow)
     while True:
         try:
             assert isinstance(effect, Config)
-            effect = flow.send(Event(config={**models[effect.model], "name": effect.model}))
+            effect = flow.send(Reply(config={**models[effect.model], "name": effect.model}))
         except StopIteration as stop:
-            found: Target = stop.value
+            found: ModelInfo = stop.value
             return found
 
 
@@ -97,7 +97,7 @@ def test_ensembles_that_are_refused() -> None:
 
 
 def test_a_server_that_does_not_answer() -> None:
-    flow = read_target("m", 1.0)
+    flow = read_model_info("m", 1.0)
     next(flow)
     with pytest.raises(Unavailable):
-        flow.send(Event(error=Unavailable("no")))
+        flow.send(Reply(error=Unavailable("no")))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..client.core.model_info import Target
+from ..client.core.model_info import ModelInfo
 from ..errors import InvalidArgument
 from .screen import duration
 
@@ -246,7 +246,7 @@ def _targets(facts: Facts) -> Iterator[Finding]:
 
 def _target(facts: Facts, name: str, config: Mapping[str, Any]) -> Iterator[Finding]:
     try:
-        target = Target.from_config(config)
+        target = ModelInfo.from_config(config)
     except InvalidArgument as error:
         yield Finding(
             "FAIL" if facts.named else "warn",

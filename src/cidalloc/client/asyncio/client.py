@@ -10,10 +10,10 @@ from ...codes import Operation
 from ...protocol import MODEL, IDs, as_ids
 from ..core.client import Base, Fallback, several, whole
 from ..core.fork_guard import caller
-from ..core.id_cache import MOST_AHEAD
+from ..core.id_cache import MAX_AHEAD
 from ..core.sequence import Plan
-from ..core.session import Taken
-from .runner import AsyncDriver
+from ..core.session import Acquired
+from .runner import AsyncRunner
 from .sequence import AsyncSequence
 from .transport import AsyncTransport, connect_async
 
@@ -38,21 +38,21 @@ class AsyncClient(Base):
         timeout: float = 10.0,
         headers: Mapping[str, str] | None = None,
         transport: AsyncTransport | None = None,
-        ahead: int = MOST_AHEAD,
+        ahead: int = MAX_AHEAD,
         fallback: Fallback = None,
         **options: Any,
     ) -> None:
         transport = transport or connect_async(url, headers, options)
         super().__init__(model, ttl, label, timeout, ahead, fallback, transport, caller())
-        self._driver = AsyncDriver(self._session, transport, model)
+        self._runner = AsyncRunner(self._session, transport, model)
         self._clock = transport.now
 
     def _abandon(self) -> None:
-        self._driver.abandon()
+        self._runner.abandon()
 
     def _check_home(self) -> None:
         super()._check_home()
-        self._driver.check_loop()
+        self._runner.check_loop()
 
     async def __aenter__(self) -> AsyncClient:
         self._check_home()
@@ -72,7 +72,7 @@ class AsyncClient(Base):
         It goes on when the task is cancelled, be it often; the cancellation arrives afterwards.
         """
         self._check_home()
-        await self._driver.close(self._timeout)
+        await self._runner.close(self._timeout)
 
     async def acquire(self) -> int:
         """Return an ID that nobody else has; as `Client.acquire`."""
@@ -82,7 +82,7 @@ class AsyncClient(Base):
         cid = session.take()
         if cid:
             if session.wants:
-                self._driver.wake()
+                self._runner.wake()
             return cid
         return int((await self._run_acquire(1))[0])
 
@@ -99,7 +99,7 @@ class AsyncClient(Base):
         fast = ended and type(cid) is int and not session.closed
         if fast and session.recycle(cid, self._clock()):
             if session.wants:
-                self._driver.wake()
+                self._runner.wake()
             return
         await self.release_many([cid], ended=ended, cooldown=cooldown)
 
@@ -113,7 +113,7 @@ class AsyncClient(Base):
         try:
             self._give(found, bool(ended), cooldown)
         finally:
-            self._driver.wake()
+            self._runner.wake()
 
     async def active(self) -> int:
         """Return how many IDs are held, by all clients; those in their stocks count."""
@@ -130,7 +130,7 @@ class AsyncClient(Base):
     async def status(self) -> dict[str, Any]:
         """Return how the manager is; as `Client.status`."""
         self._check_home()
-        return await self._driver.run(lambda: self._session.status(self._deadline()))
+        return await self._runner.run(lambda: self._session.status(self._deadline()))
 
     def sequence(
         self,
@@ -148,31 +148,31 @@ class AsyncClient(Base):
         """
         super()._check_home()
 
-        async def begin(taken: Taken) -> Plan:
-            self._driver.start()
-            plan = await self._driver.run(
+        async def begin(taken: Acquired) -> Plan:
+            self._runner.start()
+            plan = await self._runner.run(
                 lambda: self._begin_sequence(model, timeout, cooldown, check, farewell, taken)
             )
             if self._session.wants:
-                self._driver.wake()
+                self._runner.wake()
             return plan
 
-        return AsyncSequence(self._driver, model, begin, streaming, farewell, self, caller())
+        return AsyncSequence(self._runner, model, begin, streaming, farewell, self, caller())
 
     async def _run_acquire(self, count: int) -> IDs:
         self._check_home()
-        taken = Taken()
+        taken = Acquired()
         try:
-            self._driver.start()
-            await self._driver.run(lambda: self._acquire(count, taken))
+            self._runner.start()
+            await self._runner.run(lambda: self._acquire(count, taken))
             if self._session.wants:
-                self._driver.wake()
+                self._runner.wake()
             return as_ids(taken)
         except BaseException as error:
-            self._driver.untake(taken, error)
+            self._runner.take_back(taken, error)
             raise
 
     async def _number(self, operation: Operation) -> int:
         self._check_home()
-        event = await self._driver.run(lambda: self._session.read(operation, self._deadline()))
+        event = await self._runner.run(lambda: self._session.read(operation, self._deadline()))
         return int(event.output[0])

@@ -8,24 +8,24 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ...errors import CidError, InvalidArgument, Unavailable
-from ..core.effects import Config, Effect, Event, Flow, Idle, Send
-from ..core.runner import DAY_S, LOOK_S, Driver
-from ..core.sequence import HURRY_S, Talk
+from ..core.effects import Config, Effect, Flow, Idle, Reply, Send
+from ..core.runner import DAY_S, LOOK_S, RunnerBase
+from ..core.sequence import HURRY_S, SequenceCore
 from ..core.session import Session
 from ..core.transport import SLACK_S
 from .tasks import Tasks, outlast
 from .transport import AsyncTransport
 
-__all__ = ["AsyncDriver"]
+__all__ = ["AsyncRunner"]
 
 T = TypeVar("T")
 
 
-class AsyncDriver(Driver):
-    """Runs flows of a session in the tasks that await, and its keeper in one of its own.
+class AsyncRunner(RunnerBase):
+    """Runs flows of a session in the tasks that await, and its heartbeat in one of its own.
 
     Only one task runs at a time, so its lock is never waited for. Requests and closings run in
-    tasks of the driver's, which go on when the task that waits for them is cancelled.
+    tasks of the runner's, which go on when the task that waits for them is cancelled.
     """
 
     def __init__(self, session: Session, transport: AsyncTransport, model: str) -> None:
@@ -33,7 +33,7 @@ class AsyncDriver(Driver):
         self.transport = transport
         self.tasks = Tasks()
         self._waiting: set[asyncio.Future[None]] = set()
-        self._keeper: asyncio.Task[None] | None = None
+        self._heartbeat: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing: asyncio.Task[None] | None = None
         self._ticking = False
@@ -64,7 +64,7 @@ class AsyncDriver(Driver):
         """Run a flow to its end and return its value."""
         self.session.now = self.now()
         steps = flow()
-        event: Event | None = None
+        event: Reply | None = None
         try:
             while True:
                 effect = self._step(steps, event)
@@ -77,27 +77,27 @@ class AsyncDriver(Driver):
         return value
 
     def start(self) -> None:
-        """Start the keeper, if it does not run yet."""
-        if self._keeper is None and not self.session.closed:
-            self._keeper = self.tasks.start(self._keep())
+        """Start the heartbeat, if it does not run yet."""
+        if self._heartbeat is None and not self.session.closed:
+            self._heartbeat = self.tasks.start(self._keep())
 
     def wake(self) -> None:
-        """Tell the keeper that there is something to do."""
+        """Tell the heartbeat that there is something to do."""
         self.session.wants = False
         self.start()
         self._notify()
 
-    def watch(self, talk: Talk) -> None:
+    def watch(self, core: SequenceCore) -> None:
         """Look at a sequence every now and then, until nothing of it is on its way any more."""
-        self._watched[talk] = None
+        self._watched[core] = None
         if not self._ticking:
             self._ticking = True
             asyncio.get_running_loop().call_later(LOOK_S, self._tick)
 
-    def drop(self, talk: Talk) -> None:
+    def drop(self, core: SequenceCore) -> None:
         """End a sequence whose handle was collected as garbage, which happens in any thread."""
-        talk.dropped = True
-        self._soon(lambda: None if talk.on_way else talk.finish())
+        core.dropped = True
+        self._soon(lambda: None if core.on_way else core.finish())
 
     def abandon(self) -> None:
         """Let a task close the session and the connections: nobody has the client."""
@@ -145,27 +145,27 @@ class AsyncDriver(Driver):
                 each.set_result(None)
         self._waiting.clear()
 
-    async def _perform(self, effect: Effect) -> Event:
+    async def _perform(self, effect: Effect) -> Reply:
         if isinstance(effect, Idle):
             left = min(max(effect.until - self.now(), 0.0), DAY_S)
             changed = asyncio.get_running_loop().create_future()
             self._waiting.add(changed)
             await asyncio.wait({changed}, timeout=left)
             self._waiting.discard(changed)
-            return Event()
+            return Reply()
         # In a task of its own: a request that is on its way is not cancelled.
         work = self.tasks.start(self._ask(effect))
         await asyncio.wait({work}, timeout=effect.timeout + SLACK_S)
         if not work.done():
-            return Event(error=Unavailable(f"no answer within {effect.timeout:g} s"))
+            return Reply(error=Unavailable(f"no answer within {effect.timeout:g} s"))
         return work.result()
 
-    async def _ask(self, effect: Send | Config) -> Event:
+    async def _ask(self, effect: Send | Config) -> Reply:
         try:
             if isinstance(effect, Config):
                 config = await self.transport.model_config(effect.model, effect.timeout)
-                return Event(config=config)
+                return Reply(config=config)
             output, detail = await self.transport.call(self.model, effect.request, effect.timeout)
-            return Event(output, detail)
+            return Reply(output, detail)
         except CidError as error:
-            return Event(error=error)
+            return Reply(error=error)

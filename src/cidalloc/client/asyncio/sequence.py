@@ -8,10 +8,10 @@ from collections.abc import Awaitable, Callable, Generator
 from types import TracebackType
 from typing import Any
 
-from ..core.handle import Handle
-from ..core.sequence import HURRY_S, Plan, Talk
-from ..core.session import Taken
-from .runner import AsyncDriver
+from ..core.handle import SequenceHandle
+from ..core.sequence import HURRY_S, Plan, SequenceCore
+from ..core.session import Acquired
+from .runner import AsyncRunner
 from .tasks import outlast
 
 __all__ = ["AsyncSequence"]
@@ -19,7 +19,7 @@ __all__ = ["AsyncSequence"]
 _log = logging.getLogger("cidalloc.client")
 
 
-class AsyncSequence(Handle):
+class AsyncSequence(SequenceHandle):
     """A sequence with an ID of its own; made by `AsyncClient.sequence`, used with ``async with``.
 
     It may be awaited, too, which also begins it; then it must be closed. All else is as with
@@ -29,15 +29,15 @@ class AsyncSequence(Handle):
 
     def __init__(
         self,
-        driver: AsyncDriver,
+        runner: AsyncRunner,
         model: str,
-        begin: Callable[[Taken], Awaitable[Plan]],
+        begin: Callable[[Acquired], Awaitable[Plan]],
         streaming: bool,
         farewell: list[Any] | None,
         client: object,
         opened_at: tuple[str, int],
     ) -> None:
-        super().__init__(driver, model, opened_at)
+        super().__init__(runner, model, opened_at)
         self._client = client  # which would be closed if nobody had it any more
         self._beginning = begin
         self._streaming = streaming
@@ -56,8 +56,8 @@ class AsyncSequence(Handle):
     ) -> asyncio.Future[Any]:
         """Send a request and return the future of its result; as `Sequence.async_infer`."""
         self._check_home()
-        talk = self._begun
-        future: asyncio.Future[Any] = talk.submit(talk.request(inputs, end, options))
+        core = self._begun
+        future: asyncio.Future[Any] = core.submit(core.request(inputs, end, options))
         future.add_done_callback(_retrieved)
         return future
 
@@ -67,44 +67,44 @@ class AsyncSequence(Handle):
         Closing again does nothing.
         """
         self._check_home()
-        if self._talk is not None:
-            await self._close(self._talk.limit)
+        if self._core is not None:
+            await self._close(self._core.limit)
 
     async def _close(self, patience: float) -> None:
         self._check_home()
         if self._closing is None:
-            self._closing = self._driver.tasks.start(self._close_once(patience))
+            self._closing = self._runner.tasks.start(self._close_once(patience))
         await outlast(self._closing)
 
     async def _close_once(self, patience: float) -> None:
-        talk = self._begun
+        core = self._begun
         try:
-            if talk.wants_farewell():
-                assert talk.farewell is not None
+            if core.wants_farewell():
+                assert core.farewell is not None
                 try:
-                    farewell = talk.submit(talk.request(talk.farewell, True, {}))
+                    farewell = core.submit(core.request(core.farewell, True, {}))
                     await asyncio.wait_for(farewell, patience)
                 except (Exception, asyncio.CancelledError) as error:
                     text = error or type(error).__name__
                     _log.warning("the farewell of %r failed: %s", self, text)
-            if talk.on_way:
-                patience = HURRY_S if talk.abandoned else patience
-                await asyncio.wait(talk.unanswered(), timeout=patience)
+            if core.on_way:
+                patience = HURRY_S if core.abandoned else patience
+                await asyncio.wait(core.unanswered(), timeout=patience)
         finally:
-            talk.finish()
+            core.finish()
 
     def __await__(self) -> Generator[Any, None, AsyncSequence]:
         return self.__aenter__().__await__()
 
     async def __aenter__(self) -> AsyncSequence:
         self._check_home()
-        if self._talk is None:
-            taken = Taken()
+        if self._core is None:
+            taken = Acquired()
             try:
                 plan = await self._beginning(taken)
-                self._talk = Talk(self._driver, plan, self._streaming, self._farewell)
+                self._core = SequenceCore(self._runner, plan, self._streaming, self._farewell)
             except BaseException as error:
-                self._driver.untake(taken, error)
+                self._runner.take_back(taken, error)
                 raise
         return self
 
@@ -118,7 +118,7 @@ class AsyncSequence(Handle):
 
     def _check_home(self) -> None:
         super()._check_home()
-        self._driver.check_loop()
+        self._runner.check_loop()
 
 
 def _retrieved(future: asyncio.Future[Any]) -> None:

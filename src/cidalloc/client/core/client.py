@@ -15,12 +15,12 @@ import numpy as np
 from ...errors import InvalidArgument, LimitExceeded, SessionExpired, Unavailable
 from ...protocol import MAX_COOLDOWN_MS, IDs, as_ids
 from .effects import Flow
-from .fork_guard import BoundToProcess
+from .fork_guard import ForkGuard
 from .handle import warn_unclosed
-from .id_cache import ENDED, MOST_AHEAD, need_ms
-from .model_info import HIGHEST_CID, Target
+from .id_cache import ENDED, MAX_AHEAD, need_ms
+from .model_info import HIGHEST_CID, ModelInfo
 from .sequence import UNMANAGED, Plan
-from .session import Session, Taken
+from .session import Acquired, Session
 from .transport import check_inputs
 
 __all__ = ["Base", "several", "whole"]
@@ -33,7 +33,7 @@ _FALLBACK_S = 1.0  # how long a sequence waits for the manager if it can do with
 _RANDOM_BITS = 62
 
 
-class Base(BoundToProcess):
+class Base(ForkGuard):
     """A client without its ways to wait."""
 
     def __init__(
@@ -80,7 +80,7 @@ class Base(BoundToProcess):
 
     def __repr__(self) -> str:
         session, name = self._session, type(self).__name__
-        held = len(session.stock.used)
+        held = len(session.cache.used)
         return f"<cidalloc {name} of {self._model} at {self._url}, {session.state}, {held} in use>"
 
     def held(self) -> IDs:
@@ -89,14 +89,14 @@ class Base(BoundToProcess):
         The manager counts those in stock as held, too.
         """
         super()._check_home()
-        return as_ids(sorted(self._session.stock.used))
+        return as_ids(sorted(self._session.cache.used))
 
     # ---- Flows. Whoever runs them has set the session's time.
 
     def _deadline(self) -> float:
         return self._session.now + self._timeout
 
-    def _acquire(self, count: int, taken: Taken) -> Flow[None]:
+    def _acquire(self, count: int, taken: Acquired) -> Flow[None]:
         return self._session.acquire(count, None, self._deadline(), taken)
 
     def _begin_sequence(
@@ -106,7 +106,7 @@ class Base(BoundToProcess):
         cooldown: float | None,
         check: bool,
         farewell: list[Any] | None,
-        taken: Taken,
+        taken: Acquired,
     ) -> Flow[Plan]:
         """Find out what the model needs, and get an ID that is good for it, which is ``taken``."""
         session = self._session
@@ -122,7 +122,7 @@ class Base(BoundToProcess):
                 " longer than an ID can cool"
             )
         alone = self._fallback == "random" and target.highest_cid == HIGHEST_CID
-        if alone and session.now < session.away_until and session.now >= session.fence:
+        if alone and session.now < session.away_until and session.now >= session.lease_deadline:
             return self._random_plan(target, timeout, check)
         deadline = session.now + (min(self._timeout, _FALLBACK_S) if alone else self._timeout)
         try:
@@ -143,20 +143,20 @@ class Base(BoundToProcess):
 
     def _target(
         self, model: str, timeout: float, cooldown: float | None, check: bool
-    ) -> Flow[Target]:
+    ) -> Flow[ModelInfo]:
         if cooldown is not None:
             cooldown = seconds("cooldown", cooldown, MAX_COOLDOWN_MS / 1000, low=0.0)
         if not check:
             if cooldown is None:
                 raise InvalidArgument("check=False: say with cooldown= when the model forgets")
-            return Target(model, cooldown, exact=False)
+            return ModelInfo(model, cooldown, exact=False)
         session = self._session
         target = yield from session.models.begin(model, timeout, session.now, self._timeout)
         if cooldown is not None:
-            target = Target(model, max(cooldown, target.idle_s), target.highest_cid, exact=False)
+            target = ModelInfo(model, max(cooldown, target.idle_s), target.highest_cid, exact=False)
         return target
 
-    def _random_plan(self, target: Target, timeout: float, check: bool) -> Plan:
+    def _random_plan(self, target: ModelInfo, timeout: float, check: bool) -> Plan:
         cid = 2**_RANDOM_BITS + self._rng.getrandbits(_RANDOM_BITS)
         return Plan(target, cid, UNMANAGED, timeout, check)
 
@@ -216,8 +216,8 @@ def seconds(name: str, value: object, high: float, low: float = 1e-6) -> float:
 
 
 def _ahead(value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_AHEAD:
-        raise InvalidArgument(f"ahead={value!r} is not an integer of 0 to {MOST_AHEAD}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_AHEAD:
+        raise InvalidArgument(f"ahead={value!r} is not an integer of 0 to {MAX_AHEAD}")
     return value
 
 

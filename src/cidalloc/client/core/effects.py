@@ -1,7 +1,7 @@
 """Flows: the client's decisions as generators, which say what they need and never do it.
 
-A flow yields one of the three effects below and is resumed with the `Event` that came of it. Two
-short drivers run flows, one blocking and one awaiting; so each decision is written once, and tests
+A flow yields one of the three effects below and is resumed with the `Reply` that came of it. Two
+short runners run flows, one blocking and one awaiting; so each decision is written once, and tests
 run it without a server, a thread or a clock. While a flow waits, others go on: after each yield it
 looks at the state anew.
 """
@@ -17,7 +17,7 @@ import numpy as np
 from ...errors import CidError
 from ...protocol import IDs, Request
 
-__all__ = ["Config", "Effect", "Event", "Flow", "Idle", "Send"]
+__all__ = ["Config", "Effect", "Flow", "Idle", "Reply", "Send"]
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ class Idle:
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class Reply:
     """What came of an effect: the answer to a request, a configuration, an error, or nothing."""
 
     output: IDs = field(default_factory=lambda: _NOTHING)
@@ -58,4 +58,4 @@ class Event:
 
 
 Effect = Send | Config | Idle
-Flow = Generator[Effect, Event, T]
+Flow = Generator[Effect, Reply, T]

@@ -8,27 +8,27 @@ from typing import Any, NoReturn
 
 from ...errors import Forked, InvalidArgument
 
-__all__ = ["BoundToProcess", "Process", "caller"]
+__all__ = ["ForkGuard", "ProcessIdentity", "caller"]
 
 
-class Process:
+class ProcessIdentity:
     """Stands for this process; a forked child has another one."""
 
-    here = object()
+    current = object()
 
 
 def _in_child() -> None:
-    Process.here = object()
+    ProcessIdentity.current = object()
 
 
 os.register_at_fork(after_in_child=_in_child)
 
 
-class BoundToProcess:
+class ForkGuard:
     """Remembers the process that made it; cannot be copied, nor sent to another process."""
 
     def __init__(self) -> None:
-        self._home = Process.here
+        self._home = ProcessIdentity.current
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise InvalidArgument(
@@ -38,10 +38,10 @@ class BoundToProcess:
 
     @property
     def _at_home(self) -> bool:
-        return self._home is Process.here
+        return self._home is ProcessIdentity.current
 
     def _check_home(self) -> None:
-        if self._home is not Process.here:
+        if self._home is not ProcessIdentity.current:
             raise Forked(f"{self!r} belongs to the parent process: make a new one after the fork")
 
 

@@ -6,42 +6,42 @@ import warnings
 from typing import Any
 
 from ...errors import InvalidArgument
-from .fork_guard import BoundToProcess
-from .sequence import Plan, Talk
+from .fork_guard import ForkGuard
+from .sequence import Plan, SequenceCore
 
-__all__ = ["Handle", "warn_unclosed"]
+__all__ = ["SequenceHandle", "warn_unclosed"]
 
 
-class Handle(BoundToProcess):
+class SequenceHandle(ForkGuard):
     """A sequence, but for its ways to wait.
 
     Args:
-        driver: of its client.
+        runner: of its client.
         model: the model.
         opened_at: the file and the line where it was asked for.
     """
 
-    _talk: Talk | None = None
+    _core: SequenceCore | None = None
 
-    def __init__(self, driver: Any, model: str, opened_at: tuple[str, int]) -> None:
+    def __init__(self, runner: Any, model: str, opened_at: tuple[str, int]) -> None:
         super().__init__()
-        self._driver = driver
+        self._runner = runner
         self._model = model
         self._opened_at = opened_at
 
     def __repr__(self) -> str:
         name = type(self).__name__
-        if self._talk is None:
+        if self._core is None:
             return f"<cidalloc {name} on {self._model}, not begun>"
-        return f"<cidalloc {name} {self._talk.plan.cid} on {self._model}, {self.state}>"
+        return f"<cidalloc {name} {self._core.plan.cid} on {self._model}, {self.state}>"
 
     def __del__(self) -> None:
-        talk = self._talk
-        if talk is None or talk not in self._driver.talks or not self._at_home:
+        core = self._core
+        if core is None or core not in self._runner.sequences or not self._at_home:
             return
         # The ID cools; whatever is on its way may still be answered.
-        self._driver.drop(talk)
-        warn_unclosed(self, f"unclosed sequence {talk.plan.cid} on {self._model}", self._opened_at)
+        self._runner.drop(core)
+        warn_unclosed(self, f"unclosed sequence {core.plan.cid} on {self._model}", self._opened_at)
 
     @property
     def cid(self) -> int:
@@ -56,7 +56,7 @@ class Handle(BoundToProcess):
     @property
     def state(self) -> str:
         """Where it is in its life, in a word or two."""
-        return "not begun" if self._talk is None else self._talk.life.state.value
+        return "not begun" if self._core is None else self._core.state.phase.value
 
     def flags(self, *, end: bool = False) -> dict[str, Any]:
         """Return the arguments that make a request of your own part of this sequence.
@@ -70,10 +70,10 @@ class Handle(BoundToProcess):
         return self._begun.lend(end)
 
     @property
-    def _begun(self) -> Talk:
-        if self._talk is None:
+    def _begun(self) -> SequenceCore:
+        if self._core is None:
             raise InvalidArgument(f"{self!r}: enter it with async with, or await it")
-        return self._talk
+        return self._core
 
     @property
     def _plan(self) -> Plan:

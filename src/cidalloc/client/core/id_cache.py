@@ -18,12 +18,12 @@ from itertools import islice
 
 from ...errors import Duplicate, NotHeld
 
-__all__ = ["ENDED", "MOST_AHEAD", "Stock", "need_ms"]
+__all__ = ["ENDED", "MAX_AHEAD", "IdCache", "need_ms"]
 
 ENDED = -1
 """In place of a cooldown: the sequences were ended, so the manager's least cooldown will do."""
 
-MOST_AHEAD = 1024
+MAX_AHEAD = 1024
 """The most IDs in stock that nobody uses, if nothing else is said."""
 
 _QUICK_S = 1.0  # a stock that is empty again so soon was too small
@@ -40,7 +40,7 @@ def need_ms(idle: float, timeout: float) -> int:
     return math.ceil((idle + timeout) * 1000)  # never shorter than asked for
 
 
-class Stock:
+class IdCache:
     """The IDs of one session.
 
     Args:
@@ -55,9 +55,9 @@ class Stock:
         "cooling",
         "fresh",
         "goal",
-        "hungry",
         "leaving",
         "low",
+        "needs_refill",
         "refilled_at",
         "sent",
         "sent_cooldown",
@@ -65,7 +65,7 @@ class Stock:
         "used",
     )
 
-    def __init__(self, cooldown: float = 0.0, ahead: int = MOST_AHEAD) -> None:
+    def __init__(self, cooldown: float = 0.0, ahead: int = MAX_AHEAD) -> None:
         self.cooldown = cooldown
         self.ahead = ahead
         self.used: set[int] = set()
@@ -76,7 +76,7 @@ class Stock:
         self.sent: list[int] = []
         self.sent_cooldown = ENDED
         self._set_goal(1)
-        self.hungry = False
+        self.needs_refill = False
         self.refilled_at = self.taken_at = float("-inf")
 
     # ---- The two that are called all the time
@@ -91,7 +91,7 @@ class Stock:
             elif self.fresh:
                 cid = self.fresh.popleft()
                 if len(self.fresh) < self.low:
-                    self.hungry = True
+                    self.needs_refill = True
             else:
                 return 0
             self.used.add(cid)
@@ -100,7 +100,7 @@ class Stock:
             self.used.discard(cid)
             raise
 
-    def untake(self, cids: Iterable[int]) -> None:
+    def take_back(self, cids: Iterable[int]) -> None:
         """Take IDs back that nobody got to see; they are ready as they were before."""
         for cid in cids:
             if cid in self.used:
@@ -178,7 +178,7 @@ class Stock:
     def refill(self, cids: Iterable[int]) -> None:
         """Add IDs that were issued to the session and that it never used."""
         self.fresh.extend(cids)
-        self.hungry = False
+        self.needs_refill = False
 
     def plan(self, now: float, taken: int) -> int:
         """Return how many IDs to fetch ahead, on the occasion of a refill: what demand asks for.
@@ -222,7 +222,7 @@ class Stock:
 
     def send(self, most: int) -> list[int]:
         """Choose at most so many IDs with one cooldown that leave with the next request."""
-        self.unsend()
+        self.requeue()
         for cooldown_ms, cids in self.leaving.items():
             self.sent_cooldown = cooldown_ms
             self.sent = list(islice(cids, most))
@@ -230,7 +230,7 @@ class Stock:
             break
         return self.sent
 
-    def unsend(self) -> None:
+    def requeue(self) -> None:
         """The request did nothing: these IDs have still to leave."""
         for cid in self.sent:
             self._leave(cid, self.sent_cooldown)
@@ -256,7 +256,7 @@ class Stock:
         Returns:
             The used IDs that the session does not hold: they are lost.
         """
-        self.unsend()
+        self.requeue()
         for waiting in self.asking.values():
             for cid in waiting.keys() - held:
                 del waiting[cid]

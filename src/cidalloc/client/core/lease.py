@@ -25,7 +25,7 @@ from ...errors import (
     Unavailable,
 )
 from ...protocol import PROTOCOL, TOKEN_BYTES, Parameter, Request, as_ids
-from .effects import Event, Flow, Idle, Send
+from .effects import Flow, Idle, Reply, Send
 
 __all__ = ["NEVER", "Lease", "runs"]
 
@@ -60,7 +60,7 @@ class Lease:
         self.ttl = ttl
         self.label = label
         self.timeout = timeout
-        self.fence = NEVER  # from this time on its IDs must not be used
+        self.lease_deadline = NEVER  # from this time on its IDs must not be used
         self.epoch = 0  # counts our sessions
         self.lost_why = ""
         self.away_until = NEVER
@@ -92,7 +92,7 @@ class Lease:
             return "closed"
         if not self.opened:
             return "not opened"
-        return "open" if self.now < self.fence else "expired"
+        return "open" if self.now < self.lease_deadline else "expired"
 
     def _once(
         self,
@@ -102,7 +102,7 @@ class Lease:
         *,
         session: bool = True,
         **parameters: Parameter,
-    ) -> Flow[Event]:
+    ) -> Flow[Reply]:
         """Send one request of the session, and note what its answer means for it."""
         epoch, sent = self.epoch, self.now
         if session:
@@ -130,7 +130,7 @@ class Lease:
         return min(self.timeout, max(deadline - self.now, self.timeout / 16))
 
     def _renewed(self, sent: float) -> None:
-        self.fence = max(self.fence, sent + self.ttl)
+        self.lease_deadline = max(self.lease_deadline, sent + self.ttl)
         self._renew_at = sent + self.ttl * self._rng.uniform(0.25, 0.35)
         self._retry_at = NEVER
 
@@ -138,12 +138,12 @@ class Lease:
         """Open the session if there is none; renew it if its lease has run out."""
         if not self.opened:
             yield from self._open(deadline)
-        elif self.now >= self.fence:
+        elif self.now >= self.lease_deadline:
             try:
                 yield from self._renew(deadline)
             except Unavailable as error:
                 raise SessionExpired(f"{self._expired()}; {error}") from error
-        if self.opened and self.now >= self.fence:
+        if self.opened and self.now >= self.lease_deadline:
             slow = Unavailable("the manager takes longer to answer than the lease lasts")
             raise SessionExpired(f"{self._expired()}; {slow}") from slow
 
@@ -161,7 +161,7 @@ class Lease:
         self._registry = UUID(int=high << 64 | low)
         self._begin(*(times[:2] if len(times) >= 2 else _TIMES_MS))
         # The first OPEN of this token that arrived began the lease, and none since renewed it.
-        self.fence, self._renew_at = NEVER, NEVER
+        self.lease_deadline, self._renew_at = NEVER, NEVER
         self._renewed(self._first_sent)
         self._generation = generation  # the last, so that all is done or nothing
         self.version += 1
@@ -222,7 +222,7 @@ class Lease:
         self.lost_why = why
         self.epoch += 1
         self.version += 1
-        self.fence = self._first_sent = NEVER
+        self.lease_deadline = self._first_sent = NEVER
         self._token, self._generation, self._registry = "", 0, None
 
     def _expired(self) -> str:
@@ -236,7 +236,7 @@ class Lease:
         most = min(_BACK_OFF_S * 2.0 ** min(tries - 1, 10), _BACK_OFF_MOST_S, self.ttl / 8)
         return most * self._rng.uniform(0.5, 1.0)
 
-    def _sleep(self, seconds: float) -> Generator[Idle, Event, None]:
+    def _sleep(self, seconds: float) -> Generator[Idle, Reply, None]:
         until = self.now + seconds
         while self.now < until:
             yield Idle(until)

@@ -9,7 +9,7 @@ from typing import Any
 from ...errors import InvalidArgument
 from .effects import Config, Flow
 
-__all__ = ["HIGHEST_CID", "KNOWN_S", "Models", "Target", "read_target"]
+__all__ = ["HIGHEST_CID", "KNOWN_S", "ModelCache", "ModelInfo", "read_model_info"]
 
 HIGHEST_CID = 2**63 - 1
 """What gRPC carries."""
@@ -26,7 +26,7 @@ _HIGHEST = {
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class ModelInfo:
     """A model with sequence batching, or an ensemble with such models among its steps.
 
     Args:
@@ -43,7 +43,7 @@ class Target:
     exact: bool = True
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Target:
+    def from_config(cls, config: Mapping[str, Any]) -> ModelInfo:
         """Read a configuration as Triton gives it (as JSON; gRPC's has strings for int64).
 
         Raises:
@@ -75,7 +75,7 @@ class Target:
         return cls(name, idle_us / 1e6, highest)
 
     @classmethod
-    def of_steps(cls, name: str, steps: list[Target]) -> Target:
+    def of_steps(cls, name: str, steps: list[ModelInfo]) -> ModelInfo:
         """Return what holds for an ensemble: the narrowest ID, and the longest idle time.
 
         Raises:
@@ -92,7 +92,7 @@ class Target:
         return cls(name, max(idle), min(step.highest_cid for step in steps), exact)
 
 
-class Models:
+class ModelCache:
     """The models that a client has read the configuration of. A reload may change it at any time.
 
     Who begins a sequence may use what was read at most `KNOWN_S` before. For how long an ID cools
@@ -100,12 +100,12 @@ class Models:
     """
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[Target, float]] = {}
+        self._known: dict[str, tuple[ModelInfo, float]] = {}
         self._versions: dict[str, str] = {}
-        self.unsure: dict[str, float] = {}
-        """Models on which a sequence has begun since the last look, and its longest timeout."""
+        self.to_check: dict[str, float] = {}
+        """ModelCache on which a sequence has begun since the last look, and its longest timeout."""
 
-    def begin(self, model: str, timeout: float, now: float, limit: float) -> Flow[Target]:
+    def begin(self, model: str, timeout: float, now: float, limit: float) -> Flow[ModelInfo]:
         """Return what a new sequence on ``model`` is to know.
 
         Args:
@@ -114,18 +114,18 @@ class Models:
             now: the time.
             limit: seconds for each answer.
 
-        Raises what `read_target` does.
+        Raises what `read_model_info` does.
         """
         known = self._known.get(model)
         if known is None or now - known[1] >= KNOWN_S:
             return (yield from self.look(model, now, limit))
-        self.unsure[model] = max(timeout, self.unsure.get(model, 0.0))
+        self.to_check[model] = max(timeout, self.to_check.get(model, 0.0))
         return known[0]
 
-    def look(self, model: str, now: float, timeout: float) -> Flow[Target]:
-        """Read the configuration of ``model`` anew; raises what `read_target` does."""
+    def look(self, model: str, now: float, timeout: float) -> Flow[ModelInfo]:
+        """Read the configuration of ``model`` anew; raises what `read_model_info` does."""
         self._known.pop(model, None)
-        target = yield from read_target(model, timeout)
+        target = yield from read_model_info(model, timeout)
         self._known[model] = target, now
         return target
 
@@ -140,7 +140,7 @@ class Models:
             self.forget(model)
 
 
-def read_target(model: str, timeout: float) -> Flow[Target]:
+def read_model_info(model: str, timeout: float) -> Flow[ModelInfo]:
     """Read the configuration of a model, and of its steps if it is an ensemble.
 
     Args:
@@ -148,14 +148,14 @@ def read_target(model: str, timeout: float) -> Flow[Target]:
         timeout: seconds for each answer.
 
     Raises:
-        InvalidArgument: `Target.from_config` says when.
+        InvalidArgument: `ModelInfo.from_config` says when.
         Unavailable: the server does not answer, or serves no such model.
     """
     config = yield from _read(model, timeout)
     if not _is_ensemble(config):
-        return Target.from_config(config)
+        return ModelInfo.from_config(config)
     _refuse_decoupled(model, config)
-    found: list[Target] = []
+    found: list[ModelInfo] = []
     names, seen = _steps(config), {model}
     while names:
         name = names.pop()
@@ -166,8 +166,8 @@ def read_target(model: str, timeout: float) -> Flow[Target]:
         if _is_ensemble(step):
             names += _steps(step)
         elif "sequence_batching" in step:
-            found.append(Target.from_config(step))
-    return Target.of_steps(model, found)
+            found.append(ModelInfo.from_config(step))
+    return ModelInfo.of_steps(model, found)
 
 
 def _read(model: str, timeout: float) -> Flow[Mapping[str, Any]]:

@@ -6,11 +6,11 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from .effects import Effect, Event, Flow
-from .sequence import Talk
-from .session import Session, Taken
+from .effects import Effect, Flow, Reply
+from .sequence import SequenceCore
+from .session import Acquired, Session
 
-__all__ = ["DAY_S", "LOOK_S", "Driver"]
+__all__ = ["DAY_S", "LOOK_S", "RunnerBase"]
 
 T = TypeVar("T")
 
@@ -19,18 +19,18 @@ LOOK_S = 0.15
 """Seconds between two looks for requests that got no answer in time."""
 
 
-class Driver:
-    """What both drivers do alike."""
+class RunnerBase:
+    """What both runners do alike."""
 
     def __init__(self, session: Session, model: str, now: Callable[[], float]) -> None:
         self.session = session
         self.model = model
         self.now = now
         self.lock = threading.Lock()
-        self.talks: dict[Talk, None] = {}
-        self._watched: dict[Talk, None] = {}
+        self.sequences: dict[SequenceCore, None] = {}
+        self._watched: dict[SequenceCore, None] = {}
 
-    def _step(self, steps: Flow[T], event: Event | None) -> Effect:
+    def _step(self, steps: Flow[T], event: Reply | None) -> Effect:
         session = self.session
         session.now, seen = self.now(), session.version
         try:
@@ -43,24 +43,24 @@ class Driver:
     def _look(self) -> bool:
         """Look at all sequences that wait for something; False if there are none."""
         now = self.now()
-        for talk in list(self._watched):
-            self._watched.pop(talk, None)  # first, since it may be watched anew at any time
-            if talk.look(now):
-                self._watched[talk] = None
+        for core in list(self._watched):
+            self._watched.pop(core, None)  # first, since it may be watched anew at any time
+            if core.look(now):
+                self._watched[core] = None
         return bool(self._watched)
 
-    def untake(self, taken: Taken, error: BaseException) -> None:
+    def take_back(self, taken: Acquired, error: BaseException) -> None:
         """Take back what an exception kept from reaching the application."""
-        for talk in list(self.talks):
-            if talk.plan.cid in taken and talk.plan.epoch == taken.epoch:
-                talk.finish()
+        for core in list(self.sequences):
+            if core.plan.cid in taken and core.plan.epoch == taken.epoch:
+                core.finish()
         with self.lock:
-            self.session.untake(taken, error)
+            self.session.take_back(taken, error)
 
     def finish_all(self) -> None:
         """End all sequences: their client is closed."""
-        for talk in list(self.talks):
-            talk.finish()
+        for core in list(self.sequences):
+            core.finish()
 
     def _notify(self) -> None:
         """Let those look again that wait."""

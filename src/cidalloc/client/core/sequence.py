@@ -2,7 +2,7 @@
 
 Threads, streams and futures hold on to this, and never to the handle that the application has; so a
 handle that nobody has any more is noticed. It does not block and does not await: what must be
-waited for is a future, and `Talk.look` ends those that get no answer in time.
+waited for is a future, and `SequenceCore.look` ends those that get no answer in time.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tritonclient.utils import InferenceServerException
 
 from ...errors import CidError, InvalidArgument, SequenceLost, SessionExpired, Unavailable
 from .id_cache import ENDED, need_ms
-from .model_info import Target
-from .sequence_state import BackTo, Life, State
+from .model_info import ModelInfo
+from .sequence_state import BackTo, Phase, SequenceState
 from .session import Session
 from .transport import SLACK_S, Stream, check_inputs, foreign, unreachable
 
-__all__ = ["HURRY_S", "UNMANAGED", "Plan", "Request", "Talk"]
+__all__ = ["HURRY_S", "UNMANAGED", "Plan", "Request", "SequenceCore"]
 
 HURRY_S = 2.0
 """How long a block that ends with an exception waits for a server that does not answer, and a
@@ -55,12 +55,12 @@ _SET_BY_US = {
 }
 
 
-class Driver(Protocol):
-    """What a sequence needs of its client's driver."""
+class RunnerBase(Protocol):
+    """What a sequence needs of its client's runner."""
 
     session: Session
     transport: Any
-    talks: dict[Talk, None]
+    sequences: dict[SequenceCore, None]
     """The sequences that hold an ID."""
 
     @property
@@ -72,11 +72,11 @@ class Driver(Protocol):
     def future(self) -> Any:
         """Return a new future."""
 
-    def watch(self, talk: Talk) -> None:
-        """Let somebody call `Talk.look` every now and then until it returns False."""
+    def watch(self, core: SequenceCore) -> None:
+        """Let somebody call `SequenceCore.look` every now and then until it returns False."""
 
     def wake(self) -> None:
-        """Tell the keeper that there is something to do."""
+        """Tell the heartbeat that there is something to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Plan:
         checked: the model's configuration was read.
     """
 
-    target: Target
+    target: ModelInfo
     cid: int
     epoch: int
     timeout: float
@@ -115,11 +115,11 @@ class Request:
         self.number = ""
 
 
-class Talk:
+class SequenceCore:
     """The state of one sequence.
 
     Args:
-        driver: of its client.
+        runner: of its client.
         plan: what it begins with.
         streaming: send over a stream of its own.
         farewell: inputs to send with END if nobody else does.
@@ -130,16 +130,16 @@ class Talk:
     """
 
     def __init__(
-        self, driver: Driver, plan: Plan, streaming: bool, farewell: list[Any] | None
+        self, runner: RunnerBase, plan: Plan, streaming: bool, farewell: list[Any] | None
     ) -> None:
         self.plan = plan
         self.model = plan.target.name
         self.name = f"sequence {plan.cid} on {self.model}"
-        self.life = Life(self.name, plan.target.idle_s, plan.target.exact)
+        self.state = SequenceState(self.name, plan.target.idle_s, plan.target.exact)
         self.farewell = farewell
         self.dropped = False  # nobody has the handle any more
         self.on_way: dict[Request, None] = {}  # not answered yet, in the order of their times
-        self._driver = driver
+        self._runner = runner
         self._queue: deque[Request] = deque()  # of those, the ones that wait for their turn
         self._turn: Request | None = None  # and the one that has it
         self._by_number: dict[str, Request] = {}
@@ -149,8 +149,8 @@ class Talk:
         self._cut_at = float("inf")
         self._stream: Stream | None = None
         if streaming:
-            self._stream = driver.transport.open_stream(self._receive)
-        driver.talks[self] = None
+            self._stream = runner.transport.open_stream(self._receive)
+        runner.sequences[self] = None
 
     # ---- Sending
 
@@ -160,7 +160,7 @@ class Talk:
         Raises:
             InvalidArgument: inputs that are none, or an argument that is the sequence's own.
         """
-        check_inputs(inputs, self._driver.transport.inputs)
+        check_inputs(inputs, self._runner.transport.inputs)
         if not _SET_BY_US.isdisjoint(options):
             taken = ", ".join(sorted(_SET_BY_US & options.keys()))
             raise InvalidArgument(f"the sequence sets {taken} by itself")
@@ -177,7 +177,7 @@ class Talk:
         Raises what `Sequence.infer` does, but for what Triton answers.
         """
         with self._order:
-            with self._driver.lock:
+            with self._runner.lock:
                 free = self._turn is None and not self._queue and self._stream is None
                 if free:
                     self._turn = request
@@ -193,7 +193,7 @@ class Talk:
         """
         try:
             with self._order:
-                with self._driver.lock:
+                with self._runner.lock:
                     self._begin(request, False)
                 self._post(request)
         except BaseException as error:
@@ -203,9 +203,9 @@ class Talk:
 
     def lend(self, end: bool) -> dict[str, Any]:
         """Return the flags for a request that somebody else sends."""
-        with self._driver.lock:
+        with self._runner.lock:
             now = self.check_lease()
-            return self._flags(self.life.lend(now, end), end)
+            return self._flags(self.state.lend(now, end), end)
 
     def _begin(self, request: Request, at_once: bool) -> None:
         """Count a request as sent. Under the lock, so that START goes first."""
@@ -217,7 +217,7 @@ class Talk:
             )
         now = self.check_lease()
         try:
-            start = self.life.send(now, request.end, not at_once and self._stream is None)
+            start = self.state.send(now, request.end, not at_once and self._stream is None)
             self._version = version
             request.until = now + self.plan.timeout + _LATE_S
             request.options.update(self._flags(start, request.end))
@@ -231,7 +231,7 @@ class Talk:
             raise
 
     def _line_up(self, request: Request) -> None:
-        request.future = self._driver.future()
+        request.future = self._runner.future()
         if self._stream is None:
             self._queue.append(request)
         else:
@@ -247,12 +247,12 @@ class Talk:
             self._queue.remove(request)
         if self._turn is request:
             self._turn = None
-        self.life.doubt(len(self.on_way), request.end)
+        self.state.doubt(len(self.on_way), request.end)
 
     def _post(self, request: Request) -> None:
         """Send a request over the stream, or when its turn comes."""
         if self._stream is None:
-            self._driver.watch(self)
+            self._runner.watch(self)
             self._advance()
             return
         options = {**request.options, "request_id": request.number}
@@ -261,7 +261,7 @@ class Talk:
         _starts(request.future)
         try:
             self._stream.send(self.model, request.inputs, **options)
-            self._driver.watch(self)
+            self._runner.watch(self)
         except Exception as error:
             # Also if it broke before this request: the caller cannot know which, so need not.
             self._finish(request, None, error)
@@ -279,7 +279,7 @@ class Talk:
     def _advance(self) -> None:
         """Send the next request whose turn it is."""
         while True:
-            with self._driver.lock:
+            with self._runner.lock:
                 if self._turn is not None or not self._queue:
                     return
                 request = self._turn = self._queue.popleft()
@@ -288,9 +288,9 @@ class Talk:
             if waiting and _starts(request.future):
                 try:
                     self.check_again()
-                    limit = max(request.until - self._driver.now(), 0.001) + SLACK_S
+                    limit = max(request.until - self._runner.now(), 0.001) + SLACK_S
                     done = partial(self.over, request)
-                    self._driver.transport.submit(
+                    self._runner.transport.submit(
                         limit, self.model, request.inputs, done, **request.options
                     )
                     return
@@ -314,14 +314,14 @@ class Talk:
     def _end_turn(
         self, request: Request, result: Any, error: BaseException | None
     ) -> BaseException | None:
-        with self._driver.lock:
+        with self._runner.lock:
             if self._turn is request:
                 self._turn = None
         return self._finish(request, result, None if error is None else self._explain(error))
 
     def _receive(self, number: str, final: bool, result: Any, error: BaseException | None) -> None:
         """Take what came over the stream."""
-        with self._driver.lock:
+        with self._runner.lock:
             if number:
                 found = self._by_number.get(number)
                 whose = [] if found is None else [found]
@@ -338,19 +338,19 @@ class Talk:
         self, request: Request, result: Any, error: BaseException | None
     ) -> BaseException | None:
         """Settle what became of a request, once: later news of it are dropped."""
-        with self._driver.lock:
+        with self._runner.lock:
             if request not in self.on_way:
                 return error
             try:
-                self.life.settle(self._driver.now(), request.end, error)
+                self.state.settle(self._runner.now(), request.end, error)
                 del self.on_way[request]
                 self._by_number.pop(request.number, None)
-                if error is None and self.life.answered == 1:
-                    self._driver.session.models.answered_by(self.model, _version_of(result))
+                if error is None and self.state.answered == 1:
+                    self._runner.session.models.answered_by(self.model, _version_of(result))
             except BaseException:
                 self._doubt(request)
                 raise
-            ended = self.life.state is State.ENDED and not self.on_way
+            ended = self.state.phase is Phase.ENDED and not self.on_way
         if request.future is not None:
             # Whoever waited for it may have cancelled it.
             with contextlib.suppress(futures.InvalidStateError, asyncio.InvalidStateError):
@@ -366,27 +366,27 @@ class Talk:
 
     def check_lease(self) -> float:
         """Return the time, after seeing that the ID may be used. Under the lock."""
-        session = self._driver.session
-        session.now = now = self._driver.now()
+        session = self._runner.session
+        session.now = now = self._runner.now()
         if session.closed:
             raise InvalidArgument("the client of this sequence is closed")
-        if self.plan.epoch != UNMANAGED and not self.life.closed:
+        if self.plan.epoch != UNMANAGED and not self.state.closed:
             try:
                 session.check(self.plan.epoch, self.plan.cid)
             except SequenceLost:
-                self.life.lose()
+                self.state.lose()
                 raise
         return now
 
     def check_again(self) -> None:
         """See that the ID may still be used, right before a request that has waited is sent."""
-        with self._driver.lock:
-            self.life.goes_out(self.check_lease())
+        with self._runner.lock:
+            self.state.goes_out(self.check_lease())
 
     def look(self, now: float) -> bool:
         """End what got no answer in time. False: there is nothing more to look at."""
         late = []
-        with self._driver.lock:
+        with self._runner.lock:
             for request in self.on_way:
                 if request.until > now:
                     break
@@ -412,10 +412,10 @@ class Talk:
         if isinstance(error, CidError):
             return error
         text = str(error.message() or "") if isinstance(error, InferenceServerException) else ""
-        if "must specify the START flag" in text and self.life.answered:
-            self._driver.session.models.forget(self.model)
+        if "must specify the START flag" in text and self.state.answered:
+            self._runner.session.models.forget(self.model)
             lost: BaseException = SequenceLost(
-                f"Triton has forgotten {self.name}: {self.life.why_forgotten}"
+                f"Triton has forgotten {self.name}: {self.state.why_forgotten}"
             )
         elif "timeout of the corresponding sequence has been expired" in text:
             lost = Unavailable(
@@ -423,10 +423,10 @@ class Talk:
                 " are taken by other sequences"
             )
         elif "unknown model" in text.lower():
-            self._driver.session.models.forget(self.model)
+            self._runner.session.models.forget(self.model)
             return error
         else:
-            return unreachable(error, self._driver.transport.url) or error
+            return unreachable(error, self._runner.transport.url) or error
         lost.__cause__ = error
         return lost
 
@@ -434,34 +434,34 @@ class Talk:
 
     def wants_farewell(self) -> bool:
         """Whether to send the farewell."""
-        if self.farewell is None or not self.life.wants_end:
+        if self.farewell is None or not self.state.wants_end:
             return False
-        with self._driver.lock:
+        with self._runner.lock:
             try:
                 now = self.check_lease()
             except (SequenceLost, SessionExpired, InvalidArgument):
                 return False
-        return not self.life.must_be_forgotten(now)
+        return not self.state.must_be_forgotten(now)
 
     def unanswered(self) -> list[Any]:
         """Return the futures of all that is on its way; those of cancelled ones are new."""
-        with self._driver.lock:
+        with self._runner.lock:
             for request in self.on_way:
                 if request.future is None or request.future.cancelled():
-                    request.future = self._driver.future()
+                    request.future = self._runner.future()
             return [request.future for request in self.on_way]
 
     @property
     def abandoned(self) -> bool:
         """Whether all that is on its way was cancelled by who waited for it."""
-        with self._driver.lock:
+        with self._runner.lock:
             futures = [request.future for request in self.on_way]
         return all(future is not None and future.cancelled() for future in futures)
 
     def finish(self) -> None:
         """End it, whatever is unanswered; the ID goes back. Does not wait. Again: does nothing."""
         self.give_back()
-        with self._driver.lock:
+        with self._runner.lock:
             left = list(self.on_way)
             self._queue.clear()
         for request in left:
@@ -470,32 +470,32 @@ class Talk:
 
     def give_back(self) -> None:
         """Give the ID back, and end the stream."""
-        driver, plan = self._driver, self.plan
-        with driver.lock:
-            if self not in driver.talks:
+        runner, plan = self._runner, self.plan
+        with runner.lock:
+            if self not in runner.sequences:
                 return
-            back_to = self.life.close()
-            session = driver.session
-            session.now = driver.now()
+            back_to = self.state.close()
+            session = runner.session
+            session.now = runner.now()
             if plan.epoch == UNMANAGED:
                 pass
             elif back_to is BackTo.MANAGER and plan.checked:
                 idle_s = plan.target.idle_s
-                session.give_unended(plan.epoch, plan.cid, self.model, idle_s, plan.timeout)
+                session.release_unended(plan.epoch, plan.cid, self.model, idle_s, plan.timeout)
             else:
                 cooldown_ms = ENDED
                 if back_to is BackTo.MANAGER:
                     cooldown_ms = need_ms(plan.target.idle_s, plan.timeout)
-                session.give_from(plan.epoch, plan.cid, cooldown_ms)
-            del driver.talks[self]  # the last, so that closing again completes it
+                session.release_from(plan.epoch, plan.cid, cooldown_ms)
+            del runner.sequences[self]  # the last, so that closing again completes it
         if self._stream is not None:
             self._stream.end()
             # A server that has stopped never closes its side.
-            self._cut_at = driver.now() + HURRY_S
-            driver.watch(self)
+            self._cut_at = runner.now() + HURRY_S
+            runner.watch(self)
         if session.wants:
-            with contextlib.suppress(Unavailable):  # no thread for the keeper: the next call tries
-                driver.wake()
+            with contextlib.suppress(Unavailable):  # no thread: the next call tries
+                runner.wake()
 
 
 def _version_of(result: Any) -> str:

@@ -9,10 +9,10 @@ from enum import Enum
 
 from ...errors import InvalidArgument, SequenceLost
 
-__all__ = ["LIFE", "BackTo", "Event", "Life", "State", "diagram"]
+__all__ = ["TRANSITIONS", "BackTo", "Event", "Phase", "SequenceState", "diagram"]
 
 
-class State(Enum):
+class Phase(Enum):
     """Where a sequence is in its life."""
 
     FRESH = "fresh"
@@ -55,50 +55,50 @@ class Event(Enum):
     CUT = "close with something unanswered"
 
 
-def _table() -> dict[tuple[State, Event], State]:
+def _table() -> dict[tuple[Phase, Event], Phase]:
     """Return the state that follows; what is not in the table cannot happen, or is refused."""
-    table: dict[tuple[State, Event], State] = {}
+    table: dict[tuple[Phase, Event], Phase] = {}
 
-    def add(state: State, *events: Event, to: State | None = None) -> None:
+    def add(state: Phase, *events: Event, to: Phase | None = None) -> None:
         table.update(dict.fromkeys([(state, event) for event in events], to or state))
 
-    for state in (State.FRESH, State.STARTING, State.LIVE, State.DOUBTFUL):
-        doubtful = state is State.DOUBTFUL
-        add(state, Event.LEND, to=State.DOUBTFUL)
-        add(state, Event.LEND_END, to=State.DOUBTFUL_ENDED)
-        add(state, Event.SEND, to=State.STARTING if state is State.FRESH else state)
-        add(state, Event.SEND_END, to=State.DOUBTFUL_ENDING if doubtful else State.ENDING)
-    add(State.STARTING, Event.ANSWER, to=State.LIVE)
-    add(State.LIVE, Event.ANSWER)
-    add(State.ENDING, Event.ANSWER)
-    add(State.ENDING, Event.ANSWER_END, to=State.ENDED)
-    add(State.ENDED, Event.ANSWER)
-    for state in (State.STARTING, State.LIVE):
-        add(state, Event.FAIL, to=State.DOUBTFUL)
-    add(State.ENDING, Event.FAIL, to=State.DOUBTFUL_ENDING)
-    add(State.ENDED, Event.FAIL, to=State.DOUBTFUL_ENDED)
-    add(State.ENDING, Event.FAIL_END, to=State.DOUBTFUL)
-    add(State.DOUBTFUL, Event.ANSWER, Event.FAIL)
-    add(State.DOUBTFUL_ENDING, Event.ANSWER, Event.FAIL)
-    add(State.DOUBTFUL_ENDING, Event.ANSWER_END, to=State.DOUBTFUL_ENDED)
-    add(State.DOUBTFUL_ENDING, Event.FAIL_END, to=State.DOUBTFUL)
-    add(State.DOUBTFUL_ENDED, Event.ANSWER, Event.FAIL)
-    closed = (State.RECYCLED, State.COOLING)
-    for state in State:
+    for state in (Phase.FRESH, Phase.STARTING, Phase.LIVE, Phase.DOUBTFUL):
+        doubtful = state is Phase.DOUBTFUL
+        add(state, Event.LEND, to=Phase.DOUBTFUL)
+        add(state, Event.LEND_END, to=Phase.DOUBTFUL_ENDED)
+        add(state, Event.SEND, to=Phase.STARTING if state is Phase.FRESH else state)
+        add(state, Event.SEND_END, to=Phase.DOUBTFUL_ENDING if doubtful else Phase.ENDING)
+    add(Phase.STARTING, Event.ANSWER, to=Phase.LIVE)
+    add(Phase.LIVE, Event.ANSWER)
+    add(Phase.ENDING, Event.ANSWER)
+    add(Phase.ENDING, Event.ANSWER_END, to=Phase.ENDED)
+    add(Phase.ENDED, Event.ANSWER)
+    for state in (Phase.STARTING, Phase.LIVE):
+        add(state, Event.FAIL, to=Phase.DOUBTFUL)
+    add(Phase.ENDING, Event.FAIL, to=Phase.DOUBTFUL_ENDING)
+    add(Phase.ENDED, Event.FAIL, to=Phase.DOUBTFUL_ENDED)
+    add(Phase.ENDING, Event.FAIL_END, to=Phase.DOUBTFUL)
+    add(Phase.DOUBTFUL, Event.ANSWER, Event.FAIL)
+    add(Phase.DOUBTFUL_ENDING, Event.ANSWER, Event.FAIL)
+    add(Phase.DOUBTFUL_ENDING, Event.ANSWER_END, to=Phase.DOUBTFUL_ENDED)
+    add(Phase.DOUBTFUL_ENDING, Event.FAIL_END, to=Phase.DOUBTFUL)
+    add(Phase.DOUBTFUL_ENDED, Event.ANSWER, Event.FAIL)
+    closed = (Phase.RECYCLED, Phase.COOLING)
+    for state in Phase:
         if state in closed:
             continue
-        add(state, Event.FORGET, to=State.LOST)
-        certain = state in (State.FRESH, State.ENDED)
-        add(state, Event.CLOSE, to=State.RECYCLED if certain else State.COOLING)
-        if state is not State.FRESH:
-            add(state, Event.CUT, to=State.COOLING)
+        add(state, Event.FORGET, to=Phase.LOST)
+        certain = state in (Phase.FRESH, Phase.ENDED)
+        add(state, Event.CLOSE, to=Phase.RECYCLED if certain else Phase.COOLING)
+        if state is not Phase.FRESH:
+            add(state, Event.CUT, to=Phase.COOLING)
     late = (Event.ANSWER, Event.ANSWER_END, Event.FAIL, Event.FAIL_END, Event.FORGET)
-    for state in (State.LOST, *closed):
+    for state in (Phase.LOST, *closed):
         add(state, *late)  # too late to matter
     return table
 
 
-LIFE = _table()
+TRANSITIONS = _table()
 """The state that follows a state and an event."""
 
 
@@ -109,7 +109,7 @@ class BackTo(Enum):
     MANAGER = "manager"
 
 
-class Life:
+class SequenceState:
     """One sequence's way through the table, and what time says of it. Times are seconds.
 
     Args:
@@ -122,7 +122,7 @@ class Life:
     _SLACK_S = 0.5
 
     def __init__(self, name: str, idle: float, exact: bool) -> None:
-        self.state = State.FRESH
+        self.phase = Phase.FRESH
         self.unanswered = 0
         self.answered = 0
         self._name = name
@@ -143,13 +143,13 @@ class Life:
             InvalidArgument: the sequence has ended, or is closed.
             SequenceLost: Triton has forgotten it.
         """
-        if (self.state, Event.SEND) in LIFE and self.must_be_forgotten(now):
+        if (self.phase, Event.SEND) in TRANSITIONS and self.must_be_forgotten(now):
             self._go(Event.FORGET)
             raise SequenceLost(
                 f"Triton has forgotten {self._name}: nothing was sent for its idle time,"
                 f" {self._idle:g} s"
             )
-        if self.state is State.LOST:
+        if self.phase is Phase.LOST:
             raise SequenceLost(f"{self._name} is lost: open a new sequence, and send all again")
         self._go(Event.SEND_END if end else Event.SEND)
         start = not self.answered and not self.unanswered
@@ -209,7 +209,9 @@ class Life:
         """
         self.unanswered = unanswered
         self._queued_by = float("inf")
-        self.state = LIFE.get((self.state, Event.FAIL_END if end else Event.FAIL), self.state)
+        self.phase = TRANSITIONS.get(
+            (self.phase, Event.FAIL_END if end else Event.FAIL), self.phase
+        )
 
     def lose(self) -> None:
         """Its ID is ours no more."""
@@ -219,44 +221,44 @@ class Life:
         """Note that nobody uses it any more; return where its ID goes. Again: the same."""
         if not self.closed:
             self._go(Event.CUT if self.unanswered else Event.CLOSE)
-        return BackTo.STOCK if self.state is State.RECYCLED else BackTo.MANAGER
+        return BackTo.STOCK if self.phase is Phase.RECYCLED else BackTo.MANAGER
 
     @property
     def closed(self) -> bool:
         """Whether it was closed."""
-        return self.state in (State.RECYCLED, State.COOLING)
+        return self.phase in (Phase.RECYCLED, Phase.COOLING)
 
     @property
     def wants_end(self) -> bool:
         """Whether Triton may still have it, and got no END."""
-        return (self.state, Event.SEND_END) in LIFE and self.state is not State.FRESH
+        return (self.phase, Event.SEND_END) in TRANSITIONS and self.phase is not Phase.FRESH
 
     def must_be_forgotten(self, now: float) -> bool:
         """Whether Triton has certainly forgotten it by now."""
-        if self.state is State.LOST:
+        if self.phase is Phase.LOST:
             return True
         known = self._exact and self.answered > 0 and not self.unanswered
         return known and now > self._queued_by + self._idle + self._SLACK_S
 
     def _go(self, event: Event) -> None:
-        to = LIFE.get((self.state, event))
+        to = TRANSITIONS.get((self.phase, event))
         if to is None:
             raise InvalidArgument(f"{self._name} takes no more requests: open a new one")
-        self.state = to
+        self.phase = to
 
 
 def diagram() -> str:
     """Return the table as a state diagram in Mermaid's language."""
-    names = {state: state.name.lower() for state in State}
+    names = {state: state.name.lower() for state in Phase}
     lines = ["stateDiagram-v2", "    [*] --> fresh"]
-    for state in State:
+    for state in Phase:
         lines.append(f"    {names[state]}: {state.value}")
-    ways: dict[tuple[State, State], list[str]] = {}
-    for (state, event), to in LIFE.items():
-        as_closed = event is Event.CUT and LIFE[state, Event.CLOSE] is to
+    ways: dict[tuple[Phase, Phase], list[str]] = {}
+    for (state, event), to in TRANSITIONS.items():
+        as_closed = event is Event.CUT and TRANSITIONS[state, Event.CLOSE] is to
         if state is not to and not as_closed:
             ways.setdefault((state, to), []).append(event.value)
     for (state, to), events in ways.items():
         lines.append(f"    {names[state]} --> {names[to]}: {' / '.join(events)}")
-    lines += [f"    {names[state]} --> [*]" for state in (State.RECYCLED, State.COOLING)]
+    lines += [f"    {names[state]} --> [*]" for state in (Phase.RECYCLED, Phase.COOLING)]
     return "\n".join(lines) + "\n"

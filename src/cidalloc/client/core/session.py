@@ -26,21 +26,21 @@ from ...errors import (
     SessionUnknown,
     Unavailable,
 )
-from .effects import Event, Flow, Idle
-from .id_cache import ENDED, MOST_AHEAD, Stock, need_ms
+from .effects import Flow, Idle, Reply
+from .id_cache import ENDED, MAX_AHEAD, IdCache, need_ms
 from .lease import NEVER, Lease, runs
-from .model_info import Models
+from .model_info import ModelCache
 
-__all__ = ["Session", "Taken"]
+__all__ = ["Acquired", "Session"]
 
 _log = logging.getLogger("cidalloc.client")
 
-_LEAN_S = 10.0  # take nothing ahead for so long when the manager had no more
+_PREFETCH_BACK_OFF_S = 10.0  # take nothing ahead for so long when the manager had no more
 _MOST_AT_ONCE = 1000  # IDs in one DELETE
 _ASK_S = 60.0  # for how long a model is asked that is not there
 
 
-class Taken(list[int]):
+class Acquired(list[int]):
     """IDs on their way to the application, and of which of the client's sessions they are."""
 
     epoch = -1
@@ -56,20 +56,20 @@ class Session(Lease):
         label: str,
         timeout: float,
         rng: random.Random,
-        ahead: int = MOST_AHEAD,
+        ahead: int = MAX_AHEAD,
     ) -> None:
         super().__init__(ttl=ttl, label=label, timeout=timeout, rng=rng)
         self.ahead = ahead
-        self.stock = Stock(ahead=ahead)
-        self.models = Models()
+        self.cache = IdCache(ahead=ahead)
+        self.models = ModelCache()
         self.announced_ms = 0  # for how long its IDs cool if the session expires
         self._announcing_ms = 0  # the same, in a NEW whose answer is not there yet
         self.default_ms = 0  # what the manager takes if nothing is said
-        self.wants = False  # the keeper has something to do
+        self.wants = False  # the heartbeat has something to do
         self._seq = 0
         self._doubtful = False  # the outcome of a change is not known
         self._lost: set[int] = set()  # IDs in use when their session was lost
-        self._lean_until = NEVER
+        self._prefetch_after = NEVER
         self._trim_at = NEVER
         self._chunk = _MOST_AT_ONCE
         self._pool: range | None = None
@@ -80,12 +80,12 @@ class Session(Lease):
 
     def _begin(self, cooldown_ms: int, default_ms: int) -> None:
         self.default_ms = default_ms
-        self.stock = Stock(cooldown_ms / 1000, self.ahead)
+        self.cache = IdCache(cooldown_ms / 1000, self.ahead)
         self._trim_at = self.now
 
     def _drop(self) -> None:
-        self._lost |= self.stock.used
-        self.stock = Stock(ahead=self.ahead)
+        self._lost |= self.cache.used
+        self.cache = IdCache(ahead=self.ahead)
         self._seq = self.announced_ms = 0
         self._doubtful = False
         self._pool = None
@@ -98,25 +98,25 @@ class Session(Lease):
         Args:
             need_ms: for how long it must cool if we die; as long as the manager says without it.
         """
-        if self.now >= self.fence or self.closed:
+        if self.now >= self.lease_deadline or self.closed:
             return 0
         if (self.default_ms if need_ms is None else need_ms) > self.announced_ms:
             return 0
-        stock, cid = self.stock, 0
-        hungry = stock.hungry
+        cache, cid = self.cache, 0
+        needs_refill = cache.needs_refill
         try:
-            cid = stock.take(self.now)
-            if stock.hungry and not hungry:
+            cid = cache.take(self.now)
+            if cache.needs_refill and not needs_refill:
                 self.wants = True
             return cid
         except BaseException:
-            stock.untake((cid,))
+            cache.take_back((cid,))
             raise
 
-    def untake(self, taken: Taken, error: BaseException) -> None:
+    def take_back(self, taken: Acquired, error: BaseException) -> None:
         """Take back what an exception kept from reaching the application."""
         if taken.epoch == self.epoch:
-            self.stock.untake(taken)
+            self.cache.take_back(taken)
         taken.clear()
         if not isinstance(error, CidError):
             self._doubtful = True  # it came from anywhere: an ID may be in no place at all
@@ -141,27 +141,29 @@ class Session(Lease):
             self._lost -= lost
             others = "; no other was given back" if len(lost) < len(cids) else ""
             raise SessionExpired(f"{_some(lost)} had been lost: {self.lost_why}{others}")
-        self.stock.check_used(cids)
+        self.cache.check_used(cids)
         if cooldown_ms == ENDED:
             for cid in cids:
                 self.recycle(cid, self.now)
             return
-        self.stock.give_back(cids, self.default_ms if cooldown_ms is None else cooldown_ms)
+        self.cache.give_back(cids, self.default_ms if cooldown_ms is None else cooldown_ms)
         self.wants = True
 
     def recycle(self, cid: int, now: float) -> bool:
         """Take back an ID whose sequence was ended; False if it is none that is used."""
-        found = self.stock.recycle(cid, now)
-        if self.stock.leaving:
+        found = self.cache.recycle(cid, now)
+        if self.cache.leaving:
             self.wants = True
         return found
 
-    def give_from(self, epoch: int, cid: int, cooldown_ms: int) -> None:
+    def release_from(self, epoch: int, cid: int, cooldown_ms: int) -> None:
         """Take back the ID of a sequence. If it was lost meanwhile, nothing is left to do."""
         if self._has(epoch, cid):
             self.give([cid], cooldown_ms)
 
-    def give_unended(self, epoch: int, cid: int, model: str, idle: float, timeout: float) -> None:
+    def release_unended(
+        self, epoch: int, cid: int, model: str, idle: float, timeout: float
+    ) -> None:
         """Take back the ID of a sequence without END, on a model that may have been loaded anew.
 
         Args:
@@ -172,12 +174,12 @@ class Session(Lease):
             timeout: seconds that a request may have taken.
         """
         if self._has(epoch, cid):
-            self.stock.ask(cid, model, idle, timeout)
+            self.cache.ask(cid, model, idle, timeout)
             self._ask_until = self.now + _ASK_S
             self.wants = True
 
     def _has(self, epoch: int, cid: int) -> bool:
-        if epoch == self.epoch and not self.closed and cid in self.stock.used:
+        if epoch == self.epoch and not self.closed and cid in self.cache.used:
             return True
         self._lost.discard(cid)
         return False
@@ -192,14 +194,16 @@ class Session(Lease):
         """
         if self.closed:
             raise InvalidArgument("the client of this sequence is closed")
-        if epoch != self.epoch or cid not in self.stock.used:
+        if epoch != self.epoch or cid not in self.cache.used:
             raise SequenceLost(f"ID {cid} was lost: {self.lost_why}")
-        if self.now >= self.fence:
+        if self.now >= self.lease_deadline:
             raise SessionExpired(self._expired())
 
     # ---- Flows
 
-    def acquire(self, count: int, need_ms: int | None, deadline: float, taken: Taken) -> Flow[None]:
+    def acquire(
+        self, count: int, need_ms: int | None, deadline: float, taken: Acquired
+    ) -> Flow[None]:
         """Put so many IDs into ``taken``, which are from now on used.
 
         `take` says what ``need_ms`` is. Whoever called puts back what it cannot hand on.
@@ -210,11 +214,11 @@ class Session(Lease):
         while True:
             self.check_open()
             try:
-                if not self.opened or self.now >= self.fence:
+                if not self.opened or self.now >= self.lease_deadline:
                     yield from self._in_turn(self._establish(deadline), deadline)
                 need = self.default_ms if need_ms is None else need_ms
-                enough = self.stock.ready(self.now, count) >= count
-                if enough and need <= self.announced_ms and self.now < self.fence:
+                enough = self.cache.ready(self.now, count) >= count
+                if enough and need <= self.announced_ms and self.now < self.lease_deadline:
                     taken.epoch = self.epoch
                     for _ in range(count):
                         taken.append(self.take(need))
@@ -240,7 +244,7 @@ class Session(Lease):
                     yield from self._renew(deadline)
                     yield from self._check_models(deadline)
                 else:
-                    yield from self._in_turn(self._tend(deadline), deadline)
+                    yield from self._in_turn(self._maintain(deadline), deadline)
                 tries = 0
             except CidError as error:
                 tries += 1
@@ -254,17 +258,21 @@ class Session(Lease):
     def flush(self, deadline: float) -> Flow[None]:
         """Give back what is leaving, so that others may see it gone."""
         tries = 0
-        if self.opened and self.now < self.fence and self.stock.asking:
+        if self.opened and self.now < self.lease_deadline and self.cache.asking:
             with contextlib.suppress(CidError):  # a model may be away, which is no matter here
                 yield from self._in_turn(self._give_back(deadline), deadline)
-        while self.opened and self.now < self.fence and (self.stock.leaving or self.stock.sent):
+        while (
+            self.opened
+            and self.now < self.lease_deadline
+            and (self.cache.leaving or self.cache.sent)
+        ):
             try:
                 yield from self._in_turn(self._give_back(deadline), deadline)
             except CidError as error:
                 tries += 1
                 yield from self._recover(error, tries, deadline)
 
-    def read(self, operation: Operation, deadline: float) -> Flow[Event]:
+    def read(self, operation: Operation, deadline: float) -> Flow[Reply]:
         """Ask the manager something that changes nothing."""
         yield from self.flush(deadline)
         tries = 0
@@ -315,17 +323,17 @@ class Session(Lease):
 
     def _shut(self) -> None:
         if not self.closed:
-            stock = self.stock
-            left = stock.used or stock.leaving or stock.sent or stock.asking
+            cache = self.cache
+            left = cache.used or cache.leaving or cache.sent or cache.asking
             self._all_ended = not (left or self._doubtful)
-            self.stock = Stock()
+            self.cache = IdCache()
             self.closed = True
             self.version += 1
 
     def _close(self, deadline: float) -> Flow[None]:
-        stock, tries = self.stock, 0
+        cache, tries = self.cache, 0
         try:
-            if self.now < self.fence and (stock.leaving or stock.sent or stock.asking):
+            if self.now < self.lease_deadline and (cache.leaving or cache.sent or cache.asking):
                 yield from self._in_turn(self._give_back(deadline), deadline)
         except CidError as error:
             _log.info("%r: could not give back IDs before closing: %s", self, error)
@@ -348,7 +356,7 @@ class Session(Lease):
 
     def _change(
         self, operation: Operation, deadline: float, cids: Iterable[int] = (), **more: Any
-    ) -> Flow[Event]:
+    ) -> Flow[Reply]:
         """Send one change of the session; it is our turn, and no doubt is left of one before.
 
         Whoever called notes what the answer has changed, and that no doubt is left then.
@@ -363,19 +371,19 @@ class Session(Lease):
             certain = error.answered or isinstance(error, InvalidArgument)
             if epoch == self.epoch and certain and not isinstance(error, Repeated):
                 self._doubtful = False
-                self.stock.unsend()
+                self.cache.requeue()
             raise
         return event
 
     def _fetch(self, count: int, need_ms: int, deadline: float) -> Flow[None]:
         """Get what lacks of ``count`` IDs and some ahead, and have ``need_ms`` announced."""
         yield from self._reconcile(deadline)
-        ready = self.stock.ready(self.now, count) if count else 0
+        ready = self.cache.ready(self.now, count) if count else 0
         lacking = max(0, count - ready)
         if lacking <= 0 and count > 0:
             yield from self._announce(need_ms, deadline)
             return  # if it is not for that, somebody else was faster
-        ahead = self.stock.plan(self.now, ready) if self.now >= self._lean_until else 0
+        ahead = self.cache.plan(self.now, ready) if self.now >= self._prefetch_after else 0
         while lacking + ahead > 0:
             wanted, need = lacking + ahead, max(need_ms, self.announced_ms)
             self._announcing_ms = need
@@ -384,7 +392,7 @@ class Session(Lease):
                     Operation.NEW, deadline, count=wanted, cooldown_ms=need
                 )
             except (Exhausted, LimitExceeded):
-                self._lean_until = self.now + _LEAN_S
+                self._prefetch_after = self.now + _PREFETCH_BACK_OFF_S
                 if not (ahead and lacking):
                     raise
                 ahead = 0
@@ -395,7 +403,7 @@ class Session(Lease):
                 raise ProtocolError(f"asked for {wanted} IDs, got {len(cids)}")
             self._lost.difference_update(cids)
             self.announced_ms = need
-            self.stock.refill(cids)
+            self.cache.refill(cids)
             self._doubtful = False
             self.version += 1
             return
@@ -409,20 +417,20 @@ class Session(Lease):
 
     def _check_models(self, deadline: float) -> Flow[None]:
         """See whether models with new sequences were loaded anew, and now keep them for longer."""
-        for model, timeout in list(self.models.unsure.items()):
+        for model, timeout in list(self.models.to_check.items()):
             try:
                 target = yield from self.models.look(model, self.now, self._limit(deadline))
             except Unavailable:
                 continue
             except CidError:
                 target = None  # it may not be read any more, or keeps no sequences
-            self.models.unsure.pop(model, None)
+            self.models.to_check.pop(model, None)
             if target is not None:
                 yield from self._announce(need_ms(target.idle_s, timeout), deadline)
 
     def _ask_models(self, deadline: float) -> Flow[None]:
         """Find out for how long IDs have to cool that came back without END, and let them leave."""
-        for model in list(self.stock.asking):
+        for model in list(self.cache.asking):
             try:
                 target = yield from self.models.look(model, self.now, self._limit(deadline))
                 idle = target.idle_s
@@ -432,26 +440,26 @@ class Session(Lease):
                 idle = 0.0  # it is not served any more: what was known will do
             except CidError:
                 idle = 0.0  # it may not be read any more, or keeps no sequences
-            self.stock.asked(model, idle)
+            self.cache.asked(model, idle)
 
-    def _tend(self, deadline: float) -> Flow[None]:
-        """What the keeper does but for renewing."""
+    def _maintain(self, deadline: float) -> Flow[None]:
+        """What the heartbeat does but for renewing."""
         if self.now >= self._trim_at:
-            self._trim_at = self.stock.trim(self.now)
+            self._trim_at = self.cache.trim(self.now)
         yield from self._give_back(deadline)
-        if self.stock.hungry:
-            self.stock.hungry = False
-            if self.now >= self._lean_until:
+        if self.cache.needs_refill:
+            self.cache.needs_refill = False
+            if self.now >= self._prefetch_after:
                 yield from self._fetch(0, self.announced_ms, deadline)
 
     def _due(self) -> float:
-        """Return when the keeper has to do something next."""
+        """Return when the heartbeat has to do something next."""
         if not self.opened:
             return float("inf")
-        stock = self.stock
-        hungry = stock.hungry and self.now >= self._lean_until
-        work = self._doubtful or stock.leaving or stock.asking or hungry
-        if work and self.now < self.fence:
+        cache = self.cache
+        needs_refill = cache.needs_refill and self.now >= self._prefetch_after
+        work = self._doubtful or cache.leaving or cache.asking or needs_refill
+        if work and self.now < self.lease_deadline:
             return self._retry_at
         return max(min(self._renew_at, self._trim_at), self._retry_at)
 
@@ -462,9 +470,9 @@ class Session(Lease):
         self._seq += 1
         event = yield from self._once(Operation.HELD, deadline, seq=self._seq)
         held = set(event.output.tolist())
-        if held - self.stock.known():  # so it was a NEW, and what it announced holds
+        if held - self.cache.known():  # so it was a NEW, and what it announced holds
             self.announced_ms = max(self.announced_ms, self._announcing_ms)
-        lost = self.stock.settle(held)
+        lost = self.cache.settle(held)
         self._lost -= held  # if they were ours once, they are so again
         if lost:
             self.lost_why = "the manager does not count it among the session's"
@@ -476,13 +484,13 @@ class Session(Lease):
     def _give_back(self, deadline: float) -> Flow[None]:
         while True:
             yield from self._reconcile(deadline)
-            cids = self.stock.send(self._chunk)
+            cids = self.cache.send(self._chunk)
             if not cids:
-                if not self.stock.asking:
+                if not self.cache.asking:
                     return
                 yield from self._ask_models(deadline)
                 continue
-            cooldown_ms = self.stock.sent_cooldown
+            cooldown_ms = self.cache.sent_cooldown
             how: dict[str, Any] = {"ended": True}
             if cooldown_ms != ENDED:
                 how = {"cooldown_ms": cooldown_ms}
@@ -492,13 +500,13 @@ class Session(Lease):
                 self._chunk = max(1, len(cids) // 8)
                 if len(cids) == 1:  # so it is the cooldown that is too long
                     _log.error("%r: %s stays ours until we close: %s", self, cids[0], error)
-                    self.stock.keep(cids[0], cooldown_ms)
+                    self.cache.keep(cids[0], cooldown_ms)
                     self._chunk = _MOST_AT_ONCE
                 continue
             except (NotHeld, NotOwner, OutOfRange):
                 self._doubtful = True  # we are wrong about what we hold
                 continue
-            self.stock.sent = []
+            self.cache.sent = []
             self._doubtful = False
             self.version += 1
 

@@ -14,12 +14,12 @@ from ...codes import Operation
 from ...errors import CidError
 from ...protocol import MODEL, IDs, as_ids
 from ..core.client import Base, Fallback, several, whole
-from ..core.fork_guard import Process, caller
-from ..core.id_cache import MOST_AHEAD
+from ..core.fork_guard import ProcessIdentity, caller
+from ..core.id_cache import MAX_AHEAD
 from ..core.sequence import HURRY_S
-from ..core.session import Taken
+from ..core.session import Acquired
 from ..core.transport import boottime
-from .runner import SyncDriver
+from .runner import Runner
 from .sequence import Sequence
 from .transport import Transport, connect
 
@@ -45,11 +45,13 @@ _hooked: object = None  # the process in which multiprocessing closes them, whic
 def _close_at_exit(client: Client) -> None:
     global _hooked
     _open.add(client)
-    if "multiprocessing.util" in sys.modules and _hooked is not Process.here:  # as in its children
+    if (
+        "multiprocessing.util" in sys.modules and _hooked is not ProcessIdentity.current
+    ):  # as in its children
         from multiprocessing import parent_process, util
 
         if parent_process() is not None:
-            _hooked = Process.here
+            _hooked = ProcessIdentity.current
             util.Finalize(None, _close_all, exitpriority=100)
 
 
@@ -95,19 +97,19 @@ class Client(Base):
         timeout: float = 10.0,
         headers: Mapping[str, str] | None = None,
         transport: Transport | None = None,
-        ahead: int = MOST_AHEAD,
+        ahead: int = MAX_AHEAD,
         fallback: Fallback = None,
         **options: Any,
     ) -> None:
         transport = transport or connect(url, headers, options)
         super().__init__(model, ttl, label, timeout, ahead, fallback, transport, caller())
-        self._driver = SyncDriver(self._session, transport, model)
-        self._lock = self._driver.lock
+        self._runner = Runner(self._session, transport, model)
+        self._lock = self._runner.lock
         self._clock = transport.now
         _close_at_exit(self)
 
     def _abandon(self) -> None:
-        self._driver.abandon()
+        self._runner.abandon()
 
     def __enter__(self) -> Client:
         self._check_home()
@@ -133,11 +135,11 @@ class Client(Base):
 
     def _close(self, patience: float) -> None:
         try:
-            self._driver.finish_all()
-            self._driver.run(lambda: self._session.close(self._clock() + patience))
+            self._runner.finish_all()
+            self._runner.run(lambda: self._session.close(self._clock() + patience))
         finally:
             if self._session.closed:  # if it was broken off before, closing again goes on
-                self._driver.close()
+                self._runner.close()
 
     def acquire(self) -> int:
         """Return an ID that nobody else has. The usual call needs no round trip.
@@ -145,7 +147,7 @@ class Client(Base):
         Raises:
             Exhausted: the pool cannot give one now.
         """
-        if self._home is not Process.here:
+        if self._home is not ProcessIdentity.current:
             self._check_home()
         session, cid = self._session, 0
         try:
@@ -154,12 +156,12 @@ class Client(Base):
                 cid = session.take()
             if cid:
                 if session.wants:
-                    self._driver.wake()
+                    self._runner.wake()
                 return cid
         except BaseException as error:  # out of a signal handler, say, or no thread can be started
-            taken = Taken([cid] if cid else [])
+            taken = Acquired([cid] if cid else [])
             taken.epoch = session.epoch
-            self._driver.untake(taken, error)
+            self._runner.take_back(taken, error)
             raise
         return int(self._run_acquire(1)[0])
 
@@ -191,7 +193,7 @@ class Client(Base):
             OutOfRange: no ID at all.
             SessionExpired: it was lost with its session; it is the manager's already.
         """
-        if self._home is not Process.here:
+        if self._home is not ProcessIdentity.current:
             self._check_home()
         session = self._session
         if ended and type(cid) is int and not session.closed:
@@ -199,7 +201,7 @@ class Client(Base):
                 done = session.recycle(cid, self._clock())
             if done:
                 if session.wants:
-                    self._driver.wake()
+                    self._runner.wake()
                 return
         self.release_many([cid], ended=ended, cooldown=cooldown)
 
@@ -219,7 +221,7 @@ class Client(Base):
                 self._session.now = self._clock()
                 self._give(found, bool(ended), cooldown)
         finally:
-            self._driver.wake()
+            self._runner.wake()
 
     def active(self) -> int:
         """Return how many IDs are held, by all clients; those in their stocks count."""
@@ -236,7 +238,7 @@ class Client(Base):
     def status(self) -> dict[str, Any]:
         """Return how the manager is: its pool, its sessions, what it did. See the protocol."""
         self._check_home()
-        return self._driver.run(lambda: self._session.status(self._deadline()))
+        return self._runner.run(lambda: self._session.status(self._deadline()))
 
     def sequence(
         self,
@@ -267,33 +269,33 @@ class Client(Base):
             Exhausted: the pool cannot give an ID now.
         """
         self._check_home()
-        taken = Taken()
+        taken = Acquired()
         try:
-            self._driver.start()
-            plan = self._driver.run(
+            self._runner.start()
+            plan = self._runner.run(
                 lambda: self._begin_sequence(model, timeout, cooldown, check, farewell, taken)
             )
             if self._session.wants:
-                self._driver.wake()
-            return Sequence(self._driver, plan, streaming, farewell, self, caller())
+                self._runner.wake()
+            return Sequence(self._runner, plan, streaming, farewell, self, caller())
         except BaseException as error:
-            self._driver.untake(taken, error)
+            self._runner.take_back(taken, error)
             raise
 
     def _run_acquire(self, count: int) -> IDs:
         self._check_home()
-        taken = Taken()
+        taken = Acquired()
         try:
-            self._driver.start()
-            self._driver.run(lambda: self._acquire(count, taken))
+            self._runner.start()
+            self._runner.run(lambda: self._acquire(count, taken))
             if self._session.wants:
-                self._driver.wake()
+                self._runner.wake()
             return as_ids(taken)
         except BaseException as error:
-            self._driver.untake(taken, error)
+            self._runner.take_back(taken, error)
             raise
 
     def _number(self, operation: Operation) -> int:
         self._check_home()
-        event = self._driver.run(lambda: self._session.read(operation, self._deadline()))
+        event = self._runner.run(lambda: self._session.read(operation, self._deadline()))
         return int(event.output[0])

@@ -14,31 +14,31 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from ...errors import CidError
-from ..core.effects import Config, Effect, Event, Flow, Idle
-from ..core.runner import DAY_S, LOOK_S, Driver
-from ..core.sequence import Talk
+from ..core.effects import Config, Effect, Flow, Idle, Reply
+from ..core.runner import DAY_S, LOOK_S, RunnerBase
+from ..core.sequence import SequenceCore
 from ..core.session import Session
 from .threads import spawn
 from .transport import Transport
 
-__all__ = ["SyncDriver"]
+__all__ = ["Runner"]
 
 T = TypeVar("T")
 
-_KEEPER_S = 2.0  # for what the keeper has just sent
+_HEARTBEAT_JOIN_S = 2.0  # for what the heartbeat has just sent
 _REST_S = 1.0  # for how long the watch's thread waits for more to look at
 
 
-class SyncDriver(Driver):
-    """Runs flows of a session in the threads that call, and its keeper in one of its own."""
+class Runner(RunnerBase):
+    """Runs flows of a session in the threads that call, and its heartbeat in one of its own."""
 
     def __init__(self, session: Session, transport: Transport, model: str) -> None:
         super().__init__(session, model, transport.now)
         self.transport = transport
         self.future: Callable[[], Future[Any]] = Future
         self._changed = threading.Condition(self.lock)
-        self._keeper: threading.Thread | None = None
-        self._dropped: deque[Talk] = deque()
+        self._heartbeat: threading.Thread | None = None
+        self._dropped: deque[SequenceCore] = deque()
         # The watch rests on this queue; others put something into it, which locks nothing.
         self._rest: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._resting = False
@@ -47,7 +47,7 @@ class SyncDriver(Driver):
     def run(self, flow: Callable[[], Flow[T]]) -> T:
         """Run a flow to its end and return its value."""
         session = self.session
-        event: Event | None = None
+        event: Reply | None = None
         with self.lock:
             session.now = self.now()
             steps = flow()
@@ -60,7 +60,7 @@ class SyncDriver(Driver):
                         self._changed.wait(min(max(left, 0.0), DAY_S))
                 if isinstance(effect, Idle):
                     self._finish_dropped()
-                    event = Event()
+                    event = Reply()
                 else:
                     event = self._perform(effect)
         except StopIteration as stop:
@@ -72,51 +72,51 @@ class SyncDriver(Driver):
                 self._changed.notify_all()
 
     def start(self) -> None:
-        """Start the keeper, if it does not run yet.
+        """Start the heartbeat, if it does not run yet.
 
         Raises:
             Unavailable: the system refuses its thread.
         """
-        if self._keeper is None:
+        if self._heartbeat is None:
             with self.lock:
-                if self._keeper is None and not self.session.closed:
-                    self._keeper = spawn(self._keep, name="cidalloc-client")
+                if self._heartbeat is None and not self.session.closed:
+                    self._heartbeat = spawn(self._keep, name="cidalloc-client")
 
     def wake(self) -> None:
-        """Tell the keeper that there is something to do."""
+        """Tell the heartbeat that there is something to do."""
         self.start()
         with self.lock:
             self.session.wants = False
             self._changed.notify_all()
 
-    def watch(self, talk: Talk) -> None:
+    def watch(self, core: SequenceCore) -> None:
         """Look at a sequence every now and then, until nothing of it is on its way any more."""
-        self._watched[talk] = None
+        self._watched[core] = None
         if self._watcher is None:
             with self.lock:
                 if self._watcher is None:
                     self._watcher = spawn(self._keep_watch, name="cidalloc-watch")
         self._wake_watch()
 
-    def drop(self, talk: Talk) -> None:
+    def drop(self, core: SequenceCore) -> None:
         """End a sequence whose handle was collected as garbage, which happens anywhere.
 
         So it takes no lock that somebody has, be it this very thread.
         """
-        talk.dropped = True
-        self._dropped.append(talk)
+        core.dropped = True
+        self._dropped.append(core)
         self._poke()
 
     def abandon(self) -> None:
-        """Let the keeper close the session and the connections: nobody has the client."""
+        """Let the heartbeat close the session and the connections: nobody has the client."""
         self.session.abandoned = True
         self._poke()
 
     def close(self) -> None:
-        """Close the connections, after the keeper, which ends when its session is closed."""
+        """Close the connections, after the heartbeat, which ends when its session is closed."""
         self._wake_watch()
-        if self._keeper is not None and self._keeper is not threading.current_thread():
-            self._keeper.join(_KEEPER_S)
+        if self._heartbeat is not None and self._heartbeat is not threading.current_thread():
+            self._heartbeat.join(_HEARTBEAT_JOIN_S)
         self.transport.close()
 
     def _keep(self) -> None:
@@ -134,9 +134,9 @@ class SyncDriver(Driver):
 
     def _finish_dropped(self) -> None:
         while self._dropped:
-            talk = self._dropped.popleft()
-            if not talk.on_way:  # else the watch ends it
-                talk.finish()
+            core = self._dropped.popleft()
+            if not core.on_way:  # else the watch ends it
+                core.finish()
 
     def _keep_watch(self) -> None:
         while True:
@@ -164,13 +164,13 @@ class SyncDriver(Driver):
     def _notify(self) -> None:
         self._changed.notify_all()
 
-    def _perform(self, effect: Effect) -> Event:
+    def _perform(self, effect: Effect) -> Reply:
         try:
             if isinstance(effect, Config):
                 config = self.transport.model_config(effect.model, effect.timeout)
-                return Event(config=config)
+                return Reply(config=config)
             assert not isinstance(effect, Idle)
             output, detail = self.transport.call(self.model, effect.request, effect.timeout)
-            return Event(output, detail)
+            return Reply(output, detail)
         except CidError as error:
-            return Event(error=error)
+            return Reply(error=error)

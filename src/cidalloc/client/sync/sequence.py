@@ -8,16 +8,16 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
 
-from ..core.handle import Handle
-from ..core.sequence import HURRY_S, Plan, Talk
-from .runner import SyncDriver
+from ..core.handle import SequenceHandle
+from ..core.sequence import HURRY_S, Plan, SequenceCore
+from .runner import Runner
 
 __all__ = ["Sequence"]
 
 _log = logging.getLogger("cidalloc.client")
 
 
-class Sequence(Handle):
+class Sequence(SequenceHandle):
     """A sequence with an ID of its own; made by `Client.sequence`, used with ``with``.
 
     START goes with the first request. The ID goes back when END was answered with success, nothing
@@ -30,17 +30,17 @@ class Sequence(Handle):
 
     def __init__(
         self,
-        driver: SyncDriver,
+        runner: Runner,
         plan: Plan,
         streaming: bool,
         farewell: list[Any] | None,
         client: object,
         opened_at: tuple[str, int],
     ) -> None:
-        super().__init__(driver, plan.target.name, opened_at)
+        super().__init__(runner, plan.target.name, opened_at)
         self._client = client  # which would be closed if nobody had it any more
-        self._transport = driver.transport
-        self._talk = Talk(driver, plan, streaming, farewell)
+        self._transport = runner.transport
+        self._core = SequenceCore(runner, plan, streaming, farewell)
 
     def infer(self, inputs: list[Any], *, end: bool = False, **options: Any) -> Any:
         """Send a request and return its result.
@@ -62,15 +62,15 @@ class Sequence(Handle):
             tritonclient.utils.InferenceServerException: what else Triton answered.
         """
         self._check_home()
-        talk = self._begun
-        request = talk.request(inputs, end, options)
+        core = self._begun
+        request = core.request(inputs, end, options)
         try:
-            if not talk.enter(request):
+            if not core.enter(request):
                 return request.future.result()
-            result = self._transport.infer(talk.limit, self._model, inputs, **request.options)
-            talk.over(request, result, None)
+            result = self._transport.infer(core.limit, self._model, inputs, **request.options)
+            core.over(request, result, None)
         except BaseException as error:
-            meant = talk.over(request, None, error)
+            meant = core.over(request, None, error)
             assert meant is not None
             raise meant from meant.__cause__
         return result
@@ -86,8 +86,8 @@ class Sequence(Handle):
                 ends by itself within the sequence's ``timeout`` and half a second.
         """
         self._check_home()
-        talk = self._begun
-        future: Future[Any] = talk.submit(talk.request(inputs, end, options))
+        core = self._begun
+        future: Future[Any] = core.submit(core.request(inputs, end, options))
         return future
 
     def close(self) -> None:
@@ -99,20 +99,20 @@ class Sequence(Handle):
 
     def _close(self, patience: float) -> None:
         self._check_home()
-        talk = self._begun
+        core = self._begun
         try:
-            if talk.wants_farewell():
-                assert talk.farewell is not None
+            if core.wants_farewell():
+                assert core.farewell is not None
                 try:
-                    talk.submit(talk.request(talk.farewell, True, {})).result(patience)
+                    core.submit(core.request(core.farewell, True, {})).result(patience)
                 except (Exception, concurrent.futures.CancelledError) as error:
                     text = error or type(error).__name__
                     _log.warning("the farewell of %r failed: %s", self, text)
-            if talk.on_way:
-                patience = HURRY_S if talk.abandoned else patience
-                concurrent.futures.wait(talk.unanswered(), patience)
+            if core.on_way:
+                patience = HURRY_S if core.abandoned else patience
+                concurrent.futures.wait(core.unanswered(), patience)
         finally:
-            talk.finish()
+            core.finish()
 
     def __enter__(self) -> Sequence:
         return self
