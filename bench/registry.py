@@ -19,7 +19,7 @@ import numpy as np
 
 from cidalloc.manager.registry import Registry
 from cidalloc.manager.settings import Settings
-from cidalloc.manager.storage.file import Store
+from cidalloc.manager.storage.file import Storage
 from cidalloc.manager.storage.file_format import Kind, Shape
 
 BOOT = b"b" * 16
@@ -56,7 +56,7 @@ def token(n: int) -> bytes:
 
 def fill(path: Path, ids: int, block: int) -> None:
     """Make a file in which one session holds so many IDs."""
-    store = Store.open(path, Shape(1, ids + 1000, block), boot=BOOT)
+    store = Storage.open(path, Shape(1, ids + 1000, block), boot=BOOT)
     registry = Registry(settings(ids + 1000), 0, store, BOOT)
     registry.open(token(1), 0, ttl_ms=10**6)
     for seq, start in enumerate(range(0, ids, 10**6), 1):
@@ -70,13 +70,13 @@ def reopening(folder: Path, ids: int, block: int) -> str:
     fill(path, ids, block)
 
     def reopen() -> None:
-        store = Store.open(path, None, boot=BOOT)
+        store = Storage.open(path, None, boot=BOOT)
         registry = Registry(settings(ids + 1000), 0, store, BOOT)
         assert registry.pool.active == ids
         registry.close()
 
     def scan() -> None:
-        store = Store.open(path, None, boot=BOOT)
+        store = Storage.open(path, None, boot=BOOT)
         words = np.frombuffer(memoryview(store.blocks), np.uint64)
         words[: (ids // block + 2) * 4].max()
         store.close()

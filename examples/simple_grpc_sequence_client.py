@@ -37,8 +37,8 @@ def main():
     ):
         for step, value in enumerate(values):
             end = step == len(values) - 1
-            sums["first"].append(send(triton, value, first.flags(end=end)))  # cidalloc
-            sums["second"].append(send(triton, -value, second.flags(end=end)))  # cidalloc
+            sums["first"].append(send(triton, value, first.infer_kwargs(end=end)))  # cidalloc
+            sums["second"].append(send(triton, -value, second.infer_kwargs(end=end)))  # cidalloc
 
     total = 0
     for step, value in enumerate(values):

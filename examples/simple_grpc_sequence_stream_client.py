@@ -38,8 +38,8 @@ def main():
         triton.start_stream(lambda result, error: answers.put((result, error)))
         for step, value in enumerate(values):
             end = step == len(values) - 1
-            send(triton, value, f"first {step}", first.flags(end=end))  # cidalloc
-            send(triton, -value, f"second {step}", second.flags(end=end))  # cidalloc
+            send(triton, value, f"first {step}", first.infer_kwargs(end=end))  # cidalloc
+            send(triton, -value, f"second {step}", second.infer_kwargs(end=end))  # cidalloc
         sums = {}
         for _ in range(2 * len(values)):
             result, error = answers.get(timeout=30)

@@ -134,7 +134,7 @@ class Files:
             except CidError:
                 after = bytearray(self.path.read_bytes())
                 for each in (after, content):  # who writes it is noted
-                    each[Word.PID * 8 : Word.CLAIMANT * 8] = b""
+                    each[Word.PID * 8 : Word.REQUESTER * 8] = b""
                 assert after == content, "a file that was refused was written to"
                 return
             registry._check()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from cidalloc.errors import Exhausted
 from cidalloc.manager.registry import Registry
 from cidalloc.manager.settings import Settings
-from cidalloc.manager.storage.file import Store
+from cidalloc.manager.storage.file import Storage
 from cidalloc.manager.storage.file_format import Shape, Word
 
 BOOT, NEXT_BOOT, LAST_BOOT = (bytes([n]) * 16 for n in (1, 2, 3))
@@ -37,7 +37,7 @@ def token(name: str) -> bytes:
 
 def reopen(path: Path, shape: Shape, now: int, boot: bytes = BOOT) -> Registry:
     """As `Registry.in_file`, but for any shape."""
-    store = Store.open(path, shape, boot=boot)
+    store = Storage.open(path, shape, boot=boot)
     try:
         return Registry(settings(shape), now, store, boot)
     except BaseException:
@@ -148,7 +148,7 @@ def judge(state: Facts, before: Facts, after: Facts, under_way: dict[int, int]) 
 
 def judge_reboot(path: Path, shape: Shape, state: Facts, boot: bytes = NEXT_BOOT) -> None:
     """Check what another boot of the machine makes of a file of which no store was lost."""
-    store = Store.look(path)
+    store = Storage.look(path)
     ready = store.ready_blocks * shape.block
     horizon = store.header[Word.HORIZON]
     now = 7

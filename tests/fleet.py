@@ -151,9 +151,9 @@ class Node:
         finally:
             if not self._keeping and session.opened:
                 self._keeping = True
-                self.fleet.at(self.fleet.now, lambda: self.run(session.keep()))
-            if session.version != seen or session.wants:
-                session.wants = False
+                self.fleet.at(self.fleet.now, lambda: self.run(session.heartbeat()))
+            if session.version != seen or session.needs_maintenance:
+                session.needs_maintenance = False
                 waiting, self.waiting = self.waiting, {}
                 for wake in waiting:
                     wake(Reply())

@@ -100,7 +100,7 @@ class World:
     def keep(self, session: Session, until: float) -> None:
         """Run the heartbeat up to a time."""
         session.now = self.now
-        flow = session.keep()
+        flow = session.heartbeat()
         effect = next(flow)
         while True:
             if isinstance(effect, Idle) and effect.until > until:

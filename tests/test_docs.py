@@ -25,7 +25,7 @@ from cidalloc.codes import Code, Operation
 from cidalloc.devserver.triton_server import TritonServer
 from cidalloc.manager.settings import Settings
 from cidalloc.manager.storage.file import writer_of
-from cidalloc.manager.takeover import Holder
+from cidalloc.manager.takeover import RegistryHolder
 from cidalloc.triton_model import export
 
 ROOT = Path(__file__).parent.parent
@@ -99,7 +99,7 @@ def test_shell(page: Path, triton: TritonServer, tmp_path: Path) -> None:
     for block in blocks(page, "sh"):
         if "repository/models" in block or "serve\n" in block:
             continue  # tests of their own
-        Holder(settings, "it", lambda: 0).close()
+        RegistryHolder(settings, "it", lambda: 0).close()
         script = re.sub(r"/path/to/model_repository|/models\b(?!/)", f"{tmp_path}/models", block)
         script = script.replace("/var/lib/cidalloc", f"{tmp_path}/state")
         script = re.sub(r"\bFILE\b", str(file), script).replace("--capacity N", "--capacity 99")

@@ -82,7 +82,7 @@ CALLS: Calls = {
     "release": lambda cids, _: cids.release(cids.held().tolist()[0]),
     "release ended": lambda cids, _: cids.release(cids.held().tolist()[0], ended=True),
     "sequence": lambda cids, _: cids.sequence("model"),
-    "flags": lambda _, sequence: sequence.flags(),
+    "flags": lambda _, sequence: sequence.infer_kwargs(),
     "infer": lambda _, sequence: sequence.infer([]),
     "infer END": lambda _, sequence: sequence.infer([], end=True),
     "async_infer": lambda _, sequence: sequence.async_infer([]),

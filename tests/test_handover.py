@@ -16,10 +16,10 @@ import pytest
 from cidalloc.errors import InvalidArgument, RegistryLocked, RegistryMismatch, Unavailable
 from cidalloc.manager import takeover as handover
 from cidalloc.manager.settings import Settings
-from cidalloc.manager.storage.file import Claim, writer_of
+from cidalloc.manager.storage.file import TakeoverRequest, writer_of
 from cidalloc.manager.storage.file_format import GRANULE, Word
 from cidalloc.manager.storage.file_lock import process_id
-from cidalloc.manager.takeover import Holder, boot_id
+from cidalloc.manager.takeover import RegistryHolder, boot_id
 
 
 class Clock:
@@ -46,11 +46,11 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "m.cidalloc"
 
 
-def holder(values: Settings, clock: Clock, **how: Any) -> Holder:
-    return Holder(values, "m", clock, **how)
+def holder(values: Settings, clock: Clock, **how: Any) -> RegistryHolder:
+    return RegistryHolder(values, "m", clock, **how)
 
 
-def away(holder: Holder, words: str) -> None:
+def away(holder: RegistryHolder, words: str) -> None:
     with pytest.raises(Unavailable, match=f"{words}.*; try again"):
         holder.registry()
 
@@ -65,10 +65,10 @@ def gone() -> int:
 
 OTHER = """if True:
     import sys, time
-    from cidalloc.manager.takeover import Holder
+    from cidalloc.manager.takeover import RegistryHolder
     from cidalloc.manager.settings import Settings
     values = Settings(first=10, capacity=50, state=sys.argv[1], fresh=True)
-    holder = Holder(values, "m", lambda: 1_000)
+    holder = RegistryHolder(values, "m", lambda: 1_000)
     print("waits" if holder.waits else "has it", flush=True)
     while holder.waits:
         holder.poll()
@@ -101,8 +101,8 @@ def test_the_boot_has_a_name() -> None:
 
 
 def test_a_registry_in_memory_needs_no_handover(clock: Clock) -> None:
-    one = Holder(Settings(first=10, capacity=5, fresh=True), "m", clock)
-    two = Holder(Settings(first=10, capacity=5, fresh=True), "m", clock)
+    one = RegistryHolder(Settings(first=10, capacity=5, fresh=True), "m", clock)
+    two = RegistryHolder(Settings(first=10, capacity=5, fresh=True), "m", clock)
     for each in (one, two):
         each.poll()
         assert not each.waits
@@ -208,7 +208,7 @@ def test_a_process_of_another_server_is_refused(values: Settings, clock: Clock) 
     old = holder(values, clock)
     with pytest.raises(RegistryLocked, match=f"process {os.getpid()} writes .*state folder"):
         holder(values, clock, server=gone())
-    assert old.registry().store.claimed_by() == 0, "and leaves no wish behind"
+    assert old.registry().store.takeover_requested_by() == 0, "and leaves no wish behind"
     old.poll()
     assert old.registry().pool.active == 0
 
@@ -224,7 +224,7 @@ def test_a_process_of_a_dead_server_is_waited_for(values: Settings, clock: Clock
 
 def test_a_strangers_wish_is_none_of_ours(values: Settings, clock: Clock, path: Path) -> None:
     old = holder(values, clock, server=gone())
-    claim = Claim(path)
+    claim = TakeoverRequest(path)
     claim.make()
     old.poll()
     assert old.registry().pool.active == 0, "we still have our own server"
@@ -259,7 +259,7 @@ def test_trouble_with_the_file_is_told(
 
 def test_a_folder_that_is_not_there_is_made(tmp_path: Path, clock: Clock) -> None:
     folder = tmp_path / "not" / "there"
-    Holder(Settings(state=str(folder), fresh=True), "m", clock).close()
+    RegistryHolder(Settings(state=str(folder), fresh=True), "m", clock).close()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert [path.name for path in folder.iterdir()] == ["m.cidalloc"]
 
@@ -268,16 +268,16 @@ def test_a_folder_that_cannot_be_made(clock: Clock) -> None:
     folder = "/proc/cidalloc/state"
     words = f"state folder {folder}: .*'install -d -m 700 .*{folder}'.*model -o --state FOLDER"
     with pytest.raises(InvalidArgument, match=words):
-        Holder(Settings(state=folder, fresh=True), "m", clock)
+        RegistryHolder(Settings(state=folder, fresh=True), "m", clock)
 
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes namespaces")
 HOLD = """
 import sys, time
-from cidalloc.manager.takeover import Holder
+from cidalloc.manager.takeover import RegistryHolder
 from cidalloc.manager.settings import Settings
 values = Settings(first=10, capacity=50, state=sys.argv[1], fresh=True)
-holder = Holder(values, "m", lambda: 1_000)
+holder = RegistryHolder(values, "m", lambda: 1_000)
 print("has it", flush=True)
 sys.stdin.readline()
 """
@@ -287,7 +287,9 @@ sys.stdin.readline()
 @pytest.mark.parametrize("there", [False, True])
 def test_a_file_system_that_is_read_only(tmp_path: Path, clock: Clock, there: bool) -> None:
     if there:
-        Holder(Settings(first=10, capacity=50, state=str(tmp_path), fresh=True), "m", clock).close()
+        RegistryHolder(
+            Settings(first=10, capacity=50, state=str(tmp_path), fresh=True), "m", clock
+        ).close()
     mount = f"mount --bind {tmp_path} {tmp_path} && mount -o remount,ro,bind {tmp_path}"
     command = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh"]
     command += [sys.executable, "-c", HOLD, str(tmp_path)]
@@ -303,7 +305,7 @@ def test_a_boot_that_cannot_be_told(
         (tmp_path / "strange").write_text("not a boot")
         monkeypatch.setattr(handover, "_BOOT_ID", file)
         with pytest.raises(InvalidArgument, match=f"cannot read {file}.*--no-state"):
-            Holder(values, "m", clock)
+            RegistryHolder(values, "m", clock)
 
 
 @needs_root
@@ -377,10 +379,10 @@ def test_one_that_died_while_it_waited_is_forgotten(
     command = [sys.executable, "-c", OTHER, values.state]
     with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as other:
         assert said(other) == "waits"
-        assert mine.registry().store.claimed_by() == process_id(os.getpid())
+        assert mine.registry().store.takeover_requested_by() == process_id(os.getpid())
         other.kill()
         other.wait()
-    assert mine.registry().store.claimed_by() == 0
+    assert mine.registry().store.takeover_requested_by() == 0
     mine.poll()
     assert mine.registry().pool.active == 0
 
@@ -411,11 +413,11 @@ def test_a_process_that_has_ended_is_gone_also_before_anybody_looked() -> None:
 
 def test_a_wrong_setting_shows_before_the_old_one_lets_go(tmp_path: Path) -> None:
     values = Settings(first=1, capacity=100, fresh=True, state=str(tmp_path))
-    old = Holder(values, "it", lambda: 0, server=7)
+    old = RegistryHolder(values, "it", lambda: 0, server=7)
     old.registry().store.header[Word.SERVER] = 7
     wrong = Settings(first=1, capacity=200, fresh=True, state=str(tmp_path))
     with pytest.raises(RegistryMismatch, match="capacity=100"):
-        Holder(wrong, "it", lambda: 0, server=7)
+        RegistryHolder(wrong, "it", lambda: 0, server=7)
     old.poll()
     assert old.registry().acquire(1, 0).tolist() == [1], "it goes on"
     old.close()
@@ -424,7 +426,9 @@ def test_a_wrong_setting_shows_before_the_old_one_lets_go(tmp_path: Path) -> Non
 def test_of_two_that_wait_the_first_comes_first_and_the_last_one_has_it(tmp_path: Path) -> None:
     values = Settings(first=1, capacity=100, fresh=True, state=str(tmp_path))
     server = process_id(os.getppid())
-    first, second, third = (Holder(values, "it", lambda: 0, server=server) for _ in range(3))
+    first, second, third = (
+        RegistryHolder(values, "it", lambda: 0, server=server) for _ in range(3)
+    )
     assert second.waits and third.waits
     first.poll()
     third.poll()

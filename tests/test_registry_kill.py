@@ -24,7 +24,7 @@ from killed_child import SETTINGS, SHAPE, clock
 
 from cidalloc.errors import Exhausted
 from cidalloc.manager.registry import Registry
-from cidalloc.manager.storage.file import Store
+from cidalloc.manager.storage.file import Storage
 
 KILLS = int(os.environ.get("CIDALLOC_KILLS", "240"))
 SEED = int(os.environ.get("CIDALLOC_SEED", time.time_ns() % 10**6))
@@ -272,7 +272,7 @@ def test_killed_at_any_moment(killed: Killed, tmp_path: Path) -> None:
         if random.Random(-seed).random() < 1 / A_FILE:
             path, model, files = tmp_path / f"{seed}", Model(), files + 1
             if seed % 2:
-                Store.open(path, SHAPE, boot=BOOT).close()
+                Storage.open(path, SHAPE, boot=BOOT).close()
         try:
             under_way = killed.run(path, seed, model)
             amid += under_way is not None

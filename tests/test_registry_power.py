@@ -21,7 +21,7 @@ from disk import Disk
 
 from cidalloc.errors import Exhausted, SessionUnknown, Unavailable
 from cidalloc.manager.registry import Registry
-from cidalloc.manager.storage.file import Store
+from cidalloc.manager.storage.file import Storage
 from cidalloc.manager.storage.file_format import Shape, Word
 
 CUTS = int(os.environ.get("CIDALLOC_CUTS", "120"))
@@ -42,7 +42,7 @@ class World:
         self.sessions: dict[str, list[int]] = {}
         self.cooldowns: dict[str, int] = {}
         self.path = path
-        Store.open(path, SHAPE, boot=self.boot).close()
+        Storage.open(path, SHAPE, boot=self.boot).close()
         self.disk = Disk(path, chance)
         monkeypatch.setattr(os, "fsync", self.disk.sync)
         self.registry = self.opened()
@@ -137,7 +137,7 @@ class World:
 
 def surviving(path: Path) -> tuple[set[int], int]:
     """Return the IDs whose records say that they are held without a session; and the ready ones."""
-    store = Store.look(path)
+    store = Storage.look(path)
     rows = memoryview(store.rows)
     found = set()
     for at in range(1, SHAPE.capacity + 1):
@@ -251,7 +251,7 @@ def test_a_disk_that_fails_while_the_file_grows(
             raise OSError(errno.EIO, "it failed")
         fsync(fd)
 
-    Store.open(path, SHAPE, boot=BOOT).close()
+    Storage.open(path, SHAPE, boot=BOOT).close()
     registry = Registry.in_file(path, SETTINGS, 0, BOOT)
     registry.open(token("a"), 0, ttl_ms=TTL)
     registry.acquire(30, 0, token=token("a"), seq=1)

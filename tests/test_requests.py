@@ -205,7 +205,7 @@ def test_a_cancelled_sequence(
 
             async def work() -> None:
                 streaming, farewell = way == "stream", one(way, 7)
-                async with cids.sequence("slow", streaming=streaming, farewell=farewell) as it:
+                async with cids.sequence("slow", streaming=streaming, end_inputs=farewell) as it:
                     seen.append(it.cid)
                     await it.infer(one(way))
                     if within == "a request":
@@ -234,7 +234,7 @@ def test_a_time_limit_around_a_sequence(server: TritonServer, log: Path) -> None
         begin = slow_models.lines(log)
 
         async def work() -> None:
-            async with cids, cids.sequence("slow", farewell=one("grpc", 7)) as sequence:
+            async with cids, cids.sequence("slow", end_inputs=one("grpc", 7)) as sequence:
                 seen.append(sequence.cid)
                 while True:
                     await sequence.infer(one("grpc"))
@@ -801,7 +801,8 @@ with Client(sys.argv[1]) as cids:
     print("up", flush=True)
     while True:
         streaming = sys.argv[2] == "stream"
-        with cids.sequence("quick", streaming=streaming, farewell=count_up(module, 0)) as sequence:
+        end = count_up(module, 0)
+        with cids.sequence("quick", streaming=streaming, end_inputs=end) as sequence:
             for _ in range(5):
                 sequence.infer(count_up(module))
 """

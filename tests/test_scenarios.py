@@ -166,7 +166,7 @@ def test_equal_names_and_arguments(one: type, other: type) -> None:
         theirs = inspect.signature(public(other)[name]).parameters
         assert list(ours.values()) == list(theirs.values()), name
         waits = inspect.iscoroutinefunction(public(other)[name])
-        assert waits or name in ("sequence", "held", "flags", "async_infer"), name
+        assert waits or name in ("sequence", "held", "flags", "infer_kwargs", "async_infer"), name
     ours, theirs = (dict(inspect.signature(kind).parameters) for kind in (Client, AsyncClient))
     assert ours.pop("transport").name == theirs.pop("transport").name
     assert ours == theirs
@@ -306,7 +306,7 @@ def test_a_farewell(real: Way, error: type[Exception] | None) -> None:
     async def scenario() -> None:
         async with real.client() as cids:
             try:
-                async with cids.sequence(MODEL, farewell=real.send(0)) as sequence:
+                async with cids.sequence(MODEL, end_inputs=real.send(0)) as sequence:
                     await sequence.infer(real.send(5))
                     if error is not None:
                         raise error
@@ -322,7 +322,7 @@ def test_a_farewell_that_fails(real: Way) -> None:
 
     async def scenario() -> None:
         async with real.client() as cids:
-            async with cids.sequence(MODEL, farewell=real.bad_input()) as sequence:
+            async with cids.sequence(MODEL, end_inputs=real.bad_input()) as sequence:
                 await sequence.infer(real.send(5))
             assert sequence.state == "closed, cooling"
 
@@ -403,8 +403,8 @@ def test_flags(real: Way) -> None:
 
     async def scenario() -> None:
         async with real.client() as cids, cids.sequence(MODEL) as sequence:
-            assert total(own.infer(MODEL, real.send(2), **sequence.flags())) == 2
-            assert total(own.infer(MODEL, real.send(2), **sequence.flags(end=True))) == 4
+            assert total(own.infer(MODEL, real.send(2), **sequence.infer_kwargs())) == 2
+            assert total(own.infer(MODEL, real.send(2), **sequence.infer_kwargs(end=True))) == 4
 
     real.run(scenario)
     own.close()

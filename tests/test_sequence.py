@@ -169,7 +169,7 @@ def test_inputs_that_tritonclient_cannot_send(
     assert total(sequence.infer(tuple(send(kind, 4)))) == 4  # type: ignore[arg-type]
     assert cooldown_of(sequence, monkeypatch) != ENDED
     with pytest.raises(errors.InvalidArgument, match="InferInput"):
-        cids.sequence(MODEL, farewell=["no input"])
+        cids.sequence(MODEL, end_inputs=["no input"])
 
 
 def test_flags_for_ones_own_client(
@@ -179,13 +179,13 @@ def test_flags_for_ones_own_client(
     module = tritonclient.http if kind == "http" else tritonclient.grpc
     port = triton.http_port if kind == "http" else triton.grpc_port
     own = module.InferenceServerClient(f"127.0.0.1:{port}")
-    assert total(own.infer(MODEL, send(kind, 2), **sequence.flags())) == 2
-    assert total(own.infer(MODEL, send(kind, 2), **sequence.flags())) == 4
-    assert total(own.infer(MODEL, send(kind, 2), **sequence.flags(end=True))) == 6
+    assert total(own.infer(MODEL, send(kind, 2), **sequence.infer_kwargs())) == 2
+    assert total(own.infer(MODEL, send(kind, 2), **sequence.infer_kwargs())) == 4
+    assert total(own.infer(MODEL, send(kind, 2), **sequence.infer_kwargs(end=True))) == 6
     own.close()
     assert cooldown_of(sequence, monkeypatch) != ENDED
     with pytest.raises(errors.InvalidArgument, match="no more"):
-        sequence.flags()
+        sequence.infer_kwargs()
 
 
 def bad_input(kind: str) -> list[Any]:
@@ -335,22 +335,31 @@ def test_a_farewell(cids: Client, kind: str, error: type[Exception] | None) -> N
     streaming = kind == "stream"
     expected = pytest.raises(error) if error else contextlib.nullcontext()
     farewell = send(kind, 5)
-    with expected, cids.sequence(MODEL, streaming=streaming, farewell=farewell) as sequence:
+    with expected, cids.sequence(MODEL, streaming=streaming, end_inputs=farewell) as sequence:
         sequence.infer(send(kind, 1))
         if error:
             raise error
     assert sequence.state == "closed, recycled"
 
 
+def test_the_former_names(cids: Client, kind: str) -> None:
+    streaming = kind == "stream"
+    with cids.sequence(MODEL, streaming=streaming, farewell=send(kind, 5)) as sequence:
+        sequence.infer(send(kind, 1))
+    assert sequence.state == "closed, recycled"
+    with cids.sequence(MODEL) as sequence:
+        assert sequence.flags(end=True)["sequence_end"]
+
+
 def test_no_farewell_without_need(cids: Client, kind: str) -> None:
     farewell = send(kind, 5)
-    with cids.sequence(MODEL, streaming=kind == "stream", farewell=farewell) as sequence:
+    with cids.sequence(MODEL, streaming=kind == "stream", end_inputs=farewell) as sequence:
         pass
     assert sequence.state == "closed, recycled"
-    with cids.sequence(MODEL, streaming=kind == "stream", farewell=farewell) as sequence:
+    with cids.sequence(MODEL, streaming=kind == "stream", end_inputs=farewell) as sequence:
         assert total(sequence.infer(send(kind, 1), end=True)) == 1
     assert sequence.state == "closed, recycled"
-    with cids.sequence(MODEL, streaming=kind == "stream", farewell=bad_input(kind)) as sequence:
+    with cids.sequence(MODEL, streaming=kind == "stream", end_inputs=bad_input(kind)) as sequence:
         sequence.infer(send(kind, 1))
     assert sequence.state == "closed, cooling"
 
@@ -379,7 +388,7 @@ def test_a_cooldown_of_ones_own_is_never_shorter(
 ) -> None:
     for own, expected in ((1.0, 5_000), (30.0, 30_000)):
         sequence = cids.sequence(MODEL, cooldown=own, timeout=2.0)
-        sequence.flags()
+        sequence.infer_kwargs()
         assert cooldown_of(sequence, monkeypatch) == expected + 2_000
         monkeypatch.undo()
 

@@ -72,7 +72,7 @@ def test_the_stock_grows_with_demand(world: World, session: Session) -> None:
             world.acquire(session)
         world.keep(session, world.now + 0.001)
     assert len(world.operations()) < 40
-    assert session.cache.goal > 50
+    assert session.cache.target_size > 50
 
 
 def test_a_stock_that_nobody_needs_goes_back(world: World, session: Session) -> None:
@@ -307,7 +307,7 @@ def test_a_lost_id_among_others_gives_none_back(world: World, session: Session) 
         session._lost.add(lost)
         with pytest.raises(errors.SessionExpired, match="no other was given back"):
             world.release(session, lost, *others, cooldown_ms=60_000)
-        assert live in session.cache.used and not session.cache.leaving
+        assert live in session.cache.used and not session.cache.to_release
     world.release(session, live, cooldown_ms=60_000)
 
 
@@ -625,7 +625,7 @@ def test_closing_says_ended_only_if_nothing_is_left(
             with pytest.raises(errors.Unavailable):
                 world.run(session, session._give_back(world.now + 1))
         if left == "in doubt":
-            session.cache.sent = []
+            session.cache.releasing = []
     world.run(session, session.close(world.now + 10))
     (request,) = [each for each in world.sent if each.operation is Operation.CLOSE]
     assert request.parameters["ended"] is False

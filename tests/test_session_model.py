@@ -171,8 +171,8 @@ class Clients(RuleBasedStateMachine):
     def an_id_is_in_one_place(self) -> None:
         for session in self.sessions:
             cache = session.cache
-            places = [cache.used, cache.fresh, [cid for _, cid in cache.cooling], cache.sent]
-            places += cache.leaving.values()
+            places = [cache.used, cache.fresh, [cid for _, cid in cache.cooling], cache.releasing]
+            places += cache.to_release.values()
             assert sum(len(place) for place in places) == len(cache.known())
 
     @rule(who=CLIENTS)

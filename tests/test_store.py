@@ -33,7 +33,7 @@ from cidalloc.errors import (
 from cidalloc.manager._sessions import Sessions
 from cidalloc.manager.registry import Registry
 from cidalloc.manager.settings import Settings
-from cidalloc.manager.storage.file import Claim, Store, writer_of
+from cidalloc.manager.storage.file import Storage, TakeoverRequest, writer_of
 from cidalloc.manager.storage.file_format import GRANULE, Kind, Shape, Word, extents_of
 from cidalloc.manager.storage.file_lock import process_id
 
@@ -41,7 +41,7 @@ PER = GRANULE // 32  # blocks in a granule
 BOOT = b"this boot of it!"
 VALUES = Settings(first=10, capacity=50, fresh=True)
 SHAPE = Shape(10, 50, 1)
-NOTES = slice(Word.PID * 8, Word.CLAIMANT * 8)  # who writes it: no part of what is refused
+NOTES = slice(Word.PID * 8, Word.REQUESTER * 8)  # who writes it: no part of what is refused
 
 
 def opened(path: Path, values: Settings = VALUES, now: int = 0, boot: bytes = BOOT) -> Registry:
@@ -135,7 +135,7 @@ def test_a_random_place_is_within_the_pool(capacity: int) -> None:
 
 
 def test_memory_grows_too() -> None:
-    store = Store.memory(Shape(1, 10**6, 1, 100 * PER))
+    store = Storage.memory(Shape(1, 10**6, 1, 100 * PER))
     assert store.ready_blocks == store.ready_rows == 0
     with pytest.raises(ValueError, match="not within"):
         store.blocks.put_memory(len(store.blocks), 1)
@@ -149,7 +149,7 @@ def test_memory_grows_too() -> None:
     store.grow(Kind.ROWS, 1)
     assert store.ready_rows == GRANULE // 128
     store.close()
-    assert store.path is None and not store.claimed_by()
+    assert store.path is None and not store.takeover_requested_by()
 
 
 @pytest.mark.parametrize("split", [0, 1, 3, 4])
@@ -161,7 +161,7 @@ def test_a_pool_that_begins_in_the_middle_wraps_around(path: Path, split: int) -
         registry = Registry(
             Settings(first=1, capacity=capacity, fresh=True, max_anonymous=10**6),
             0,
-            Store.open(path, shape, boot=BOOT),
+            Storage.open(path, shape, boot=BOOT),
             BOOT,
         )
         ids += registry.acquire(capacity // 3, 0).tolist()
@@ -433,7 +433,7 @@ def test_space_that_was_never_put_to_use(used: Path) -> None:
 
 def offset_of(path: Path, kind: Kind) -> int:
     """Where the first extent of a kind begins."""
-    store = Store.look(path)
+    store = Storage.look(path)
     offset = GRANULE
     for each, granules in extents_of(store.header, None):
         if each is kind:
@@ -738,20 +738,20 @@ def test_no_file_stays_open_on_a_full_disk(disk: Disk) -> None:
 
 def test_a_claim(path: Path) -> None:
     registry = opened(path)
-    assert not registry.store.claimed_by()
-    claim, other = Claim(path), Claim(path)
-    assert not registry.store.claimed_by(), "not made yet"
+    assert not registry.store.takeover_requested_by()
+    claim, other = TakeoverRequest(path), TakeoverRequest(path)
+    assert not registry.store.takeover_requested_by(), "not made yet"
     claim.make()
     other.make()
-    assert registry.store.claimed_by() == process_id(os.getppid())
+    assert registry.store.takeover_requested_by() == process_id(os.getppid())
     other.close()
-    assert registry.store.claimed_by()
+    assert registry.store.takeover_requested_by()
     claim.close()
-    assert not registry.store.claimed_by()
+    assert not registry.store.takeover_requested_by()
 
 
 def test_a_forked_child_does_not_keep_a_claim(path: Path) -> None:
-    registry, claim = opened(path), Claim(path)
+    registry, claim = opened(path), TakeoverRequest(path)
     claim.make()
     pid = os.fork()
     if pid == 0:
@@ -759,7 +759,7 @@ def test_a_forked_child_does_not_keep_a_claim(path: Path) -> None:
         os._exit(0)
     try:
         claim.close()
-        assert not registry.store.claimed_by()
+        assert not registry.store.takeover_requested_by()
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -853,14 +853,14 @@ def test_a_file_that_cannot_be_mapped_loses_nothing(
     values = Settings(first=1, capacity=10**6, fresh=True)
     registry = opened(tmp_path / "it", values)
     first = registry.acquire(5, 0)
-    grow, broken = Store._put, [True]
+    grow, broken = Storage._put, [True]
 
-    def put(store: Store, *arguments: Any) -> None:
+    def put(store: Storage, *arguments: Any) -> None:
         if broken[0]:
             raise OSError(12, "Cannot allocate memory")
         grow(store, *arguments)
 
-    monkeypatch.setattr(Store, "_put", put)
+    monkeypatch.setattr(Storage, "_put", put)
     with pytest.raises(Unavailable, match="Cannot allocate memory"):
         registry.store.grow(Kind.BLOCKS, 10**5)
     broken[0] = False

@@ -45,8 +45,9 @@ def commands(url: str, folder: Path) -> list[list[str]]:
     export(folder / "others", Settings(first=1, capacity=9, fresh=True))
     file = f"{folder}/it.cidalloc"
     made = "from cidalloc.manager.settings import Settings\n"
-    made += "from cidalloc.manager.takeover import Holder\n"
-    made += "Holder(Settings(first=1, capacity=9, state=%r, fresh=True), 'it', lambda: 0).close()"
+    made += "from cidalloc.manager.takeover import RegistryHolder\n"
+    made += "values = Settings(first=1, capacity=9, state=%r, fresh=True)\n"
+    made += "RegistryHolder(values, 'it', lambda: 0).close()"
     subprocess.run([sys.executable, "-c", made % str(folder)], check=True)
     return [
         ["--help"],

@@ -12,7 +12,7 @@ from cidalloc import cli
 from cidalloc.errors import InvalidArgument, RegistryCorrupt, RegistryLocked, RegistryMismatch
 from cidalloc.manager.registry import Registry
 from cidalloc.manager.settings import Settings
-from cidalloc.manager.storage.file import Store
+from cidalloc.manager.storage.file import Storage
 from cidalloc.manager.storage.file_format import Shape
 from cidalloc.manager.storage.resize import upgrade
 from cidalloc.manager.takeover import boot_id
@@ -31,7 +31,7 @@ def settings(capacity: int) -> Settings:
 def test_what_is_held_stays_held(tmp_path: Path, block: int, split: int, used: float) -> None:
     path, capacity = tmp_path / "it", 5_001 * block - block // 2
     shape = Shape(100, capacity, block, split)
-    registry = Registry(settings(capacity), 0, Store.open(path, shape, boot=BOOT), BOOT)
+    registry = Registry(settings(capacity), 0, Storage.open(path, shape, boot=BOOT), BOOT)
     grant = registry.open(TOKEN, 0, ttl_ms=60_000, label="it")
     ids = registry.acquire(int(capacity * used), 0, token=TOKEN, seq=1)
     registry.release(ids[::3].copy(), 10, token=TOKEN, seq=2, ended=True)
@@ -43,7 +43,7 @@ def test_what_is_held_stays_held(tmp_path: Path, block: int, split: int, used: f
     assert upgrade(path, more) == Shape(100, more, block, split)
     with pytest.raises(RegistryMismatch, match="capacity"):
         Registry.in_file(path, settings(capacity), 20, BOOT)
-    registry = Registry(settings(more), 20, Store.open(path, None, boot=BOOT), BOOT)
+    registry = Registry(settings(more), 20, Storage.open(path, None, boot=BOOT), BOOT)
     registry._check()
     assert registry.uuid == name
     assert registry.renew(TOKEN, 20) == grant

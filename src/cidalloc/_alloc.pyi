@@ -23,7 +23,7 @@ class Allocator:
         holders: Buffer | None = None,
         latest: SupportsIndex = 9223372036854775807,
         reuse_at: SupportsIndex | None = None,
-        moving: bool = False,
+        live_snapshot: bool = False,
     ) -> Allocator: ...
     @staticmethod
     def buffer_size(capacity: SupportsIndex, block: SupportsIndex | None = None) -> int: ...

@@ -109,17 +109,17 @@ cdef object refusal(const Pool *pool, int code, object cid, object where=""):
 
 
 cdef int recover(
-    Pool *pool, object holders, int64_t latest, object reuse_at, bint moving
+    Pool *pool, object holders, int64_t latest, object reuse_at, bint live_snapshot
 ) except -1:
     cdef const uint8_t[::1] holds = holders
     cdef uint64_t at = 0
     cdef Past past
     past.holds, past.owners, past.latest = NULL, holds.shape[0], latest
-    past.moving = moving
+    past.live_snapshot = live_snapshot
     if past.owners:
         past.holds = &holds[0]
-    past.suspect = reuse_at is not None
-    past.reuse_at = as_time(reuse_at, "reuse_at") if past.suspect else 0
+    past.after_power_loss = reuse_at is not None
+    past.reuse_at = as_time(reuse_at, "reuse_at") if past.after_power_loss else 0
     if pool_recover(pool, &past, &at):
         raise error_for(REGISTRY_CORRUPT,
                         f"the record of ID {pool.base + (at << pool.shift)} is damaged"
@@ -158,14 +158,14 @@ cdef class Allocator:
         reuse_at: with `holders`, some of the last stores may be missing, too, as after a power cut:
             only who holds what is believed, of the owners in `holders`, and every other ID of the
             ready blocks cools until this time.
-        moving: with `holders`, the buffer is a copy that was taken while the earlier pool was at
+        live_snapshot: with `holders`, the buffer is a copy that was taken while the earlier pool was at
             work. IDs of owners that are not in `holders` are then free, and no damage.
 
     Raises `RegistryCorrupt` for a buffer that no pool leaves behind, and does not write to it then.
     """
 
     def __cinit__(self, capacity=(1 << 30) - 1, first=1, block=None, *, start=None, buffer=None,
-                  ready=None, holders=None, latest=INT64_MAX, reuse_at=None, moving=False):
+                  ready=None, holders=None, latest=INT64_MAX, reuse_at=None, live_snapshot=False):
         cdef int64_t n = as_capacity(capacity)
         cdef uint32_t shift = as_shift(block, n)
         cdef int64_t low = as_int(first, 1, INT64_MAX - (n - 1), "first")
@@ -183,7 +183,7 @@ cdef class Allocator:
         if ready is not None:
             pool_set_ready(&self.pool, as_int(ready, 0, self.pool.count, "ready"))
         if used:
-            recover(&self.pool, holders, as_time(latest, "latest"), reuse_at, moving)
+            recover(&self.pool, holders, as_time(latest, "latest"), reuse_at, live_snapshot)
         pthread_mutex_init(&self.busy, NULL)
         self.forks = forks
 

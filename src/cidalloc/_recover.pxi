@@ -14,11 +14,11 @@ cdef bint is_sound(const Pool *pool, uint64_t at, const Past *past) noexcept nog
     if (block.bump > room or block.seen > room or block.end not in (0, room)
             or block.used & ~bits(room, at << pool.shift)):
         return False
-    if past.suspect:
+    if past.after_power_loss:
         return True
     if block.reuse_at > past.latest:
         return False
-    return past.moving or not block.used or is_known(block.owner, past)
+    return past.live_snapshot or not block.used or is_known(block.owner, past)
 
 
 cdef inline bint is_known(uint32_t owner, const Past *past) noexcept nogil:
@@ -33,10 +33,10 @@ cdef int pool_recover(Pool *pool, const Past *past, uint64_t *at) noexcept nogil
         return REGISTRY_CORRUPT
     for n in range(pool.ready):
         at[0] = nth_block(pool, n)
-        if not pool.blocks[at[0]].end and not past.suspect:
+        if not pool.blocks[at[0]].end and not past.after_power_loss:
             if not is_blank(&pool.blocks[at[0]]):
                 return REGISTRY_CORRUPT
-        elif not is_sound(pool, at[0], past) or (n > opened and not past.moving):
+        elif not is_sound(pool, at[0], past) or (n > opened and not past.live_snapshot):
             return REGISTRY_CORRUPT
         else:
             opened = n + 1
@@ -54,14 +54,14 @@ cdef inline void take_over(Pool *pool, uint64_t at, const Past *past) noexcept n
     cdef uint32_t owner = block.owner
     cdef Owner *own = &pool.owners[owner]
     cdef uint64_t above = block.used >> (at << pool.shift & 63)
-    if past.suspect or past.moving:
+    if past.after_power_loss or past.live_snapshot:
         block.end = room_of(pool, at)
-        if past.suspect:
+        if past.after_power_loss:
             block.reuse_at = past.reuse_at
         keep_order()
         if not is_known(owner, past):
             above = block.used = 0
-    if above and past.suspect:
+    if above and past.after_power_loss:
         block.bump = block.end      # whatever else is in it may have been issued, and has to cool
     elif above and block.bump <= high_bit(above):
         block.bump = high_bit(above) + 1

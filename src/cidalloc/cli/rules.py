@@ -282,7 +282,7 @@ def _target(facts: Facts, name: str, config: Mapping[str, Any]) -> Iterator[Find
             "note",
             f"{name} runs Python: if it keeps something for each correlation ID and deletes it"
             " only at END, it leaks, since Triton sends it no END when a sequence goes idle",
-            "let clients use farewell=, and the model delete what is older than its idle time",
+            "let clients use end_inputs=, and the model delete what is older than its idle time",
         )
 
 

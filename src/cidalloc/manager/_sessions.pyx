@@ -11,7 +11,7 @@ opened, `life` is stored last. Its end is stored first; then its IDs go, and onl
 none of them left is the row free for another: whatever the process dies at, no ID goes to the next
 session of that number, and a session of which some IDs are gone is never open again.
 
-Leases hang on a wheel of lists, one for each tick. To renew one is to store a number: only when the
+Leases schedule on a wheel of lists, one for each tick. To renew one is to store a number: only when the
 wheel comes to the place where it hangs is it looked at, and hung up anew if it was renewed.
 """
 
@@ -61,13 +61,13 @@ cdef enum:
     ENDING = 2
     TICK = 7            # log2 of a tick in milliseconds: an expiry may be seen so much later
     LONGEST = 0x10000000000   # milliseconds: no time in a row is as long
-    SPOKES = 1 << 14    # lists on the wheel: a lease may hang for half an hour without a look
+    SLOTS = 1 << 14    # lists on the wheel: a lease may schedule for half an hour without a look
 
 cdef struct Lease:
     int64_t expires
-    uint32_t next       # on the same spoke, or the next free row; 0 ends both
+    uint32_t next       # in the same slot, or the next free row; 0 ends both
     uint32_t prev
-    uint32_t spoke      # on which it hangs
+    uint32_t slot      # of the wheel in which it is
     uint32_t chain      # the next with the same hash
 
 
@@ -101,7 +101,7 @@ cdef class Sessions:
     cdef Py_buffer memory
     cdef Row *rows          # [0] is none
     cdef Lease *leases
-    cdef uint32_t *spokes
+    cdef uint32_t *slots
     cdef uint32_t *heads    # of the chains, by hash
     cdef uint32_t mask      # heads less 1
     cdef readonly uint32_t ready
@@ -116,8 +116,8 @@ cdef class Sessions:
         got = mmap(NULL, MAX_OWNERS * sizeof(Lease), PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
         self.leases = NULL if got == MAP_FAILED else <Lease *>got
-        self.spokes = <uint32_t *>calloc(SPOKES, sizeof(uint32_t))
-        if self.leases == NULL or self.spokes == NULL:
+        self.slots = <uint32_t *>calloc(SLOTS, sizeof(uint32_t))
+        if self.leases == NULL or self.slots == NULL:
             raise MemoryError("no address space for sessions")
         self.ready = ready
         self.grow_heads(1024)
@@ -125,7 +125,7 @@ cdef class Sessions:
     def __dealloc__(self):
         if self.leases != NULL:
             munmap(self.leases, MAX_OWNERS * sizeof(Lease))
-        free(self.spokes)
+        free(self.slots)
         free(self.heads)
         PyBuffer_Release(&self.memory)
 
@@ -263,17 +263,17 @@ cdef class Sessions:
         cdef int64_t passed = now >> TICK   # ticks before this one are over
         cdef uint32_t at, following
         self.live()
-        if passed - self.tick > SPOKES:
-            self.tick = passed - SPOKES     # a full turn sees every lease
+        if passed - self.tick > SLOTS:
+            self.tick = passed - SLOTS     # a full turn sees every lease
         while self.tick < passed:
-            at = self.spokes[self.tick & (SPOKES - 1)]
+            at = self.slots[self.tick & (SLOTS - 1)]
             while at:
                 following = self.leases[at].next
                 if self.leases[at].expires >> TICK < passed:
                     return at
-                if (self.leases[at].expires ^ self.tick << TICK) >> TICK & (SPOKES - 1):
+                if (self.leases[at].expires ^ self.tick << TICK) >> TICK & (SLOTS - 1):
                     self.unhang(at)
-                    self.hang(at, self.leases[at].expires)
+                    self.schedule(at, self.leases[at].expires)
                 at = following
             self.tick += 1
         return 0
@@ -356,7 +356,7 @@ cdef class Sessions:
         return self.count
 
     cdef int start(self, uint32_t at, int64_t expires) except -1:
-        self.hang(at, expires)
+        self.schedule(at, expires)
         self.chain(at)
         return 0
 
@@ -365,14 +365,14 @@ cdef class Sessions:
 
     # ---- The wheel
 
-    cdef void hang(self, uint32_t at, int64_t expires) noexcept:
+    cdef void schedule(self, uint32_t at, int64_t expires) noexcept:
         cdef Lease *lease = &self.leases[at]
         lease.expires = expires
-        lease.spoke = max(expires >> TICK, self.tick) & (SPOKES - 1)
-        lease.prev, lease.next = 0, self.spokes[lease.spoke]
+        lease.slot = max(expires >> TICK, self.tick) & (SLOTS - 1)
+        lease.prev, lease.next = 0, self.slots[lease.slot]
         if lease.next:
             self.leases[lease.next].prev = at
-        self.spokes[lease.spoke] = at
+        self.slots[lease.slot] = at
 
     cdef void unhang(self, uint32_t at) noexcept:
         cdef Lease *lease = &self.leases[at]
@@ -381,7 +381,7 @@ cdef class Sessions:
         if lease.prev:
             self.leases[lease.prev].next = lease.next
         else:
-            self.spokes[lease.spoke] = lease.next
+            self.slots[lease.slot] = lease.next
 
     # ---- The chains: a hash table of tokens
 

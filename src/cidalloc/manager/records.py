@@ -13,7 +13,7 @@ from ..errors import Exhausted, RegistryCorrupt, Unavailable
 from ..protocol import MAX_COOLDOWN_MS, IDs
 from ._sessions import Sessions
 from .settings import Settings
-from .storage.file import Store
+from .storage.file import Storage
 from .storage.file_format import Kind, Shape, Word
 
 __all__ = ["NO_BOOT", "Records", "shape_for", "waiting_for"]
@@ -33,11 +33,11 @@ class Records:
     """
 
     def __init__(
-        self, settings: Settings, now: int, store: Store | None, boot: bytes, moving: bool
+        self, settings: Settings, now: int, store: Storage | None, boot: bytes, live_snapshot: bool
     ) -> None:
         waiting = 0
         if store is None:
-            store = Store.memory(shape_for(settings))
+            store = Storage.memory(shape_for(settings))
             store.boot, waiting = boot, waiting_for(settings)
         self.store = store
         shape, reuse_at = store.shape, None
@@ -50,9 +50,9 @@ class Records:
             # that none comes twice; then whatever a session may have had cools for long enough.
             generation = (generation | 2**32 - 1) + 1
             reuse_at = now + max(store.header[Word.HORIZON], settings.cooldown_ms)
-        suspect = reuse_at is not None
+        after_power_loss = reuse_at is not None
         try:
-            holders = Sessions.holders(store.rows, store.ready_rows, generation, suspect)
+            holders = Sessions.holders(store.rows, store.ready_rows, generation, after_power_loss)
             self.pool = Allocator(
                 shape.capacity,
                 shape.first,
@@ -63,7 +63,7 @@ class Records:
                 holders=holders,
                 latest=now + max(MAX_COOLDOWN_MS, store.header[Word.HORIZON]),
                 reuse_at=reuse_at,
-                moving=moving,
+                live_snapshot=live_snapshot,
             )
         except RegistryCorrupt as error:
             raise RegistryCorrupt(f"{store.path}: {error}") from None
@@ -73,7 +73,7 @@ class Records:
         self.uuid = store.uuid
         self._horizon: int = store.header[Word.HORIZON]
         self.ending = self.sessions.recover(holders, now, settings.grace_ms)
-        if suspect and not waiting:
+        if after_power_loss and not waiting:
             store.sync()
             store.boot = boot
 

@@ -29,7 +29,7 @@ from ..errors import (
 from ..protocol import IDs
 from .records import NO_BOOT, Records, shape_for, waiting_for
 from .settings import Settings
-from .storage.file import Store
+from .storage.file import Storage
 from .storage.file_format import Word
 
 __all__ = ["SHOWN", "Grant", "Registry"]
@@ -61,7 +61,7 @@ class Registry:
         now: the time.
         store: where the records are; in memory if it is left out.
         boot: the 16 bytes that tell this boot of the machine from others.
-        moving: the records are a copy that was taken while another process changed them.
+        live_snapshot: the records are a copy that was taken while another process changed them.
 
     Any call may raise `Forked` in a child process, and `Unavailable` after `close`.
     """
@@ -70,15 +70,15 @@ class Registry:
         self,
         settings: Settings,
         now: int,
-        store: Store | None = None,
+        store: Storage | None = None,
         boot: bytes = NO_BOOT,
-        moving: bool = False,
+        live_snapshot: bool = False,
     ) -> None:
         self.settings = settings
         self.expired = 0
         self.released: Counter[str] = Counter()
         self.acquired = 0
-        self._records = records = Records(settings, now, store, boot, moving)
+        self._records = records = Records(settings, now, store, boot, live_snapshot)
         self.store, self.pool, self.sessions = records.store, records.pool, records.sessions
         self._now = self._opened_at = now
         self._closed = False
@@ -90,9 +90,9 @@ class Registry:
     def in_file(cls, path: Path, settings: Settings, now: int, boot: bytes) -> Registry:
         """Return the registry in the file at `path`, which is made if it is not there.
 
-        Raises what `Store.open` does.
+        Raises what `Storage.open` does.
         """
-        store = Store.open(path, shape_for(settings), boot=boot, waiting_ms=waiting_for(settings))
+        store = Storage.open(path, shape_for(settings), boot=boot, waiting_ms=waiting_for(settings))
         try:
             return cls(settings, now, store, boot)
         except BaseException:
@@ -108,7 +108,7 @@ class Registry:
         that holds them were copied at different times.
         """
         for attempt in range(_LOOKS):
-            store = Store.look(path)
+            store = Storage.look(path)
             busy = store.header[Word.PID] != 0
             if busy:
                 store.header[Word.GENERATION] |= 2**32 - 1  # sessions may be opened meanwhile

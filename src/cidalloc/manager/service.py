@@ -23,7 +23,7 @@ from ..errors import CidError, InternalError, InvalidArgument, RegistryMismatch
 from ..protocol import MODEL, PROTOCOL, IDs, Request
 from .registry import SHOWN, Registry
 from .settings import Settings
-from .takeover import HEARTBEAT_S, IMPATIENCE_S, Holder
+from .takeover import OWNER_POLL_S, WAITING_POLL_S, RegistryHolder
 
 __all__ = ["Service", "boottime_ms"]
 
@@ -46,7 +46,7 @@ class Service:
         clock: returns the time in milliseconds.
         name: the manager's; its file is named by it.
 
-    Raises what `Holder` does.
+    Raises what `RegistryHolder` does.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Service:
     ) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._holder = Holder(settings, name, clock)
+        self._holder = RegistryHolder(settings, name, clock)
         self._operations: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
         self._stopped = threading.Event()
@@ -141,7 +141,7 @@ class Service:
         }
 
     def _look_after(self) -> None:
-        while not self._stopped.wait(IMPATIENCE_S if self._holder.waits else HEARTBEAT_S):
+        while not self._stopped.wait(WAITING_POLL_S if self._holder.waits else OWNER_POLL_S):
             try:
                 self.poll()
             except Exception:

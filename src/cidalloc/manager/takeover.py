@@ -18,16 +18,16 @@ from ..errors import CidError, InvalidArgument, RegistryLocked, Unavailable
 from .records import shape_for
 from .registry import Registry
 from .settings import Settings
-from .storage.file import Claim, Store, writer_of
+from .storage.file import Storage, TakeoverRequest, writer_of
 from .storage.file_lock import process_id
 
-__all__ = ["Holder", "boot_id", "server_pid"]
+__all__ = ["RegistryHolder", "boot_id", "server_pid"]
 
 _log = logging.getLogger("cidalloc.manager.takeover")
 
-HEARTBEAT_S = 0.1
-"""How often `Holder.poll` is to be called, in seconds, by a process that has the file."""
-IMPATIENCE_S = 0.005
+OWNER_POLL_S = 0.1
+"""How often `RegistryHolder.poll` is to be called, in seconds, by a process that has the file."""
+WAITING_POLL_S = 0.005
 """The same for one that waits for it."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _UNSEEN_MS = 5_000  # a process that was left over by a killed server has ended by then
@@ -63,7 +63,7 @@ def server_pid() -> int:
     return int(words[4]) if ended else parent
 
 
-class Holder:
+class RegistryHolder:
     """The registry, for as long as this process has it.
 
     Args:
@@ -72,7 +72,7 @@ class Holder:
         clock: returns the time in milliseconds.
         server: the `process_id` of our server; of the parent process if it is left out.
 
-    Raises what `Store.open` does; `RegistryLocked` only if the other one is no predecessor.
+    Raises what `Storage.open` does; `RegistryLocked` only if the other one is no predecessor.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Holder:
         self._server = process_id(os.getppid()) if server is None else server
         self._path = Path(settings.state) / f"{name}.cidalloc" if settings.state else None
         self._registry: Registry | None = None
-        self._claim: Claim | None = None
+        self._takeover_request: TakeoverRequest | None = None
         self._let_go_at: int | None = None
         self._unseen_since: int | None = None  # whoever has the file cannot be seen from here
         self._trouble = "the registry is still with the process before"
@@ -100,14 +100,14 @@ class Holder:
                 raise
             self._unseen_since = None if alive else clock()
             # What is wrong with us must show now, while the old one still has the file.
-            Store.expect(self._path, shape_for(settings))
-            self._claim = Claim(self._path)
+            Storage.expect(self._path, shape_for(settings))
+            self._takeover_request = TakeoverRequest(self._path)
             self.poll()
 
     @property
     def waits(self) -> bool:
         """Whether this process waits for the file."""
-        return self._claim is not None
+        return self._takeover_request is not None
 
     def registry(self) -> Registry:
         """Return the registry.
@@ -132,13 +132,13 @@ class Holder:
 
     def poll(self) -> None:
         """Look whether the file is to be let go, or can be had; else let time pass in it."""
-        if self._claim is not None:
+        if self._takeover_request is not None:
             # Of several that wait, only the one whose turn it is may take it.
-            if self._claim.make():
+            if self._takeover_request.make():
                 self._try_take()
         elif self._registry is not None:
-            claimant = self._registry.store.claimed_by()  # of none, if it is in memory
-            if claimant and claimant == self._server:
+            requester = self._registry.store.takeover_requested_by()  # of none, if it is in memory
+            if requester and requester == self._server:
                 _log.info("handing %s over to a newer process", self._path)
                 self._registry.close()
                 self._registry = None
@@ -149,11 +149,11 @@ class Holder:
 
     def close(self) -> None:
         """Let go of the file for good."""
-        if self._claim is not None:
-            self._claim.close()
+        if self._takeover_request is not None:
+            self._takeover_request.close()
         if self._registry is not None:
             self._registry.close()
-        self._claim = self._registry = self._let_go_at = None
+        self._takeover_request = self._registry = self._let_go_at = None
         self._trouble = "this process has ended its work"
 
     def _try_take(self) -> None:
@@ -165,15 +165,15 @@ class Holder:
             if str(error) != self._trouble:
                 _log.error("cannot take over the registry: %s", error)
             self._trouble = str(error)
-            if self._claim is not None and not isinstance(error, Unavailable):
+            if self._takeover_request is not None and not isinstance(error, Unavailable):
                 # It will not get better by waiting, and the old one may have the file again.
-                self._claim.close()
-                self._claim, self._let_go_at = None, self._clock()
+                self._takeover_request.close()
+                self._takeover_request, self._let_go_at = None, self._clock()
 
     def _take(self) -> None:
         assert self._path is not None
         self._registry = Registry.in_file(self._path, self._settings, self._clock(), boot_id())
         self._let_go_at = self._unseen_since = None
-        if self._claim is not None:
-            self._claim.close()
-            self._claim = None
+        if self._takeover_request is not None:
+            self._takeover_request.close()
+            self._takeover_request = None

@@ -18,7 +18,7 @@ from cidalloc import protocol as wire
 from cidalloc.codes import Code
 from cidalloc.errors import CidError, InvalidArgument
 from cidalloc.manager.service import Service
-from cidalloc.manager.takeover import IMPATIENCE_S, server_pid
+from cidalloc.manager.takeover import WAITING_POLL_S, server_pid
 from cidalloc.triton_model._parent_watch import end_with_parent
 from cidalloc.triton_model.config import settings_from
 from cidalloc.triton_model.metrics import Metrics
@@ -62,7 +62,7 @@ class TritonPythonModel:
         """Answer a batch of requests, each for itself."""
         now = time.monotonic()
         if now >= self._look_at:  # which costs as much as a request
-            self._look_at = now + IMPATIENCE_S
+            self._look_at = now + WAITING_POLL_S
             try:
                 self._service.poll()
             except Exception:

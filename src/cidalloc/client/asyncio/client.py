@@ -81,7 +81,7 @@ class AsyncClient(Base):
         session.now = self._clock()
         cid = session.take()
         if cid:
-            if session.wants:
+            if session.needs_maintenance:
                 self._runner.wake()
             return cid
         return int((await self._run_acquire(1))[0])
@@ -98,7 +98,7 @@ class AsyncClient(Base):
         session = self._session
         fast = ended and type(cid) is int and not session.closed
         if fast and session.recycle(cid, self._clock()):
-            if session.wants:
+            if session.needs_maintenance:
                 self._runner.wake()
             return
         await self.release_many([cid], ended=ended, cooldown=cooldown)
@@ -140,6 +140,7 @@ class AsyncClient(Base):
         timeout: float = 60.0,
         cooldown: float | None = None,
         check: bool = True,
+        end_inputs: list[Any] | None = None,
         farewell: list[Any] | None = None,
     ) -> AsyncSequence:
         """Return a sequence on ``model``, which acquires its ID when it is entered or awaited.
@@ -147,17 +148,18 @@ class AsyncClient(Base):
         The arguments, and what may go wrong then, are those of `Client.sequence`.
         """
         super()._check_home()
+        end_inputs = farewell if end_inputs is None else end_inputs
 
         async def begin(taken: Acquired) -> Plan:
             self._runner.start()
             plan = await self._runner.run(
-                lambda: self._begin_sequence(model, timeout, cooldown, check, farewell, taken)
+                lambda: self._begin_sequence(model, timeout, cooldown, check, end_inputs, taken)
             )
-            if self._session.wants:
+            if self._session.needs_maintenance:
                 self._runner.wake()
             return plan
 
-        return AsyncSequence(self._runner, model, begin, streaming, farewell, self, caller())
+        return AsyncSequence(self._runner, model, begin, streaming, end_inputs, self, caller())
 
     async def _run_acquire(self, count: int) -> IDs:
         self._check_home()
@@ -165,7 +167,7 @@ class AsyncClient(Base):
         try:
             self._runner.start()
             await self._runner.run(lambda: self._acquire(count, taken))
-            if self._session.wants:
+            if self._session.needs_maintenance:
                 self._runner.wake()
             return as_ids(taken)
         except BaseException as error:

@@ -83,7 +83,7 @@ class AsyncRunner(RunnerBase):
 
     def wake(self) -> None:
         """Tell the heartbeat that there is something to do."""
-        self.session.wants = False
+        self.session.needs_maintenance = False
         self.start()
         self._notify()
 
@@ -115,7 +115,7 @@ class AsyncRunner(RunnerBase):
 
     async def _keep(self) -> None:
         try:
-            await self.run(self.session.keep)
+            await self.run(self.session.heartbeat)
         except asyncio.CancelledError:  # the event loop ends, and nobody has closed the client
             with contextlib.suppress(CidError):
                 await self._close(HURRY_S)

@@ -33,7 +33,7 @@ class AsyncSequence(SequenceHandle):
         model: str,
         begin: Callable[[Acquired], Awaitable[Plan]],
         streaming: bool,
-        farewell: list[Any] | None,
+        end_inputs: list[Any] | None,
         client: object,
         opened_at: tuple[str, int],
     ) -> None:
@@ -41,7 +41,7 @@ class AsyncSequence(SequenceHandle):
         self._client = client  # which would be closed if nobody had it any more
         self._beginning = begin
         self._streaming = streaming
-        self._farewell = farewell
+        self._end_inputs = end_inputs
         self._closing: asyncio.Task[None] | None = None
 
     async def infer(self, inputs: list[Any], *, end: bool = False, **options: Any) -> Any:
@@ -62,7 +62,7 @@ class AsyncSequence(SequenceHandle):
         return future
 
     async def close(self) -> None:
-        """Send the farewell, wait for what is unanswered, and give the ID back.
+        """Send the end_inputs, wait for what is unanswered, and give the ID back.
 
         Closing again does nothing.
         """
@@ -79,14 +79,14 @@ class AsyncSequence(SequenceHandle):
     async def _close_once(self, patience: float) -> None:
         core = self._begun
         try:
-            if core.wants_farewell():
-                assert core.farewell is not None
+            if core.wants_end_inputs():
+                assert core.end_inputs is not None
                 try:
-                    farewell = core.submit(core.request(core.farewell, True, {}))
-                    await asyncio.wait_for(farewell, patience)
+                    end_inputs = core.submit(core.request(core.end_inputs, True, {}))
+                    await asyncio.wait_for(end_inputs, patience)
                 except (Exception, asyncio.CancelledError) as error:
                     text = error or type(error).__name__
-                    _log.warning("the farewell of %r failed: %s", self, text)
+                    _log.warning("the end_inputs of %r failed: %s", self, text)
             if core.on_way:
                 patience = HURRY_S if core.abandoned else patience
                 await asyncio.wait(core.unanswered(), timeout=patience)
@@ -102,7 +102,7 @@ class AsyncSequence(SequenceHandle):
             taken = Acquired()
             try:
                 plan = await self._beginning(taken)
-                self._core = SequenceCore(self._runner, plan, self._streaming, self._farewell)
+                self._core = SequenceCore(self._runner, plan, self._streaming, self._end_inputs)
             except BaseException as error:
                 self._runner.take_back(taken, error)
                 raise

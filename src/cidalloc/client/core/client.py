@@ -105,15 +105,15 @@ class Base(ForkGuard):
         timeout: float,
         cooldown: float | None,
         check: bool,
-        farewell: list[Any] | None,
+        end_inputs: list[Any] | None,
         taken: Acquired,
     ) -> Flow[Plan]:
         """Find out what the model needs, and get an ID that is good for it, which is ``taken``."""
         session = self._session
         session.check_open()
         timeout = seconds("timeout", timeout, DAY_S)
-        if farewell is not None:
-            check_inputs(farewell, self._transport.inputs)
+        if end_inputs is not None:
+            check_inputs(end_inputs, self._transport.inputs)
         target = yield from self._target(model, timeout, cooldown, check)
         need = need_ms(target.idle_s, timeout)
         if need > MAX_COOLDOWN_MS:

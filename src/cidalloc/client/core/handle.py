@@ -58,7 +58,7 @@ class SequenceHandle(ForkGuard):
         """Where it is in its life, in a word or two."""
         return "not begun" if self._core is None else self._core.state.phase.value
 
-    def flags(self, *, end: bool = False) -> dict[str, Any]:
+    def infer_kwargs(self, *, end: bool = False) -> dict[str, Any]:
         """Return the arguments that make a request of your own part of this sequence.
 
         They are ``sequence_id``, ``sequence_start``, ``sequence_end`` and ``timeout``. Since the
@@ -68,6 +68,8 @@ class SequenceHandle(ForkGuard):
         """
         self._check_home()
         return self._begun.lend(end)
+
+    flags = infer_kwargs  # the former name
 
     @property
     def _begun(self) -> SequenceCore:

@@ -1,9 +1,9 @@
-"""The stock: the IDs of a session within its client, so that most need no round trip.
+"""The ID cache: the IDs of a session within its client, so that most need no round trip.
 
-An ID of the session is in one place: *used* by the application; *fresh*, never used by us;
-*cooling*, ended and soon to be used again; *leaving*, to be given back; *sent*, in a request to
-give it back whose answer is not there yet; or *asking*, to be given back when it is known for how
-long it must cool. Times are seconds, and come from the caller.
+Each ID of the session is in one place: *used* by the application; *fresh*, never used by us;
+*cooling*, ended and soon usable again; *to_release*; *releasing*, in a release request without an
+answer yet; or *awaiting_model*, to be released when its cooldown is known. Times are seconds, and
+come from the caller.
 
 A signal handler may raise an exception anywhere in here. Then an ID may be in two places, used and
 where it goes to, but never in none while it is used, and never twice among those to be used again.
@@ -37,7 +37,7 @@ def need_ms(idle: float, timeout: float) -> int:
         idle: seconds after which its model forgets it.
         timeout: seconds that a request may have taken to get there.
     """
-    return math.ceil((idle + timeout) * 1000)  # never shorter than asked for
+    return math.ceil((idle + timeout) * 1000)  # never shorter than model_was_read for
 
 
 class IdCache:
@@ -50,18 +50,18 @@ class IdCache:
 
     __slots__ = (
         "ahead",
-        "asking",
+        "awaiting_model",
         "cooldown",
         "cooling",
         "fresh",
-        "goal",
-        "leaving",
-        "low",
         "needs_refill",
+        "refill_below",
         "refilled_at",
-        "sent",
-        "sent_cooldown",
+        "releasing",
+        "releasing_cooldown",
         "taken_at",
+        "target_size",
+        "to_release",
         "used",
     )
 
@@ -71,11 +71,11 @@ class IdCache:
         self.used: set[int] = set()
         self.fresh: deque[int] = deque()
         self.cooling: deque[tuple[float, int]] = deque()
-        self.leaving: dict[int, dict[int, None]] = {}  # by cooldown
-        self.asking: dict[str, dict[int, tuple[float, float]]] = {}  # by model
-        self.sent: list[int] = []
-        self.sent_cooldown = ENDED
-        self._set_goal(1)
+        self.to_release: dict[int, dict[int, None]] = {}  # by cooldown
+        self.awaiting_model: dict[str, dict[int, tuple[float, float]]] = {}  # by model
+        self.releasing: list[int] = []
+        self.releasing_cooldown = ENDED
+        self._set_target_size(1)
         self.needs_refill = False
         self.refilled_at = self.taken_at = float("-inf")
 
@@ -90,7 +90,7 @@ class IdCache:
                 cid = cooling.popleft()[1]
             elif self.fresh:
                 cid = self.fresh.popleft()
-                if len(self.fresh) < self.low:
+                if len(self.fresh) < self.refill_below:
                     self.needs_refill = True
             else:
                 return 0
@@ -114,12 +114,12 @@ class IdCache:
             if len(self.cooling) + len(self.fresh) < self.ahead:
                 self.cooling.append((now + self.cooldown, cid))
             else:
-                self._leave(cid, ENDED)
+                self._put_to_release(cid, ENDED)
         except KeyError:
             return False
         except BaseException:
             if cid not in self.known():
-                self._leave(cid, ENDED)
+                self._put_to_release(cid, ENDED)
             raise
         return True
 
@@ -151,13 +151,13 @@ class IdCache:
     def give_back(self, cids: Iterable[int], cooldown_ms: int) -> None:
         """Let used IDs leave, to cool at the manager for so long."""
         for cid in cids:
-            self._leave(cid, cooldown_ms)
+            self._put_to_release(cid, cooldown_ms)
 
-    def _leave(self, cid: int, cooldown_ms: int) -> None:
-        self.leaving.setdefault(cooldown_ms, {})[cid] = None
+    def _put_to_release(self, cid: int, cooldown_ms: int) -> None:
+        self.to_release.setdefault(cooldown_ms, {})[cid] = None
         self.used.discard(cid)
 
-    def ask(self, cid: int, model: str, idle: float, timeout: float) -> None:
+    def await_model(self, cid: int, model: str, idle: float, timeout: float) -> None:
         """Let a used ID wait until it is known for how long ``model`` keeps idle sequences now.
 
         Args:
@@ -166,14 +166,14 @@ class IdCache:
             idle: seconds, the idle time that was known.
             timeout: seconds that a request of it may have taken.
         """
-        self.asking.setdefault(model, {})[cid] = idle, timeout
+        self.awaiting_model.setdefault(model, {})[cid] = idle, timeout
         self.used.discard(cid)
 
-    def asked(self, model: str, idle: float) -> None:
+    def model_was_read(self, model: str, idle: float) -> None:
         """Let those leave that waited for the idle time of ``model``, in seconds."""
-        for cid, (known, timeout) in self.asking[model].items():
-            self._leave(cid, need_ms(max(known, idle), timeout))
-        del self.asking[model]
+        for cid, (known, timeout) in self.awaiting_model[model].items():
+            self._put_to_release(cid, need_ms(max(known, idle), timeout))
+        del self.awaiting_model[model]
 
     def refill(self, cids: Iterable[int]) -> None:
         """Add IDs that were issued to the session and that it never used."""
@@ -188,22 +188,22 @@ class IdCache:
             taken: how many of those in stock are about to be taken.
         """
         if now - self.refilled_at < _QUICK_S:
-            self._set_goal(2 * self.goal)
+            self._set_target_size(2 * self.target_size)
         self.refilled_at = now
         left = len(self.cooling) + len(self.fresh) - taken
-        return max(0, min(self.goal, self.ahead - left))
+        return max(0, min(self.target_size, self.ahead - left))
 
     def trim(self, now: float) -> float:
         """Let those leave that nobody has needed for long; return when to look again."""
-        while self.goal > 1 and now - self.refilled_at >= 2 * _STALE_S:
-            self._set_goal(self.goal // 2)
+        while self.target_size > 1 and now - self.refilled_at >= 2 * _STALE_S:
+            self._set_target_size(self.target_size // 2)
             self.refilled_at += _STALE_S
         gone: list[int] = []
         cooling = self.cooling
-        spare = len(self.fresh) + len(cooling) - self.goal
+        spare = len(self.fresh) + len(cooling) - self.target_size
         while spare > len(gone) and cooling and cooling[0][0] <= now - _STALE_S:
             gone.append(cooling.popleft()[1])
-        while now - self.refilled_at >= _STALE_S and len(self.fresh) > self.goal:
+        while now - self.refilled_at >= _STALE_S and len(self.fresh) > self.target_size:
             gone.append(self.fresh.popleft())
         if now - self.taken_at >= 2 * _STALE_S:  # nobody needs any
             gone.extend(self.fresh)
@@ -211,44 +211,44 @@ class IdCache:
             while cooling and cooling[0][0] <= now:
                 gone.append(cooling.popleft()[1])
         for cid in gone:
-            self._leave(cid, ENDED)
+            self._put_to_release(cid, ENDED)
         return now + _STALE_S
 
-    def _set_goal(self, goal: int) -> None:
-        self.goal = min(goal, self.ahead)
-        self.low = (self.goal + 1) // 2
+    def _set_target_size(self, target_size: int) -> None:
+        self.target_size = min(target_size, self.ahead)
+        self.refill_below = (self.target_size + 1) // 2
 
     # ---- Giving back
 
     def send(self, most: int) -> list[int]:
         """Choose at most so many IDs with one cooldown that leave with the next request."""
         self.requeue()
-        for cooldown_ms, cids in self.leaving.items():
-            self.sent_cooldown = cooldown_ms
-            self.sent = list(islice(cids, most))
-            self._drop_leaving(cooldown_ms, set(self.sent))
+        for cooldown_ms, cids in self.to_release.items():
+            self.releasing_cooldown = cooldown_ms
+            self.releasing = list(islice(cids, most))
+            self._drop_to_release(cooldown_ms, set(self.releasing))
             break
-        return self.sent
+        return self.releasing
 
     def requeue(self) -> None:
         """The request did nothing: these IDs have still to leave."""
-        for cid in self.sent:
-            self._leave(cid, self.sent_cooldown)
-        self.sent = []
+        for cid in self.releasing:
+            self._put_to_release(cid, self.releasing_cooldown)
+        self.releasing = []
 
     def keep(self, cid: int, cooldown_ms: int) -> None:
         """Let an ID that was to leave count as used: the manager does not take it."""
         self.used.add(cid)
-        self._drop_leaving(cooldown_ms, {cid})
+        self._drop_to_release(cooldown_ms, {cid})
 
-    def _drop_leaving(self, cooldown_ms: int, gone: set[int]) -> None:
-        rest = {cid: None for cid in self.leaving[cooldown_ms] if cid not in gone}
+    def _drop_to_release(self, cooldown_ms: int, gone: set[int]) -> None:
+        rest = {cid: None for cid in self.to_release[cooldown_ms] if cid not in gone}
         if rest:
-            self.leaving[cooldown_ms] = rest
+            self.to_release[cooldown_ms] = rest
         else:
-            del self.leaving[cooldown_ms]
+            del self.to_release[cooldown_ms]
 
-    def settle(self, held: set[int]) -> list[int]:
+    def reconcile(self, held: set[int]) -> list[int]:
         """Compare with what the manager says that the session holds, and believe it.
 
         IDs that nobody here knows were issued in an answer that was lost, so they are fresh.
@@ -257,11 +257,11 @@ class IdCache:
             The used IDs that the session does not hold: they are lost.
         """
         self.requeue()
-        for waiting in self.asking.values():
+        for waiting in self.awaiting_model.values():
             for cid in waiting.keys() - held:
                 del waiting[cid]
-        for cooldown_ms, cids in list(self.leaving.items()):
-            self._drop_leaving(cooldown_ms, cids.keys() - held)
+        for cooldown_ms, cids in list(self.to_release.items()):
+            self._drop_to_release(cooldown_ms, cids.keys() - held)
         self.fresh = deque(cid for cid in self.fresh if cid in held)
         self.cooling = deque(each for each in self.cooling if each[1] in held)
         lost = self.used - held
@@ -272,7 +272,7 @@ class IdCache:
     def known(self) -> set[int]:
         """Return all IDs, wherever they are."""
         found = self.used.union(
-            self.fresh, self.sent, *self.leaving.values(), *self.asking.values()
+            self.fresh, self.releasing, *self.to_release.values(), *self.awaiting_model.values()
         )
         found.update(cid for _, cid in self.cooling)
         return found

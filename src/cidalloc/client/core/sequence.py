@@ -122,7 +122,7 @@ class SequenceCore:
         runner: of its client.
         plan: what it begins with.
         streaming: send over a stream of its own.
-        farewell: inputs to send with END if nobody else does.
+        end_inputs: inputs to send with END if nobody else does.
 
     Raises:
         InvalidArgument: a stream, and this is HTTP.
@@ -130,13 +130,13 @@ class SequenceCore:
     """
 
     def __init__(
-        self, runner: RunnerBase, plan: Plan, streaming: bool, farewell: list[Any] | None
+        self, runner: RunnerBase, plan: Plan, streaming: bool, end_inputs: list[Any] | None
     ) -> None:
         self.plan = plan
         self.model = plan.target.name
         self.name = f"sequence {plan.cid} on {self.model}"
         self.state = SequenceState(self.name, plan.target.idle_s, plan.target.exact)
-        self.farewell = farewell
+        self.end_inputs = end_inputs
         self.dropped = False  # nobody has the handle any more
         self.on_way: dict[Request, None] = {}  # not answered yet, in the order of their times
         self._runner = runner
@@ -432,9 +432,9 @@ class SequenceCore:
 
     # ---- Closing
 
-    def wants_farewell(self) -> bool:
-        """Whether to send the farewell."""
-        if self.farewell is None or not self.state.wants_end:
+    def wants_end_inputs(self) -> bool:
+        """Whether to send the end_inputs."""
+        if self.end_inputs is None or not self.state.wants_end:
             return False
         with self._runner.lock:
             try:
@@ -493,7 +493,7 @@ class SequenceCore:
             # A server that has stopped never closes its side.
             self._cut_at = runner.now() + HURRY_S
             runner.watch(self)
-        if session.wants:
+        if session.needs_maintenance:
             with contextlib.suppress(Unavailable):  # no thread: the next call tries
                 runner.wake()
 

@@ -65,7 +65,7 @@ class Session(Lease):
         self.announced_ms = 0  # for how long its IDs cool if the session expires
         self._announcing_ms = 0  # the same, in a NEW whose answer is not there yet
         self.default_ms = 0  # what the manager takes if nothing is said
-        self.wants = False  # the heartbeat has something to do
+        self.needs_maintenance = False  # the heartbeat has something to do
         self._seq = 0
         self._doubtful = False  # the outcome of a change is not known
         self._lost: set[int] = set()  # IDs in use when their session was lost
@@ -107,7 +107,7 @@ class Session(Lease):
         try:
             cid = cache.take(self.now)
             if cache.needs_refill and not needs_refill:
-                self.wants = True
+                self.needs_maintenance = True
             return cid
         except BaseException:
             cache.take_back((cid,))
@@ -147,13 +147,13 @@ class Session(Lease):
                 self.recycle(cid, self.now)
             return
         self.cache.give_back(cids, self.default_ms if cooldown_ms is None else cooldown_ms)
-        self.wants = True
+        self.needs_maintenance = True
 
     def recycle(self, cid: int, now: float) -> bool:
         """Take back an ID whose sequence was ended; False if it is none that is used."""
         found = self.cache.recycle(cid, now)
-        if self.cache.leaving:
-            self.wants = True
+        if self.cache.to_release:
+            self.needs_maintenance = True
         return found
 
     def release_from(self, epoch: int, cid: int, cooldown_ms: int) -> None:
@@ -174,9 +174,9 @@ class Session(Lease):
             timeout: seconds that a request may have taken.
         """
         if self._has(epoch, cid):
-            self.cache.ask(cid, model, idle, timeout)
+            self.cache.await_model(cid, model, idle, timeout)
             self._ask_until = self.now + _ASK_S
-            self.wants = True
+            self.needs_maintenance = True
 
     def _has(self, epoch: int, cid: int) -> bool:
         if epoch == self.epoch and not self.closed and cid in self.cache.used:
@@ -229,11 +229,11 @@ class Session(Lease):
                 tries += 1
                 yield from self._recover(error, tries, deadline)
 
-    def keep(self) -> Flow[None]:
+    def heartbeat(self) -> Flow[None]:
         """Look after the session until it is closed: renew, refill, give back; never raises."""
         tries = 0
         while not (self.closed or self.abandoned):
-            self.wants = False
+            self.needs_maintenance = False
             if self._due() > self.now:
                 yield Idle(self._due())
                 continue
@@ -258,13 +258,13 @@ class Session(Lease):
     def flush(self, deadline: float) -> Flow[None]:
         """Give back what is leaving, so that others may see it gone."""
         tries = 0
-        if self.opened and self.now < self.lease_deadline and self.cache.asking:
+        if self.opened and self.now < self.lease_deadline and self.cache.awaiting_model:
             with contextlib.suppress(CidError):  # a model may be away, which is no matter here
                 yield from self._in_turn(self._give_back(deadline), deadline)
         while (
             self.opened
             and self.now < self.lease_deadline
-            and (self.cache.leaving or self.cache.sent)
+            and (self.cache.to_release or self.cache.releasing)
         ):
             try:
                 yield from self._in_turn(self._give_back(deadline), deadline)
@@ -324,7 +324,7 @@ class Session(Lease):
     def _shut(self) -> None:
         if not self.closed:
             cache = self.cache
-            left = cache.used or cache.leaving or cache.sent or cache.asking
+            left = cache.used or cache.to_release or cache.releasing or cache.awaiting_model
             self._all_ended = not (left or self._doubtful)
             self.cache = IdCache()
             self.closed = True
@@ -333,7 +333,9 @@ class Session(Lease):
     def _close(self, deadline: float) -> Flow[None]:
         cache, tries = self.cache, 0
         try:
-            if self.now < self.lease_deadline and (cache.leaving or cache.sent or cache.asking):
+            if self.now < self.lease_deadline and (
+                cache.to_release or cache.releasing or cache.awaiting_model
+            ):
                 yield from self._in_turn(self._give_back(deadline), deadline)
         except CidError as error:
             _log.info("%r: could not give back IDs before closing: %s", self, error)
@@ -430,7 +432,7 @@ class Session(Lease):
 
     def _ask_models(self, deadline: float) -> Flow[None]:
         """Find out for how long IDs have to cool that came back without END, and let them leave."""
-        for model in list(self.cache.asking):
+        for model in list(self.cache.awaiting_model):
             try:
                 target = yield from self.models.look(model, self.now, self._limit(deadline))
                 idle = target.idle_s
@@ -440,7 +442,7 @@ class Session(Lease):
                 idle = 0.0  # it is not served any more: what was known will do
             except CidError:
                 idle = 0.0  # it may not be read any more, or keeps no sequences
-            self.cache.asked(model, idle)
+            self.cache.model_was_read(model, idle)
 
     def _maintain(self, deadline: float) -> Flow[None]:
         """What the heartbeat does but for renewing."""
@@ -458,7 +460,7 @@ class Session(Lease):
             return float("inf")
         cache = self.cache
         needs_refill = cache.needs_refill and self.now >= self._prefetch_after
-        work = self._doubtful or cache.leaving or cache.asking or needs_refill
+        work = self._doubtful or cache.to_release or cache.awaiting_model or needs_refill
         if work and self.now < self.lease_deadline:
             return self._retry_at
         return max(min(self._renew_at, self._trim_at), self._retry_at)
@@ -472,7 +474,7 @@ class Session(Lease):
         held = set(event.output.tolist())
         if held - self.cache.known():  # so it was a NEW, and what it announced holds
             self.announced_ms = max(self.announced_ms, self._announcing_ms)
-        lost = self.cache.settle(held)
+        lost = self.cache.reconcile(held)
         self._lost -= held  # if they were ours once, they are so again
         if lost:
             self.lost_why = "the manager does not count it among the session's"
@@ -486,11 +488,11 @@ class Session(Lease):
             yield from self._reconcile(deadline)
             cids = self.cache.send(self._chunk)
             if not cids:
-                if not self.cache.asking:
+                if not self.cache.awaiting_model:
                     return
                 yield from self._ask_models(deadline)
                 continue
-            cooldown_ms = self.cache.sent_cooldown
+            cooldown_ms = self.cache.releasing_cooldown
             how: dict[str, Any] = {"ended": True}
             if cooldown_ms != ENDED:
                 how = {"cooldown_ms": cooldown_ms}
@@ -506,7 +508,7 @@ class Session(Lease):
             except (NotHeld, NotOwner, OutOfRange):
                 self._doubtful = True  # we are wrong about what we hold
                 continue
-            self.cache.sent = []
+            self.cache.releasing = []
             self._doubtful = False
             self.version += 1
 

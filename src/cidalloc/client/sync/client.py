@@ -155,7 +155,7 @@ class Client(Base):
                 session.now = self._clock()
                 cid = session.take()
             if cid:
-                if session.wants:
+                if session.needs_maintenance:
                     self._runner.wake()
                 return cid
         except BaseException as error:  # out of a signal handler, say, or no thread can be started
@@ -200,7 +200,7 @@ class Client(Base):
             with self._lock:
                 done = session.recycle(cid, self._clock())
             if done:
-                if session.wants:
+                if session.needs_maintenance:
                     self._runner.wake()
                 return
         self.release_many([cid], ended=ended, cooldown=cooldown)
@@ -248,6 +248,7 @@ class Client(Base):
         timeout: float = 60.0,
         cooldown: float | None = None,
         check: bool = True,
+        end_inputs: list[Any] | None = None,
         farewell: list[Any] | None = None,
     ) -> Sequence:
         """Acquire an ID and return a sequence on ``model`` that uses it; use it with ``with``.
@@ -261,7 +262,8 @@ class Client(Base):
                 sequence, if that is more than its configuration says.
             check: False for a model that keeps state by itself, is reached through another one, or
                 whose configuration may not be read. ``cooldown`` must be said then.
-            farewell: inputs to send with END if the sequence is closed without one.
+            end_inputs: inputs to send with END if the sequence is closed without one.
+            farewell: the former name of ``end_inputs``.
 
         Raises:
             InvalidArgument: the model keeps no sequences, its CORRID control is too narrow for
@@ -270,14 +272,15 @@ class Client(Base):
         """
         self._check_home()
         taken = Acquired()
+        end_inputs = farewell if end_inputs is None else end_inputs
         try:
             self._runner.start()
             plan = self._runner.run(
-                lambda: self._begin_sequence(model, timeout, cooldown, check, farewell, taken)
+                lambda: self._begin_sequence(model, timeout, cooldown, check, end_inputs, taken)
             )
-            if self._session.wants:
+            if self._session.needs_maintenance:
                 self._runner.wake()
-            return Sequence(self._runner, plan, streaming, farewell, self, caller())
+            return Sequence(self._runner, plan, streaming, end_inputs, self, caller())
         except BaseException as error:
             self._runner.take_back(taken, error)
             raise
@@ -288,7 +291,7 @@ class Client(Base):
         try:
             self._runner.start()
             self._runner.run(lambda: self._acquire(count, taken))
-            if self._session.wants:
+            if self._session.needs_maintenance:
                 self._runner.wake()
             return as_ids(taken)
         except BaseException as error:

@@ -86,7 +86,7 @@ class Runner(RunnerBase):
         """Tell the heartbeat that there is something to do."""
         self.start()
         with self.lock:
-            self.session.wants = False
+            self.session.needs_maintenance = False
             self._changed.notify_all()
 
     def watch(self, core: SequenceCore) -> None:
@@ -120,7 +120,7 @@ class Runner(RunnerBase):
         self.transport.close()
 
     def _keep(self) -> None:
-        self.run(self.session.keep)
+        self.run(self.session.heartbeat)
         if not self.session.closed:
             self.run(lambda: self.session.close(self.now() + self.session.timeout))
             self.close()

@@ -33,14 +33,14 @@ class Sequence(SequenceHandle):
         runner: Runner,
         plan: Plan,
         streaming: bool,
-        farewell: list[Any] | None,
+        end_inputs: list[Any] | None,
         client: object,
         opened_at: tuple[str, int],
     ) -> None:
         super().__init__(runner, plan.target.name, opened_at)
         self._client = client  # which would be closed if nobody had it any more
         self._transport = runner.transport
-        self._core = SequenceCore(runner, plan, streaming, farewell)
+        self._core = SequenceCore(runner, plan, streaming, end_inputs)
 
     def infer(self, inputs: list[Any], *, end: bool = False, **options: Any) -> Any:
         """Send a request and return its result.
@@ -91,7 +91,7 @@ class Sequence(SequenceHandle):
         return future
 
     def close(self) -> None:
-        """Send the farewell, wait for what is unanswered, and give the ID back.
+        """Send the end_inputs, wait for what is unanswered, and give the ID back.
 
         Closing again does nothing.
         """
@@ -101,13 +101,13 @@ class Sequence(SequenceHandle):
         self._check_home()
         core = self._begun
         try:
-            if core.wants_farewell():
-                assert core.farewell is not None
+            if core.wants_end_inputs():
+                assert core.end_inputs is not None
                 try:
-                    core.submit(core.request(core.farewell, True, {})).result(patience)
+                    core.submit(core.request(core.end_inputs, True, {})).result(patience)
                 except (Exception, concurrent.futures.CancelledError) as error:
                     text = error or type(error).__name__
-                    _log.warning("the farewell of %r failed: %s", self, text)
+                    _log.warning("the end_inputs of %r failed: %s", self, text)
             if core.on_way:
                 patience = HURRY_S if core.abandoned else patience
                 concurrent.futures.wait(core.unanswered(), patience)

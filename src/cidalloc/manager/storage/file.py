@@ -44,14 +44,14 @@ from .file_format import (
 )
 from .file_lock import process_id, query, try_lock, unlock_and_close
 
-__all__ = ["Claim", "Store", "writer_of"]
+__all__ = ["Storage", "TakeoverRequest", "writer_of"]
 
 _LOCK = 0  # the byte that the writer has locked
-_CLAIM = 1  # the one that a process locks which waits to be the writer
+_REQUEST = 1  # the one that a process locks which waits to be the writer
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class Store:
+class Storage:
     """The records of a registry. `memory` or `open` makes one.
 
     Attributes:
@@ -77,14 +77,14 @@ class Store:
     # ---- How one comes into being
 
     @classmethod
-    def memory(cls, shape: Shape) -> Store:
+    def memory(cls, shape: Shape) -> Storage:
         """Return a store in memory alone."""
         store = cls(shape, memoryview(bytearray(Word.END * 8)).cast("Q"), -1, None)
         fill_header(store.header, shape)
         return store
 
     @classmethod
-    def open(cls, path: Path, shape: Shape | None, *, boot: bytes, waiting_ms: int = 0) -> Store:
+    def open(cls, path: Path, shape: Shape | None, *, boot: bytes, waiting_ms: int = 0) -> Storage:
         """Return the store in the file at `path`, which is made if it is not there.
 
         Args:
@@ -122,7 +122,7 @@ class Store:
                 raise
 
     @classmethod
-    def create(cls, draft: Path, shape: Shape, path: Path) -> Store:
+    def create(cls, draft: Path, shape: Shape, path: Path) -> Storage:
         """Return a new store in the new file `draft`, which is to become the one at `path`.
 
         It is not locked. Raises OSError.
@@ -138,7 +138,7 @@ class Store:
         return store
 
     @classmethod
-    def look(cls, path: Path) -> Store:
+    def look(cls, path: Path) -> Storage:
         """Return a copy in memory of the store in a file, which is only read.
 
         Raises as `open`, but for `RegistryLocked`.
@@ -155,7 +155,7 @@ class Store:
             os.close(fd)
 
     @classmethod
-    def _opened(cls, fd: int, path: Path, wanted: Shape | None, private: bool = False) -> Store:
+    def _opened(cls, fd: int, path: Path, wanted: Shape | None, private: bool = False) -> Storage:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise InvalidArgument(f"cannot use {path}: it is not a file")
@@ -303,11 +303,11 @@ class Store:
 
     # ---- Who writes it
 
-    def claimed_by(self) -> int:
+    def takeover_requested_by(self) -> int:
         """Return the `process_id` of the server whose process waits to be the writer, or 0."""
-        if self._fd < 0 or query(self._fd, _CLAIM):
+        if self._fd < 0 or query(self._fd, _REQUEST):
             return 0
-        return self.header[Word.CLAIMANT]
+        return self.header[Word.REQUESTER]
 
     def sign(self) -> None:
         """Write down who writes the file: not before it is known to be sound."""
@@ -333,7 +333,7 @@ class Store:
         _sync_folder(self.path.parent)
 
 
-class Claim:
+class TakeoverRequest:
     """The wish to be the writer of a file that another process writes.
 
     The kernel forgets it when this process dies, and whoever has the file sees it at once.
@@ -345,15 +345,15 @@ class Claim:
 
     def make(self) -> bool:
         """Make it known; False if another process does so, and comes first."""
-        if not self._made and try_lock(self._fd, _CLAIM):
+        if not self._made and try_lock(self._fd, _REQUEST):
             self._made = True
             word = struct.pack("=Q", process_id(os.getppid()))
-            os.pwrite(self._fd, word, Word.CLAIMANT * 8)
+            os.pwrite(self._fd, word, Word.REQUESTER * 8)
         return self._made
 
     def close(self) -> None:
         """Take it back."""
-        unlock_and_close(self._fd, _CLAIM)
+        unlock_and_close(self._fd, _REQUEST)
 
 
 def _create(path: Path, shape: Shape, boot: bytes, waiting_ms: int) -> None:
@@ -361,7 +361,7 @@ def _create(path: Path, shape: Shape, boot: bytes, waiting_ms: int) -> None:
     _make_folder(path.parent)
     draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        _begin(Store.create(draft, shape, path), boot, waiting_ms)
+        _begin(Storage.create(draft, shape, path), boot, waiting_ms)
         with suppress(FileExistsError):
             os.link(draft, path)
         if path.is_symlink() and not path.exists():
@@ -387,7 +387,7 @@ def _make_folder(folder: Path) -> None:
         ) from None
 
 
-def _begin(store: Store, boot: bytes, waiting_ms: int) -> None:
+def _begin(store: Storage, boot: bytes, waiting_ms: int) -> None:
     try:
         if waiting_ms:
             # As after a power cut: whatever may have been issued cools first.
@@ -493,7 +493,7 @@ def writer_of(file: int | Path) -> tuple[int, int]:
 
 
 # A child must not keep a file locked that its parent has let go.
-_stores: weakref.WeakSet[Store] = weakref.WeakSet()
+_stores: weakref.WeakSet[Storage] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:

@@ -66,7 +66,7 @@ class Word(IntEnum):
     HORIZON = 15  # milliseconds: no ID is in use for longer without a word to the registry
     PID = 16  # the writer, and the process that started it
     SERVER = 17
-    CLAIMANT = 18  # the same as SERVER, of who has locked the byte of claims
+    REQUESTER = 18  # the same as SERVER, of who has locked the byte of claims
     EXTENTS = 128  # granules << 1 | kind, and a checksum above, until a 0
     END = 1024
 

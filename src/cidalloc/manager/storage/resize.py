@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import InvalidArgument, Unavailable
-from .file import Store
+from .file import Storage
 from .file_format import GRANULE, RECORD, Kind, Shape, Word, header_sum
 
 __all__ = ["upgrade"]
@@ -29,10 +29,10 @@ def upgrade(path: Path, capacity: int) -> Shape:
         RegistryLocked: a manager has it.
         InvalidArgument: fewer IDs than there are, or more than there can be.
         Unavailable: the disk is full.
-        RegistryCorrupt, RegistryMismatch: as `Store.open`.
+        RegistryCorrupt, RegistryMismatch: as `Storage.open`.
     """
     path = path.resolve()  # or the file would take the place of a link to it
-    old = Store.open(path, None, boot=b"")
+    old = Storage.open(path, None, boot=b"")
     try:
         old.sign()
         shape = replace(old.shape, capacity=capacity)
@@ -48,10 +48,10 @@ def upgrade(path: Path, capacity: int) -> Shape:
         old.close()
 
 
-def _rewrite(old: Store, path: Path, shape: Shape) -> None:
+def _rewrite(old: Storage, path: Path, shape: Shape) -> None:
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        new = Store.create(draft, shape, path)
+        new = Storage.create(draft, shape, path)
         try:
             _copy(old, new)
             owner = path.stat()
@@ -68,7 +68,7 @@ def _rewrite(old: Store, path: Path, shape: Shape) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _copy(old: Store, new: Store) -> None:
+def _copy(old: Storage, new: Storage) -> None:
     """Copy all records: a block has the same place in memory, however large the pool is."""
     for word in (*range(Word.UUID, Word.FIRST), *range(Word.BOOT, Word.PID)):
         new.header[word] = old.header[word]
