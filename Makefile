@@ -1,5 +1,5 @@
-# Each target sets up what it needs in .venv, inside this folder, and is quick the second time.
-#   make demo    the two sequences of the demo, on a real Triton server
+# Each target sets up what it needs in .venv, inside this folder, and is quick the second time:
+#   make demo    two clients that collide, and two that do not, on a real Triton server
 #   make test    the whole test suite, with the tests on a real Triton server
 #   make lint    style, types and layers
 #   make dist    sdist and wheel, the wheel tested in environments of its own
@@ -36,19 +36,31 @@ SHELL := /bin/bash
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BIN := .venv/bin
-NEWS := sed -u "/already satisfied/d"
+comma := ,
+# One line of progress on a terminal, nothing else; all of it is in .cache/setup.log.
+define install
+	@echo "== $(1)"
+	@set -o pipefail; mkdir -p .cache; { $(2); } 2>&1 | tee -a .cache/setup.log | \
+		{ if [ -t 1 ]; then while IFS= read -r line; do printf '\r\033[K   %.76s' "$$line"; done; \
+		printf '\r\033[K'; else cat >/dev/null; fi; } || \
+		{ tail -20 .cache/setup.log >&2; echo "error: $(1) failed: see .cache/setup.log" >&2; exit 1; }
+endef
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
 
-.PHONY: demo test lint dist bench bench-client bench-registry bench-gate load scale simulate chaos fuzz sanitize coverage crowd clean
+.PHONY: help demo test lint dist bench bench-client bench-registry bench-gate load scale simulate chaos fuzz sanitize coverage crowd clean
 .DELETE_ON_ERROR:
 
-demo: .venv/.built
-	$(BIN)/cidalloc demo
+help:
+	@sed -n '/^# Each/p; s/^#   /  /p' Makefile
 
-test: .venv/.built
+demo: .venv/.built
+	@$(BIN)/cidalloc demo --collide
+	@$(BIN)/cidalloc demo
+
+test: .venv/.built .venv/.dev
 	$(BIN)/python -m pytest
 
-lint: .venv/.built
+lint: .venv/.built .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/hadolint deploy/Dockerfile
@@ -60,15 +72,15 @@ lint: .venv/.built
 		cidalloc._alloc cidalloc.manager._sessions cidalloc.manager.storage._mapping \
 		cidalloc.triton_model._parent_watch
 
-crowd: .venv/.built
-	CIDALLOC_CROWD=50x20x60 $(BIN)/python -m pytest -q -s tests/test_crowd.py
+crowd: .venv/.built .venv/.dev
+	CIDALLOC_CROWD=50x20x60 $(BIN)/python -m pytest -q -s tests/integration/test_crowd.py
 
 simulate: ARGS = 1000 --runs 2000
-simulate: .venv/.built
-	$(BIN)/python tests/fleet.py $(ARGS)
+simulate: .venv/.built .venv/.dev
+	$(BIN)/python tests/support/fleet.py $(ARGS)
 
-chaos: .venv/.built
-	$(BIN)/python tests/chaos.py $(ARGS)
+chaos: .venv/.built .venv/.dev
+	$(BIN)/python tests/support/chaos.py $(ARGS)
 
 bench: .venv/.bench
 	$(BIN)/python -m pytest -q bench/test_peers.py
@@ -77,13 +89,13 @@ bench: .venv/.bench
 bench-client: .venv/.bench
 	$(BIN)/python bench/client.py
 
-bench-registry: .venv/.built
+bench-registry: .venv/.built .venv/.dev
 	$(BIN)/python bench/registry.py $(ARGS)
 
-scale: .venv/.built
+scale: .venv/.built .venv/.dev
 	$(BIN)/python bench/scale.py $(ARGS)
 
-load: .venv/.built
+load: .venv/.built .venv/.dev
 	@for each in wrk h2load; do command -v $$each >/dev/null || { \
 		echo "error: $$each is not on PATH: install wrk and nghttp2-client" >&2; exit 1; }; done
 	$(BIN)/python bench/load.py $(ARGS)
@@ -100,8 +112,8 @@ fuzz: .venv/.fuzz
 		$(BIN)/python fuzz/fuzz.py $$each -max_total_time=$(SECONDS) -timeout=20 -verbosity=0 \
 		-artifact_prefix=.cache/fuzz/ $(ARGS) .cache/fuzz/$$each fuzz/corpus/$$each; done
 
-.venv/.fuzz: .venv/.built
-	$(BIN)/python -m pip install --group fuzz | $(NEWS)
+.venv/.fuzz: .venv/.built .venv/.dev
+	$(call install,Installing the fuzzer,$(BIN)/python -m pip install --group fuzz)
 	@touch $@
 
 # The extension modules once more, so that a stray access or an overflow ends the process.
@@ -111,11 +123,11 @@ LIBRARIES = $(foreach name,libasan.so libubsan.so,$(shell gcc -print-file-name=$
 sanitize: build/sanitized/.built
 	LD_PRELOAD="$(LIBRARIES)" PYTHONPATH=build/sanitized PYTHONMALLOC=malloc \
 		ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
-		CIDALLOC_SANITIZED=1 $(BIN)/python -m pytest -m 'not server' tests/test_sanitized.py \
-		tests/test_alloc*.py tests/test_sessions.py tests/test_store.py tests/test_registry*.py \
-		tests/test_upgrade.py tests/test_service.py tests/test_handover.py
+		CIDALLOC_SANITIZED=1 $(BIN)/python -m pytest -m 'not server' $(foreach name,\
+		sanitized alloc* sessions storage registry* resize service takeover,tests/unit/test_$(name).py) \
+		tests/crash/test_registry*.py
 
-build/sanitized/.built: .venv/.built
+build/sanitized/.built: .venv/.built .venv/.dev
 	rm -rf build/sanitized
 	SKBUILD_BUILD_DIR=build/sanitize CFLAGS="$(SANITIZERS) -O1 -g" \
 		$(BIN)/python -m pip install -q --no-build-isolation --no-deps --target build/sanitized .
@@ -128,10 +140,10 @@ coverage: build/covered/.built
 	-PYTHONPATH=build/covered $(BIN)/python -m coverage run -m pytest $(ARGS)
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report
-	$(BIN)/python tests/cython_lines.py build/coverage
+	$(BIN)/python tests/support/cython_lines.py build/coverage
 
-build/covered/.built: .venv/.built
-	$(BIN)/python -m pip install --group coverage | $(NEWS)
+build/covered/.built: .venv/.built .venv/.dev
+	$(call install,Installing coverage,$(BIN)/python -m pip install --group coverage)
 	rm -rf build/covered build/coverage
 	SKBUILD_BUILD_DIR=build/coverage $(BIN)/python -m pip install -q --no-build-isolation --no-deps \
 		--config-settings=cmake.define.CIDALLOC_COVERAGE=ON --target build/covered .
@@ -140,15 +152,15 @@ build/covered/.built: .venv/.built
 # What a wheel could lack: with the server where that is (numpy 1), and as most users have it (numpy
 # 2, no server). Drills that only take long are left out.
 SHORT := CIDALLOC_FLEET=5 ../../clean/bin/python -m pytest
-DRILLS := $(foreach name,alloc_long alloc_threads crowd registry_kill registry_power \
-	registry_stores fleet,--ignore tests/test_$(name).py)
-dist: .venv/.built
+DRILLS := $(foreach path,unit/test_alloc_long.py unit/test_alloc_threads.py crash simulation \
+	integration/test_crowd.py,--ignore tests/$(path))
+dist: .venv/.built .venv/.dev
 	rm -rf build/dist build/clean
 	$(BIN)/python -m build --outdir build/dist .
 	tar -C build/dist -xzf build/dist/cidalloc-*.tar.gz
 	$(call clean_environment,all)
-	cd build/dist/cidalloc-*/ && $(SHORT) -m server tests/test_cli_live.py tests/test_client.py \
-		tests/test_demo.py tests/test_manager.py tests/test_metrics.py tests/test_triton_model.py
+	cd build/dist/cidalloc-*/ && $(SHORT) -m server tests/unit $(foreach name,cli_live demo \
+		manager metrics,tests/integration/test_$(name).py)
 	$(call clean_environment,client) 'numpy>=2'
 	cd build/dist/cidalloc-*/ && $(SHORT) -m 'not server' $(DRILLS)
 
@@ -159,8 +171,8 @@ define clean_environment
 		"cidalloc[$(1)] @ file://$$(echo $(CURDIR)/build/dist/*.whl)"
 endef
 
-.venv/.bench: .venv/.built
-	$(BIN)/python -m pip install --group bench | $(NEWS)
+.venv/.bench: .venv/.built .venv/.dev
+	$(call install,Installing the peers of the benchmarks,$(BIN)/python -m pip install --group bench)
 	@touch $@
 
 clean:
@@ -183,16 +195,25 @@ another-python:
 .venv/.ready: pyproject.toml Makefile | .cache/tmp
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.13 found (the bundled Triton server" \
 		"knows no other); name one: make PYTHON=/path/to/python3" >&2; exit 1; }
-	@echo "== Setting up .venv with $$($(PYTHON) --version): some minutes the first time"
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -U 'pip>=25.1'
-	$(BIN)/python -m pip install --group build | $(NEWS)
-	# A build folder of its own, since this build's tools are gone afterwards.
-	SKBUILD_BUILD_DIR=build/first $(BIN)/python -m pip install --group dev '.[all]' | $(NEWS)
+	@echo "== Making .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv
+	$(call install,Installing the tools of the build,$(BIN)/python -m pip install -U 'pip>=25.1' && \
+		$(BIN)/python -m pip install --group build)
+	$(call install,Installing cidalloc$(comma) tritonclient and a Triton server for this CPU: some minutes,\
+		$(BIN)/python -m pip install --no-build-isolation '.[all]')
+	@touch .venv/.fresh $@
+
+# What tests and linters need besides.
+.venv/.dev: .venv/.ready
+	$(call install,Installing the tools of the tests and linters,$(BIN)/python -m pip install --group dev)
 	@touch $@
 
 # Always a wheel, never an editable install: Triton's Python imports the same package.
 .venv/.built: .venv/.ready $(SOURCES)
-	@echo "== Building and installing cidalloc"
-	$(BIN)/python -m pip install -q --no-build-isolation --no-deps --force-reinstall .
-	@touch $@
+	@if [ ! -e .venv/.fresh ]; then $(MAKE) -s rebuild; fi
+	@rm -f .venv/.fresh; touch $@
+
+.PHONY: rebuild
+rebuild:
+	$(call install,Building cidalloc,$(BIN)/python -m pip install --no-build-isolation --no-deps \
+		--force-reinstall .)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from chaos import FAULTS, run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.server
 @pytest.mark.timeout(300)

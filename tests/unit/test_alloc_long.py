@@ -11,6 +11,8 @@ from test_alloc_model import Model
 
 from cidalloc import Allocator, CidError, errors
 
+pytestmark = pytest.mark.slow
+
 CALLS = 1_000_000
 SHAPES = [
     (capacity, width)

@@ -28,7 +28,7 @@ from cidalloc.manager.storage.file import writer_of
 from cidalloc.manager.takeover import RegistryHolder
 from cidalloc.triton_model import export
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -134,6 +134,7 @@ def test_what_is_not_run(triton: TritonServer, tmp_path: Path) -> None:
     assert seen == set(ASIDE)
 
 
+@pytest.mark.server
 def test_the_flags_of_the_server_and_healing_the_manager_alone(tmp_path: Path) -> None:
     """A server with the flags of deployment.md, and what heals its manager when that dies."""
     (flags,) = [

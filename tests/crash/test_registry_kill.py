@@ -18,13 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import killed_child
 import pytest
-from crash import BOOT, token
+from crash_model import BOOT, token
 from killed_child import SETTINGS, SHAPE, clock
 
 from cidalloc.errors import Exhausted
 from cidalloc.manager.registry import Registry
 from cidalloc.manager.storage.file import Storage
+
+pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get("CIDALLOC_KILLS", "240"))
 SEED = int(os.environ.get("CIDALLOC_SEED", time.time_ns() % 10**6))
@@ -206,7 +209,7 @@ class Killed:
     """The process that forks those which are killed."""
 
     def __init__(self) -> None:
-        script = str(Path(__file__).with_name("killed_child.py"))
+        script = str(Path(killed_child.__file__).with_name("killed_child.py"))
         self.process = subprocess.Popen(
             [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )

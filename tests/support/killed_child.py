@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from crash import BOOT, token
+from crash_model import BOOT, token
 
 from cidalloc.errors import CidError
 from cidalloc.manager.registry import Registry

@@ -25,7 +25,7 @@ from cidalloc.manager.settings import Settings
 from cidalloc.protocol import Request, as_ids
 from cidalloc.triton_model.metrics import series
 
-PAGE = Path(__file__).parent.parent / "docs" / "security.md"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "security.md"
 TOKEN, OTHER = "c0ffee" * 5 + "00", "ab" * 16
 BOUNDS = Settings(
     first=1,

@@ -13,6 +13,8 @@ import pytest
 from fleet import FAULTS, simulate
 from mutants import MUTANTS, Mutant, run
 
+pytestmark = pytest.mark.slow
+
 FLEETS = int(os.environ.get("CIDALLOC_FLEET", "40"))
 
 

@@ -16,13 +16,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from crash import BOOT, GRACE, NEXT_BOOT, TTL, UNENDED, settings, token
+from crash_model import BOOT, GRACE, NEXT_BOOT, TTL, UNENDED, settings, token
 from disk import Disk
 
 from cidalloc.errors import Exhausted, SessionUnknown, Unavailable
 from cidalloc.manager.registry import Registry
 from cidalloc.manager.storage.file import Storage
 from cidalloc.manager.storage.file_format import Shape, Word
+
+pytestmark = pytest.mark.slow
 
 CUTS = int(os.environ.get("CIDALLOC_CUTS", "120"))
 SEED = int(os.environ.get("CIDALLOC_SEED", time.time_ns() % 10**6))

@@ -12,7 +12,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-SOURCES = Path(__file__).parent.parent / "src" / "cidalloc"
+SOURCES = Path(__file__).parent.parent.parent / "src" / "cidalloc"
 
 
 def counts(folder: Path) -> dict[str, dict[int, int]]:

@@ -219,7 +219,7 @@ def test_triton_errors(text: str, status: str | None, kind: type[errors.CidError
 
 def test_each_status_of_grpc_has_a_meaning() -> None:
     """The table in docs/client.md says the same."""
-    guide = (Path(__file__).parent.parent / "docs" / "client.md").read_text()
+    guide = (Path(__file__).parent.parent.parent / "docs" / "client.md").read_text()
     for code in grpc.StatusCode:
         if code is grpc.StatusCode.OK:
             continue

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from crash import BOOT, ENDED, NEXT_BOOT, TTL, UNENDED, reopen, settings, token
+from crash_model import BOOT, ENDED, NEXT_BOOT, TTL, UNENDED, reopen, settings, token
 
 from cidalloc.errors import CidError
 from cidalloc.manager.registry import Registry

@@ -16,7 +16,7 @@ import yaml
 from cidalloc.cli import main
 from cidalloc.triton_model.metrics import FAMILIES
 
-DEPLOY = Path(__file__).parent.parent / "deploy"
+DEPLOY = Path(__file__).parent.parent.parent / "deploy"
 
 pytestmark = pytest.mark.skipif(not DEPLOY.is_dir(), reason="a source distribution has none")
 

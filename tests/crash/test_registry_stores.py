@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from crash import (
+from crash_model import (
     BOOT,
     ENDED,
     LAST_BOOT,
@@ -26,6 +26,8 @@ from stepped_child import MIDDLE, NOW, SCENARIOS, WARM
 from tracee import TRAPS, Snapshot, Tracee
 
 from cidalloc.manager.storage.file_format import Word
+
+pytestmark = pytest.mark.slow
 
 TIMES = [NOW, *(NOW + after + by for after in (ENDED, UNENDED, 300) for by in (-1, 0)), NOW + 1_000]
 

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import crowd_client
 import pytest
 from crowd_client import TTL_S
 
@@ -28,6 +29,9 @@ PAUSE_S = PROCESSES * SEQUENCES / 800  # so that two cores are busy, and no more
 MODEL = "crowd_sequence"
 
 
+pytestmark = pytest.mark.slow
+
+
 def write_repository(folder: Path, state: Path) -> None:
     """Write a repository whose model has room for all of them."""
     settings = Settings(grace_ms=int(GRACE_S * 1000), cooldown_ms=200, fresh=True, state=str(state))
@@ -40,7 +44,7 @@ def write_repository(folder: Path, state: Path) -> None:
 
 
 def start(url: str) -> subprocess.Popen[str]:
-    script = Path(__file__).with_name("crowd_client.py")
+    script = Path(crowd_client.__file__)
     command = [sys.executable, str(script), url, MODEL, str(SEQUENCES), str(PAUSE_S)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 

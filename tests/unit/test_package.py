@@ -15,7 +15,7 @@ import pytest
 import cidalloc
 from cidalloc import errors
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 PUBLIC = {
     "cidalloc": ["Allocator", "CidError", "Code", "__version__"],
@@ -59,7 +59,7 @@ def test_what_is_installed() -> None:
 
 def test_every_file_says_what_it_is_for() -> None:
     source = ROOT / "src" / "cidalloc"
-    for path in [*source.rglob("*.py"), *Path(__file__).parent.glob("*.py")]:
+    for path in [*source.rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
         assert path.read_text().startswith('"""'), f"{path.name} does not begin with its purpose"
 
 

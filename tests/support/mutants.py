@@ -92,7 +92,9 @@ MUTANTS = [
         "if False:",
         "O",
     ),
-    Mutant("a retried change acts twice", "manager/registry.py", "if seq <= last:", "if False:", "A"),
+    Mutant(
+        "a retried change acts twice", "manager/registry.py", "if seq <= last:", "if False:", "A"
+    ),
     Mutant(
         "an owner number is reused too early",
         "manager/registry.py",

@@ -11,7 +11,7 @@ import pytest
 from cidalloc.client import Client
 from cidalloc.devserver.triton_server import TritonServer
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+EXAMPLES = sorted((Path(__file__).parent.parent.parent / "examples").glob("*.py"))
 
 
 def test_there_are_some() -> None:

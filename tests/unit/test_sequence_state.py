@@ -29,7 +29,7 @@ def life(exact: bool = True) -> SequenceState:
 
 
 def test_the_picture_in_the_guide_is_the_table() -> None:
-    page = Path(__file__).parent.parent / "docs" / "client.md"
+    page = Path(__file__).parent.parent.parent / "docs" / "client.md"
     (drawn,) = re.findall(r"^```mermaid\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
     assert drawn == diagram()
 

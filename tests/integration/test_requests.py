@@ -37,7 +37,7 @@ WAYS = ["grpc", "http"]
 IN_TIME_S = 0.5  # a request ends by its timeout and at most that; some more for a busy machine
 BUSY_S = 1.0
 SETTINGS = Settings(first=1, capacity=100_000, max_sessions=1000, fresh=True)
-HERE = Path(__file__).parent
+SUPPORT = Path(slow_models.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -717,7 +717,7 @@ def script(code: str, *arguments: str, wanted: str) -> None:
     """Run a program, which must end by itself."""
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
-        cwd=HERE,
+        cwd=SUPPORT,
         capture_output=True,
         text=True,
         timeout=30,
@@ -817,7 +817,7 @@ def test_an_interrupted_program_ends(server: TritonServer, way: str) -> None:
     for start in range(0, count, 4):
         pipe = subprocess.PIPE
         processes = [
-            subprocess.Popen(command, stdout=pipe, stderr=subprocess.DEVNULL, cwd=HERE)
+            subprocess.Popen(command, stdout=pipe, stderr=subprocess.DEVNULL, cwd=SUPPORT)
             for _ in range(4)
         ]
         try:
