@@ -117,9 +117,9 @@ cdef struct Past:
     const uint8_t *holds    # not 0 where the owner of that number may
     uint64_t owners         # numbers in `holds`
     int64_t latest          # a later reuse_at than this is damage
-    bint after_power_loss            # some stores may be missing: believe only who holds what, and let every
-    int64_t reuse_at        # other ID of the ready blocks cool until then
-    bint live_snapshot             # a copy, taken while that pool was at work: owners came and went
+    bint after_power_loss   # some stores may be missing: believe only who holds what, and let
+    int64_t reuse_at        # every other ID of the ready blocks cool until then
+    bint live_snapshot      # a copy, taken while that pool was in use: owners came and went
 
 # Take over what an earlier pool of the same shape left in the memory of this one, which has issued
 # nothing yet. Its process may have died between any two stores. OK, or REGISTRY_CORRUPT if no pool

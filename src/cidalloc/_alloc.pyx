@@ -158,8 +158,8 @@ cdef class Allocator:
         reuse_at: with `holders`, some of the last stores may be missing, too, as after a power cut:
             only who holds what is believed, of the owners in `holders`, and every other ID of the
             ready blocks cools until this time.
-        live_snapshot: with `holders`, the buffer is a copy that was taken while the earlier pool was at
-            work. IDs of owners that are not in `holders` are then free, and no damage.
+        live_snapshot: with `holders`, the buffer is a copy, taken while the earlier pool was
+            in use. IDs of owners that are not in `holders` are then free, and no damage.
 
     Raises `RegistryCorrupt` for a buffer that no pool leaves behind, and does not write to it then.
     """

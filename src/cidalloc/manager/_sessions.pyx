@@ -11,8 +11,8 @@ opened, `life` is stored last. Its end is stored first; then its IDs go, and onl
 none of them left is the row free for another: whatever the process dies at, no ID goes to the next
 session of that number, and a session of which some IDs are gone is never open again.
 
-Leases schedule on a wheel of lists, one for each tick. To renew one is to store a number: only when the
-wheel comes to the place where it hangs is it looked at, and hung up anew if it was renewed.
+Leases are scheduled on a wheel of lists, one slot for each tick. To renew a lease is to store a
+number: it is looked at only when the wheel comes to its slot, and scheduled anew if it was renewed.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
