@@ -54,7 +54,7 @@ class Awaited:
         found = getattr(self.inner, name)
         if not callable(found):
             return found
-        if name in ("flags", "held"):
+        if name in ("flags", "infer_kwargs", "held"):
             return found
         if name == "async_infer":
             return lambda *args, **options: Later(found(*args, **options))
