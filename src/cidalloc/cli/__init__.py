@@ -19,10 +19,29 @@ from . import ask, demo, doctor, model, registry, serve, top
 __all__ = ["main", "run"]
 
 
+_GROUPS: dict[str, list[click.Command]] = {
+    "Try it": [demo.demo, demo.stress, serve.serve],
+    "Deploy the manager": [model.model],
+    "Watch a manager": [ask.status, top.top, ask.probe, doctor.doctor],
+    "Use IDs in scripts": [ask.acquire, ask.release],
+    "Repair": [registry.registry],
+}
+
+
+class _Grouped(click.Group):
+    """A group that lists its commands by what a person wants to do."""
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, commands in _GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(str(c.name), c.get_short_help_str(60)) for c in commands])
+
+
 @click.group(
+    cls=_Grouped,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit status: 0 if all is well, 1 after an error (one line on stderr: the code, then"
-    " words) or a failed check, 2 if the command was used wrongly.",
+    epilog="Exit status: 0 on success; 1 after an error (one line on stderr: code and message) or a"
+    " failed check; 2 if the arguments are wrong.",
 )
 @click.version_option(__version__, message="cidalloc %(version)s")
 @click.pass_context
@@ -32,11 +51,9 @@ def main(context: click.Context) -> None:
         context.color = False  # as rich does; else click looks whether this is a terminal
 
 
-for command in (
-    *(demo.demo, demo.stress, serve.serve, model.model, registry.registry),
-    *(ask.status, top.top, ask.acquire, ask.release, ask.probe, doctor.doctor),
-):
-    main.add_command(command)
+for commands in _GROUPS.values():
+    for command in commands:
+        main.add_command(command)
 
 
 _PLAIN = {"→": "->", "…": "...", "–": "-", "×": "x", "µ": "u"}

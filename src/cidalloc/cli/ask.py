@@ -67,9 +67,11 @@ def ask_options(command: Command) -> Command:
             type=click.FloatRange(0.0, min_open=True),
             default=10.0,
             show_default=True,
-            help="Seconds to wait for an answer.",
+            help="Seconds to wait for the manager's answer.",
         ),
-        click.option("--model", default=MODEL, show_default=True, help="The manager's name."),
+        click.option(
+            "--model", default=MODEL, show_default=True, help="Name of the manager model."
+        ),
         click.argument("url"),
     ]
     for option in options:
@@ -78,14 +80,15 @@ def ask_options(command: Command) -> Command:
 
 
 @click.command(
-    short_help="What a manager holds, for whom.", epilog="Example: cidalloc status localhost:8001"
+    short_help="Print how many IDs are held, and by which clients.",
+    epilog="Example: cidalloc status localhost:8001",
 )
 @ask_options
-@click.option("--json", "as_json", is_flag=True, help="For programs: what the manager answers.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manager's status as JSON.")
 def status(url: str, model: str, timeout: float, as_json: bool) -> None:
-    """Print what the manager at URL holds, for whom, and what went wrong so far.
+    """Print the status of the manager at URL: its pool, its sessions, and its error counts.
 
-    URL is host:port or grpc://, grpcs://, http:// or https://, as for the client.
+    URL is host:port, or starts with grpc://, grpcs://, http:// or https://.
     """
     with Manager(url, model, timeout) as manager:
         found = manager.status()
@@ -96,7 +99,7 @@ def status(url: str, model: str, timeout: float, as_json: bool) -> None:
 
 
 @click.command(
-    short_help="Print an ID, for shell scripts.",
+    short_help="Acquire IDs and print them.",
     epilog="Example: cid=$(cidalloc acquire localhost:8001)",
 )
 @ask_options
@@ -105,14 +108,14 @@ def status(url: str, model: str, timeout: float, as_json: bool) -> None:
     default=1,
     show_default=True,
     type=click.IntRange(1),
-    help="How many IDs, one a line.",
+    help="Number of IDs to acquire. They are printed one per line.",
 )
 def acquire(url: str, model: str, timeout: float, count: int) -> None:
-    """Print a correlation ID that no live sequence has: for shell scripts.
+    """Acquire a correlation ID that no live sequence uses, and print it.
 
-    It is held without a session: nobody sees whether you still live, and the manager takes it back
-    after a day (its setting anonymous_age_ms). Give it back with 'cidalloc release'. A program uses
-    the client, whose IDs are freed soon after it dies.
+    The ID is held without a session, so the manager cannot see when the script dies. It takes the
+    ID back after a day (setting anonymous_age_ms). Release the ID with 'cidalloc release'. In
+    programs, use the client: its IDs are released soon after the program dies.
     """
     with Manager(url, model, timeout) as manager:
         ids, _ = manager.ask(Operation.NEW, count=count)
@@ -122,24 +125,26 @@ def acquire(url: str, model: str, timeout: float, count: int) -> None:
 
 
 @click.command(
-    short_help="Give such IDs back.",
+    short_help="Release IDs that 'acquire' printed.",
     epilog="Example: cidalloc release localhost:8001 --ended 1073741824",
 )
 @ask_options
 @click.argument("cid", nargs=-1, required=True, type=int)
 @click.option(
-    "--ended", is_flag=True, help="END was answered: the ID cools only for the least cooldown."
+    "--ended",
+    is_flag=True,
+    help="The sequence was ended: END was answered. The ID cools for the minimum cooldown.",
 )
 @click.option(
     "--cooldown",
     type=click.FloatRange(0.0),
-    help="Seconds for which no one may get it: at least the idle time of the model it was used on."
+    help="Seconds until an ID may be issued again. Use at least the idle time of the model."
     "  [default: the manager's unended_cooldown_ms]",
 )
 def release(
     url: str, model: str, timeout: float, cid: tuple[int, ...], ended: bool, cooldown: float | None
 ) -> None:
-    """Give the IDs that 'cidalloc acquire' printed back: all of them or, if one is wrong, none."""
+    """Release IDs that 'cidalloc acquire' printed. If one of them is wrong, none is released."""
     if ended and cooldown is not None:
         raise InvalidArgument("--ended and --cooldown exclude each other")
     parameters: dict[str, Parameter] = {"ended": ended}
@@ -150,15 +155,15 @@ def release(
 
 
 @click.command(
-    short_help="Does the manager answer?",
+    short_help="Check that a manager answers.",
     epilog="Example: cidalloc probe localhost:8001 --timeout 2",
 )
 @ask_options
 def probe(url: str, model: str, timeout: float) -> None:
-    """Exit with 0 if the manager at URL answers, with 1 if not: for Kubernetes and scripts.
+    """Exit with status 0 if the manager at URL answers, and with 1 if it does not.
 
-    This is a real inference. Triton's own readiness stays true when the process of a Python model
-    is dead.
+    The probe is a real inference. Before version 26.01, Triton reports a Python model as ready even
+    if its process is dead.
     """
     began = time.monotonic()
     with Manager(url, model, timeout) as manager:

@@ -37,19 +37,24 @@ def _server_or(url: str | None) -> Iterator[str]:
             yield server.grpc_url
 
 
-@click.command()
-@click.option("--async", "asynchronous", is_flag=True, help="Send everything before reading.")
-@click.option("--reverse", is_flag=True, help="Let the second sequence stream, not the first.")
-@click.option("--collide", "colliding", is_flag=True, help="Show two clients that pick one ID.")
+@click.command(short_help="Run two sequences with managed IDs and check every sum.")
 @click.option(
-    "--url", help="A Triton that runs already, as HOST:PORT of gRPC. [default: start one]"
+    "--async", "asynchronous", is_flag=True, help="Send all requests before reading answers."
 )
+@click.option("--reverse", is_flag=True, help="Stream the second sequence instead of the first.")
+@click.option(
+    "--collide",
+    "colliding",
+    is_flag=True,
+    help="Show what happens if two clients pick the same ID.",
+)
+@click.option("--url", help="Triton to use, as HOST:PORT of gRPC. [default: start one]")
 def demo(asynchronous: bool, reverse: bool, colliding: bool, url: str | None) -> None:
     """Run two sequences with managed IDs side by side and check every sum.
 
-    One streams over gRPC, one does not. With --collide, two processes run the same sequences
-    with an ID that each picked by itself, as is common, and then with managed ones (here --url
-    takes http://HOST:PORT).
+    The first sequence uses a gRPC stream, the second one does not. With --collide, two processes
+    run the same sequences, first with IDs that each process picks, then with managed IDs; --url is
+    then http://HOST:PORT.
     """
     if colliding:
         _demo_collide(url)
@@ -125,17 +130,15 @@ def show_lanes(console: Console, lanes: tuple[Lane, Lane], managed: bool) -> Non
             console.print(f"[dim]{words}[/dim]")
 
 
-@click.command()
-@click.option("-p", "--parents", default=10, show_default=True, help="Groups of clients.")
-@click.option("-e", "--each", default=5, show_default=True, help="Client processes in a group.")
-@click.option(
-    "--url", help="A Triton that runs already, as HOST:PORT of gRPC. [default: start one]"
-)
+@click.command(short_help="Run many client processes and check every sum.")
+@click.option("-p", "--parents", default=10, show_default=True, help="Number of process groups.")
+@click.option("-e", "--each", default=5, show_default=True, help="Client processes per group.")
+@click.option("--url", help="Triton to use, as HOST:PORT of gRPC. [default: start one]")
 def stress(parents: int, each: int, url: str | None) -> None:
-    """Run P x E client processes at once, each with the demo's two sequences.
+    """Run client processes in parallel, each with the two sequences of the demo.
 
-    Reports the sequences run, the wrong sums, the IDs that two sequences held at the same time,
-    and the IDs still held afterwards; all but the first must be 0.
+    The report counts sequences, wrong sums, IDs that two sequences held at the same time, and IDs
+    that are still held afterwards. All but the number of sequences must be 0.
     """
     clients = parents * each
     if parents < 1 or each < 1 or clients > _MOST_CLIENTS:

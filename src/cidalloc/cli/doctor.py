@@ -27,7 +27,7 @@ _NONESUCH = "cidalloc-doctor-asks-for-a-model-that-is-not-there"
 
 
 @click.command(
-    short_help="Check a deployment, and say what to do.",
+    short_help="Check a deployment and recommend actions.",
     epilog="Example: cidalloc doctor localhost:8001 --target my_asr_model",
 )
 @ask_options
@@ -35,15 +35,16 @@ _NONESUCH = "cidalloc-doctor-asks-for-a-model-that-is-not-there"
     "--target",
     "targets",
     multiple=True,
-    help="A model to look at; may be given several times.  [default: all that keep sequences]",
+    help="Model to check. May be repeated.  [default: all models with sequence batching]",
 )
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def doctor(url: str, model: str, timeout: float, targets: tuple[str, ...], as_json: bool) -> None:
-    """Check the manager at URL, its server, and the models that take its IDs.
+    """Check the manager at URL, its Triton server, and the models that use its IDs.
 
-    Each finding says what it means and what to do. It changes nothing; to learn whether strangers
-    may load models, it asks for one that is not there. Exit status 1 if a finding is a FAIL, as is
-    a --target that cannot be read or that the client refuses.
+    Each finding has a level, an explanation, and an action if one is needed. The command changes
+    nothing on the server. To learn whether anybody may load models, it asks to load a model that
+    does not exist. The exit status is 1 if a finding is a FAIL; a --target that cannot be read, or
+    that the client refuses, is a FAIL.
     """
     with Manager(url, model, timeout) as manager:
         findings = examine(_gather(manager, url, targets))

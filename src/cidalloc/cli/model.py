@@ -41,23 +41,27 @@ def written(milliseconds: int) -> str:
 
 # Option, setting, words.
 _OPTIONS = (
-    ("--first", "first", "The lowest ID of the pool."),
-    ("--capacity", "capacity", "How many IDs the pool has."),
-    ("--min-ttl", "min_ttl_ms", "The least time to live that a session may ask for."),
-    ("--max-ttl", "max_ttl_ms", "The most."),
-    ("--grace", "grace_ms", "How much longer a silent session is kept."),
-    ("--cooldown", "cooldown_ms", "The least time for which an ID cools, after END, too."),
+    ("--first", "first", "Lowest ID of the pool."),
+    ("--capacity", "capacity", "Number of IDs in the pool."),
+    ("--min-ttl", "min_ttl_ms", "Minimum session TTL that a client may request."),
+    ("--max-ttl", "max_ttl_ms", "Maximum session TTL that a client may request."),
+    ("--grace", "grace_ms", "Time after the TTL before a silent session expires."),
+    ("--cooldown", "cooldown_ms", "Minimum time before a released ID is issued again."),
     (
         "--unended-cooldown",
         "unended_cooldown_ms",
-        "How long an ID cools that comes back without a word on END.",
+        "Cooldown of an ID that is released without END and without a cooldown of its own.",
     ),
-    ("--max-cooldown", "max_cooldown_ms", "The longest that a client may ask for."),
-    ("--max-count", "max_count", "The most IDs in one request."),
-    ("--max-sessions", "max_sessions", "The most sessions that are open at once."),
-    ("--max-held", "max_held", "The most IDs that one session may hold."),
-    ("--max-anonymous", "max_anonymous", "The most IDs that may be held without a session."),
-    ("--anonymous-age", "anonymous_age_ms", "When such an ID is taken back."),
+    ("--max-cooldown", "max_cooldown_ms", "Maximum cooldown that a client may request."),
+    ("--max-count", "max_count", "Maximum number of IDs in one request."),
+    ("--max-sessions", "max_sessions", "Maximum number of open sessions."),
+    ("--max-held", "max_held", "Maximum number of IDs held by one session."),
+    ("--max-anonymous", "max_anonymous", "Maximum number of IDs held without a session."),
+    (
+        "--anonymous-age",
+        "anonymous_age_ms",
+        "Time after which an ID held without a session is taken back.",
+    ),
 )
 
 
@@ -78,7 +82,7 @@ def _settings_options(command: Command) -> Command:
 
 
 @click.command(
-    short_help="Write the manager into a model repository.",
+    short_help="Write the manager model into a model repository.",
     epilog="Example: cidalloc model /models --state /var/lib/cidalloc --max-ttl 5m --vendor",
 )
 @click.argument("repository", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
@@ -86,38 +90,45 @@ def _settings_options(command: Command) -> Command:
     "-o",
     "--overwrite",
     is_flag=True,
-    help="Write anew what is there. What is not said keeps the value that it has.",
+    help="Replace an existing manager model. Options that are not given keep their values.",
 )
-@click.option("--reset", is_flag=True, help="The same, but what is not said gets its default.")
-@click.option("-n", "--name", default="cidmgr", show_default=True, help="The model's name.")
-@click.option("-m", "--modver", default=1, show_default=True, help="The model's version.")
+@click.option(
+    "--reset",
+    is_flag=True,
+    help="Replace an existing manager model. Options that are not given get their defaults.",
+)
+@click.option("-n", "--name", default="cidmgr", show_default=True, help="Name of the model.")
+@click.option("-m", "--modver", default=1, show_default=True, help="Version of the model.")
 @click.option(
     "--state",
     type=click.Path(path_type=Path, file_okay=False),
-    help=f"The folder for the file in which the manager remembers what is held."
+    help=f"Folder for the file in which the manager remembers held IDs."
     f" [default: {default_state_folder()}]",
 )
-@click.option("--no-state", is_flag=True, help="Remember nothing across a restart.")
+@click.option("--no-state", is_flag=True, help="Keep no file. A restart forgets all held IDs.")
 @click.option(
     "--vendor/--no-vendor",
     default=False,
-    help="Put a copy of this package into the model's folder, so that Triton's Python need not have"
-    " it. That Python must be of the version that runs this command.",
+    help="Copy this package into the model's folder, for a Triton whose Python does not have it."
+    " That Python must have the same version as the Python that runs this command.",
 )
 @click.option(
     "--python",
     "version",
     metavar="X.Y",
-    help="With --vendor: the Python of the server, to be sure of that.",
+    help="Python version of the server. Used with --vendor, to check that it is the same.",
 )
 @_settings_options
 @click.option(
     "--fresh/--no-fresh",
     default=False,
-    help="No ID of the pool was ever issued: begin at --first.",
+    help="Start at --first. Use it only if no ID of this pool was ever issued.",
 )
 @click.option(
-    "--batch-size", default=256, show_default=True, help="Requests that are answered together."
+    "--batch-size",
+    default=256,
+    show_default=True,
+    help="Maximum number of requests that the manager answers in one batch.",
 )
 @click.pass_context
 def model(
@@ -137,8 +148,8 @@ def model(
 ) -> None:
     """Write the manager model into the Triton model repository DIR.
 
-    Times are written like 500ms, 90s, 2m, 1h or 1d. All that is chosen here stands in the model's
-    config.pbtxt, which you may edit later; the manager checks it when it loads.
+    Times are written like 500ms, 90s, 2m, 1h or 1d. The options are written to the model's
+    config.pbtxt. You may edit that file later; the manager checks it when it loads.
     """
 
     def said(option: str) -> bool:

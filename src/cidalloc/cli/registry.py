@@ -24,16 +24,16 @@ __all__ = ["registry"]
 _FILE = click.argument("file", type=click.Path(path_type=Path))
 
 
-@click.group()
+@click.group(short_help="Show, check or enlarge a manager's file.")
 def registry() -> None:
-    """Look into the file of a registry, which remembers what is held."""
+    """Show, check or enlarge the file in which a manager remembers held IDs."""
 
 
 @registry.command()
 @_FILE
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print the content as JSON.")
 def show(file: Path, as_json: bool) -> None:
-    """Print what is in FILE. Only reads it; a manager may run."""
+    """Print the content of FILE. The file is only read; the manager may be running."""
     found, status = _look(file)
     pid, running = _writer(file)
     status["writer"] = pid if running else None
@@ -73,7 +73,7 @@ def show(file: Path, as_json: bool) -> None:
 @registry.command()
 @_FILE
 def check(file: Path) -> None:
-    """Audit FILE: whether a manager can go on with it. Only reads it; a manager may run."""
+    """Check FILE: can a manager use it? Only reads it; a manager may run."""
     began = time.monotonic()
     found, status = _look(file)
     try:
@@ -88,11 +88,11 @@ def check(file: Path) -> None:
 
 @registry.command(name="upgrade")
 @_FILE
-@click.option("--capacity", type=int, required=True, help="IDs that the pool shall have.")
+@click.option("--capacity", type=int, required=True, help="New number of IDs in the pool.")
 def grow(file: Path, capacity: int) -> None:
-    """Let the pool in FILE grow. No manager may run.
+    """Enlarge the pool in FILE. Stop the manager first.
 
-    What is held stays held. The new file takes the old one's place at once, when it is complete.
+    Held IDs stay held. The new file replaces the old one in one step, when it is complete.
     """
     shape = upgrade(file, capacity)
     click.echo(f"{file} has a pool of {shape.capacity:,} IDs from {shape.first} on.")

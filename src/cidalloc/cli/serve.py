@@ -36,23 +36,41 @@ def started(server: AbstractContextManager[TritonServer]) -> Iterator[TritonServ
 
 
 @click.command(
-    short_help="A server for development, on loopback.",
+    short_help="Run a Triton server for development, on loopback.",
     epilog="Example: cidalloc serve --repository ./models -- --log-verbose=1",
 )
-@click.option("--http-port", default=8000, type=_PORT, show_default=True, help="0: a free one.")
-@click.option("--grpc-port", default=8001, type=_PORT, show_default=True, help="0: a free one.")
-@click.option("--metrics-port", default=8002, type=_PORT, show_default=True, help="0: a free one.")
+@click.option(
+    "--http-port",
+    default=8000,
+    type=_PORT,
+    show_default=True,
+    help="HTTP port. 0 chooses a free port.",
+)
+@click.option(
+    "--grpc-port",
+    default=8001,
+    type=_PORT,
+    show_default=True,
+    help="gRPC port. 0 chooses a free port.",
+)
+@click.option(
+    "--metrics-port",
+    default=8002,
+    type=_PORT,
+    show_default=True,
+    help="Metrics port. 0 chooses a free port.",
+)
 @click.option(
     "--repository",
     "repositories",
     multiple=True,
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="A model repository to serve besides; may be given several times.",
+    help="Further model repository to serve. May be repeated.",
 )
 @click.option(
     "--state",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="A folder in which to remember what is held.  [default: in memory alone]",
+    help="Folder for the file in which the manager remembers held IDs.  [default: no file]",
 )
 @click.argument("flags", nargs=-1)
 def serve(
@@ -63,9 +81,9 @@ def serve(
     state: Path | None,
     flags: tuple[str, ...],
 ) -> None:
-    """Serve the manager and the model simple_sequence on loopback until Ctrl-C.
+    """Serve the manager and the model simple_sequence on loopback. Ctrl-C stops the server.
 
-    What stands behind -- goes to tritonserver as it is.
+    Arguments after -- are passed to tritonserver.
     """
     ports = (http_port, grpc_port, metrics_port)
     settings = Settings(state=str(state.absolute()) if state else "")

@@ -23,20 +23,22 @@ __all__ = ["View", "top"]
 _AROUND = 14  # lines of the screen that are no sessions
 
 
-@click.command(short_help="The same, live.", epilog="Example: cidalloc top localhost:8001")
+@click.command(
+    short_help="Watch the status of a manager, live.", epilog="Example: cidalloc top localhost:8001"
+)
 @ask_options
 @click.option(
     "--interval",
     type=click.FloatRange(0.1),
     default=1.0,
     show_default=True,
-    help="Seconds between two looks.",
+    help="Seconds between two updates.",
 )
 def top(url: str, model: str, timeout: float, interval: float) -> None:
-    """Watch the manager at URL: what is held, by whom, and how fast that changes.
+    """Watch the manager at URL: IDs held, clients, and rates.
 
-    q or Ctrl-C leaves. While the manager is away the last state stays on the screen. Where the
-    output is no terminal, or a dumb one, the state is printed once.
+    Press q or Ctrl-C to leave. While the manager does not answer, the last status stays on the
+    screen. If the output is not a terminal, or TERM is dumb, the status is printed once.
     """
     console = Console(highlight=False)
     with Manager(url, model, timeout) as manager:
