@@ -21,11 +21,11 @@ __all__ = ["AsyncClient"]
 
 
 class AsyncClient(Base):
-    """Correlation IDs from the manager on a Triton server, for asyncio.
+    """A client of the manager on a Triton server, for asyncio.
 
-    As `Client`, whose arguments it takes and whose methods it has: they are to be awaited, but for
-    `sequence`, which is used with ``async with``, and `held`. It may be made anywhere, and belongs
-    to the event loop that first uses it.
+    It has the arguments and methods of `Client`. The methods are coroutines, except `held` and
+    `sequence`; use `sequence` with ``async with``. A client belongs to the event loop that uses it
+    first.
     """
 
     def __init__(
@@ -67,15 +67,15 @@ class AsyncClient(Base):
         await self.close()
 
     async def close(self) -> None:
-        """Give everything back and close the connections; as `Client.close`.
+        """Release all IDs, close the session and the connections. See `Client.close`.
 
-        It goes on when the task is cancelled, be it often; the cancellation arrives afterwards.
+        If the task is cancelled, closing continues, and the cancellation is raised afterwards.
         """
         self._check_home()
         await self._runner.close(self._timeout)
 
     async def acquire(self) -> int:
-        """Return an ID that nobody else has; as `Client.acquire`."""
+        """Acquire one ID and return it. See `Client.acquire`."""
         self._check_home()
         session = self._session
         session.now = self._clock()
@@ -87,13 +87,13 @@ class AsyncClient(Base):
         return int((await self._run_acquire(1))[0])
 
     async def acquire_many(self, count: int) -> IDs:
-        """Return ``count`` IDs as a uint64 array; as `Client.acquire_many`."""
+        """Acquire ``count`` IDs, all or none. See `Client.acquire_many`."""
         return await self._run_acquire(whole("count", count))
 
     async def release(
         self, cid: int, *, ended: bool = False, cooldown: float | None = None
     ) -> None:
-        """Give an ID back; as `Client.release`."""
+        """Release one ID. See `Client.release`."""
         self._check_home()
         session = self._session
         fast = ended and type(cid) is int and not session.closed
@@ -106,7 +106,7 @@ class AsyncClient(Base):
     async def release_many(
         self, cids: Iterable[int], *, ended: bool = False, cooldown: float | None = None
     ) -> None:
-        """Give IDs back, all or none; as `Client.release_many`."""
+        """Release several IDs, all or none. See `Client.release_many`."""
         self._check_home()
         found = several(cids)
         self._session.now = self._clock()
@@ -116,19 +116,19 @@ class AsyncClient(Base):
             self._runner.wake()
 
     async def active(self) -> int:
-        """Return how many IDs are held, by all clients; those in their stocks count."""
+        """Return the number of IDs that all clients hold, those in their caches included."""
         return await self._number(Operation.ACTIVE)
 
     async def inactive(self) -> int:
-        """Return how many IDs have been given back and not been issued again."""
+        """Return the number of IDs that were released and not issued again."""
         return await self._number(Operation.INACTIVE)
 
     async def peak(self) -> int:
-        """Return the most IDs that were held at once."""
+        """Return the maximum number of IDs that were held at the same time."""
         return await self._number(Operation.PEAK)
 
     async def status(self) -> dict[str, Any]:
-        """Return how the manager is; as `Client.status`."""
+        """Return the manager's status. See `Client.status`."""
         self._check_home()
         return await self._runner.run(lambda: self._session.status(self._deadline()))
 
@@ -143,9 +143,9 @@ class AsyncClient(Base):
         end_inputs: list[Any] | None = None,
         farewell: list[Any] | None = None,
     ) -> AsyncSequence:
-        """Return a sequence on ``model``, which acquires its ID when it is entered or awaited.
+        """Return a sequence on ``model``. It acquires its ID when it is entered or awaited.
 
-        The arguments, and what may go wrong then, are those of `Client.sequence`.
+        Arguments and errors are those of `Client.sequence`.
         """
         super()._check_home()
         end_inputs = farewell if end_inputs is None else end_inputs

@@ -20,11 +20,11 @@ _log = logging.getLogger("cidalloc.client")
 
 
 class AsyncSequence(SequenceHandle):
-    """A sequence with an ID of its own; made by `AsyncClient.sequence`, used with ``async with``.
+    """A sequence with its own correlation ID. `AsyncClient.sequence` makes it.
 
-    It may be awaited, too, which also begins it; then it must be closed. All else is as with
-    `Sequence`, and its methods are to be awaited. Closing, at the end of the block too, goes on
-    when the task is cancelled, be it often; the cancellation arrives afterwards.
+    Use it with ``async with``, or await it and close it. It has the methods of `Sequence`, as
+    coroutines. If the task is cancelled while the sequence is closed, closing continues, and the
+    cancellation is raised afterwards.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class AsyncSequence(SequenceHandle):
         return future
 
     async def close(self) -> None:
-        """Send the end_inputs, wait for what is unanswered, and give the ID back.
+        """Send END with ``end_inputs`` if needed, wait for answers, and release the ID.
 
-        Closing again does nothing.
+        A second call does nothing.
         """
         self._check_home()
         if self._core is not None:
@@ -86,7 +86,7 @@ class AsyncSequence(SequenceHandle):
                     await asyncio.wait_for(end_inputs, patience)
                 except (Exception, asyncio.CancelledError) as error:
                     text = error or type(error).__name__
-                    _log.warning("the end_inputs of %r failed: %s", self, text)
+                    _log.warning("END of %r failed: %s", self, text)
             if core.on_way:
                 patience = HURRY_S if core.abandoned else patience
                 await asyncio.wait(core.unanswered(), timeout=patience)

@@ -55,16 +55,16 @@ class SequenceHandle(ForkGuard):
 
     @property
     def state(self) -> str:
-        """Where it is in its life, in a word or two."""
+        """The state of the sequence, in a word or two; docs/client.md has the diagram."""
         return "not begun" if self._core is None else self._core.state.phase.value
 
     def infer_kwargs(self, *, end: bool = False) -> dict[str, Any]:
-        """Return the arguments that make a request of your own part of this sequence.
+        """Return the arguments that make your own ``infer`` call a part of this sequence.
 
-        They are ``sequence_id``, ``sequence_start``, ``sequence_end`` and ``timeout``. Since the
-        sequence does not see the answer, its ID cools after use, as if END had not been answered.
+        The arguments are ``sequence_id``, ``sequence_start``, ``sequence_end`` and ``timeout``. The
+        sequence does not see the answer, so its ID cools after use, as if END was not answered.
 
-        Raises what `infer` does, but for what Triton answers.
+        Raises the errors of `infer`, except those that Triton answers.
         """
         self._check_home()
         return self._begun.lend(end)

@@ -56,35 +56,35 @@ def _close_at_exit(client: Client) -> None:
 
 
 class Client(Base):
-    """Correlation IDs from the manager on a Triton server.
+    """A client of the manager on a Triton server, for threads.
 
-    A client is one session with the manager: it is opened when it is first needed, kept alive in
-    the background, and given back with all its IDs by `close`, or at the end of a ``with`` block.
-    It keeps a small stock of IDs, so that most calls need no round trip.
+    A client has one session with the manager. The session is opened by the first call that needs
+    it, is renewed in the background, and is closed by `close` or at the end of a ``with`` block.
+    The client caches some IDs, so that most calls need no round trip. It may be used from many
+    threads, and belongs to the process that made it.
 
     Args:
         url: ``host:port`` or ``grpc://host:port`` for gRPC, ``http://host:port`` for HTTP;
             ``grpcs`` and ``https`` with TLS.
-        model: the manager's model name.
-        ttl: seconds for which the session outlives its last answered heartbeat. The manager must
-            allow it.
-        label: what the manager's status shows for this client; by default its host and process.
-        timeout: seconds that a call may take to get an answer of the manager.
-        headers: go with every request.
-        transport: speaks to the server in place of a connection to ``url``.
-        ahead: the most IDs that it keeps in stock. 0: it takes one when it needs one, and gives it
-            back at once; for pools with fewer IDs than clients have use for.
-        fallback: ``"random"`` lets `sequence` draw a random ID of 63 bits when the manager cannot
-            be reached and the model's correlation IDs have 64 bits. Nothing looks after such an ID.
-        options: further arguments of tritonclient's ``InferenceServerClient``, as those for TLS.
+        model: the name of the manager model.
+        ttl: session TTL in seconds: the session expires at the manager if no heartbeat arrives for
+            this time. The manager's settings limit it.
+        label: the name of this client in the manager's status. Default: host and process ID.
+        timeout: seconds that a call waits for the manager.
+        headers: sent with every request.
+        transport: used instead of a connection to ``url``.
+        ahead: maximum number of unused IDs in the cache. With 0 the client acquires each ID when it
+            is needed, and releases it when it is no longer used.
+        fallback: with ``"random"``, `sequence` uses a random 63-bit ID if the manager cannot be
+            reached and the model's correlation IDs have 64 bits. Such an ID is not managed.
+        options: further arguments of tritonclient's ``InferenceServerClient``, such as TLS options.
 
     Raises:
-        InvalidArgument: no such URL, or an argument that is not taken.
+        InvalidArgument: the URL or an argument is not valid.
 
-    Every method may raise `Unavailable` if the server does not answer, `SessionExpired` if no
-    heartbeat was answered for ``ttl`` and none is now, `RegistryMismatch` if several managers
-    answer in turns, and `Forked` in a child process: a client belongs to the process that made it.
-    It may be used from many threads.
+    Every method may raise `Unavailable` (the server does not answer), `SessionExpired` (no
+    heartbeat was answered for ``ttl`` seconds), `RegistryMismatch` (several managers answer) and
+    `Forked` (the caller is a forked child process).
     """
 
     def __init__(
@@ -124,11 +124,11 @@ class Client(Base):
         self.close()
 
     def close(self) -> None:
-        """Give everything back and close the connections. Closing again does nothing.
+        """Release all IDs, close the session and the connections. A second call does nothing.
 
-        IDs that are still in use cool until their models have certainly forgotten them. Futures
-        that wait for answers fail with `SequenceLost`; a request that blocks another thread ends
-        with its answer. If the manager cannot be reached, it takes all back when the lease is over.
+        IDs in use cool until their models have certainly forgotten them. Futures without an answer
+        fail with `SequenceLost`. A request that blocks another thread ends with its answer. If the
+        manager cannot be reached, it releases the IDs when the lease expires.
         """
         self._check_home()
         self._close(self._timeout)
@@ -142,10 +142,10 @@ class Client(Base):
                 self._runner.close()
 
     def acquire(self) -> int:
-        """Return an ID that nobody else has. The usual call needs no round trip.
+        """Acquire one ID and return it. Most calls need no round trip.
 
         Raises:
-            Exhausted: the pool cannot give one now.
+            Exhausted: all IDs of the pool are held or cooling.
         """
         if self._home is not ProcessIdentity.current:
             self._check_home()
@@ -166,12 +166,12 @@ class Client(Base):
         return int(self._run_acquire(1)[0])
 
     def acquire_many(self, count: int) -> IDs:
-        """Return ``count`` IDs as a uint64 array of shape [count], all or none.
+        """Acquire ``count`` IDs, all or none; return them as a uint64 array of shape [count].
 
         Raises:
             InvalidArgument: ``count`` is not a positive integer.
-            LimitExceeded: more than one request may take.
-            Exhausted: the pool cannot give so many now.
+            LimitExceeded: ``count`` is more than one request may acquire.
+            Exhausted: the pool has fewer free IDs.
         """
         return self._run_acquire(whole("count", count))
 
@@ -208,11 +208,11 @@ class Client(Base):
     def release_many(
         self, cids: Iterable[int], *, ended: bool = False, cooldown: float | None = None
     ) -> None:
-        """Give IDs back, all or none; as `release`.
+        """Release several IDs, all or none. See `release`.
 
         Raises:
-            Duplicate: the same ID twice.
-            NotHeld, OutOfRange, SessionExpired: one of them cannot be given back.
+            Duplicate: an ID is given twice.
+            NotHeld, OutOfRange, SessionExpired: an ID cannot be released.
         """
         self._check_home()
         found = several(cids)
@@ -224,19 +224,19 @@ class Client(Base):
             self._runner.wake()
 
     def active(self) -> int:
-        """Return how many IDs are held, by all clients; those in their stocks count."""
+        """Return the number of IDs that all clients hold, those in their caches included."""
         return self._number(Operation.ACTIVE)
 
     def inactive(self) -> int:
-        """Return how many IDs have been given back and not been issued again."""
+        """Return the number of IDs that were released and not issued again."""
         return self._number(Operation.INACTIVE)
 
     def peak(self) -> int:
-        """Return the most IDs that were held at once."""
+        """Return the maximum number of IDs that were held at the same time."""
         return self._number(Operation.PEAK)
 
     def status(self) -> dict[str, Any]:
-        """Return how the manager is: its pool, its sessions, what it did. See the protocol."""
+        """Return the status of the manager: pool, sessions and counters."""
         self._check_home()
         return self._runner.run(lambda: self._session.status(self._deadline()))
 
@@ -251,24 +251,25 @@ class Client(Base):
         end_inputs: list[Any] | None = None,
         farewell: list[Any] | None = None,
     ) -> Sequence:
-        """Acquire an ID and return a sequence on ``model`` that uses it; use it with ``with``.
+        """Acquire an ID and return a sequence on ``model`` that uses it. Use it with ``with``.
 
         Args:
-            model: a model with sequence batching, or an ensemble with such a step. Its
-                configuration is read once.
-            streaming: send over a gRPC stream of the sequence's own.
-            timeout: seconds that each request may take, waiting for a slot included.
-            cooldown: seconds without a request after which the model has certainly forgotten the
-                sequence, if that is more than its configuration says.
-            check: False for a model that keeps state by itself, is reached through another one, or
-                whose configuration may not be read. ``cooldown`` must be said then.
-            end_inputs: inputs to send with END if the sequence is closed without one.
+            model: a model with sequence batching, or an ensemble with such a step. The client reads
+                its configuration.
+            streaming: use a gRPC stream for the sequence.
+            timeout: seconds that each request may take, including the wait for a slot.
+            cooldown: seconds after the last request until the model has certainly forgotten the
+                sequence. Needed only if this is more than the model's configuration says.
+            check: use False for a model that keeps state by itself, is called by another model, or
+                has a configuration that cannot be read. ``cooldown`` is then required.
+            end_inputs: inputs of the END request that is sent if the sequence is closed without
+                END.
             farewell: the former name of ``end_inputs``.
 
         Raises:
-            InvalidArgument: the model keeps no sequences, its CORRID control is too narrow for
-                the manager's pool, or streaming over HTTP is asked for.
-            Exhausted: the pool cannot give an ID now.
+            InvalidArgument: the model has no sequence batching, its CORRID control is too narrow
+                for the manager's pool, or streaming is used over HTTP.
+            Exhausted: all IDs of the pool are held or cooling.
         """
         self._check_home()
         taken = Acquired()

@@ -18,13 +18,13 @@ _log = logging.getLogger("cidalloc.client")
 
 
 class Sequence(SequenceHandle):
-    """A sequence with an ID of its own; made by `Client.sequence`, used with ``with``.
+    """A sequence with its own correlation ID. `Client.sequence` makes it; use it with ``with``.
 
-    START goes with the first request. The ID goes back when END was answered with success, nothing
-    is unanswered and nothing failed: it may soon be used again. Otherwise it goes back when the
-    block ends, and cools until Triton has certainly forgotten the sequence.
+    The first request carries START. The ID is released for quick reuse when END was answered with
+    success, no request is unanswered and none failed. Otherwise it is released when the block ends,
+    and cools until Triton has certainly forgotten the sequence.
 
-    Several threads may use it: the model gets their requests one after the other, in the order of
+    Several threads may use a sequence. The model gets their requests one at a time, in the order of
     the calls.
     """
 
@@ -47,19 +47,19 @@ class Sequence(SequenceHandle):
 
         Args:
             inputs: tritonclient's ``InferInput`` objects, of the client's protocol.
-            end: this is the last request of the sequence.
+            end: send END with this request, which is the last one of the sequence.
             options: further arguments of tritonclient's ``infer`` (``outputs``, ``priority``, …).
 
         Returns:
             tritonclient's ``InferResult``.
 
         Raises:
-            InvalidArgument: the sequence has ended, or an argument is one that it sets itself.
+            InvalidArgument: the sequence has ended, or the sequence sets this argument itself.
             SequenceLost: Triton has forgotten the sequence, its ID was lost with its session, or
-                it was closed meanwhile.
-            SessionExpired: no heartbeat was answered in time; that may still change.
+                it was closed while the request was unanswered.
+            SessionExpired: no heartbeat was answered in time. A later heartbeat may change that.
             Unavailable: no answer, or no slot, within the sequence's ``timeout``.
-            tritonclient.utils.InferenceServerException: what else Triton answered.
+            tritonclient.utils.InferenceServerException: Triton answered with another error.
         """
         self._check_home()
         core = self._begun
@@ -76,14 +76,14 @@ class Sequence(SequenceHandle):
         return result
 
     def async_infer(self, inputs: list[Any], *, end: bool = False, **options: Any) -> Future[Any]:
-        """Send a request and return the future of its result, in the manner of `infer`.
+        """Send a request and return a future of its result. See `infer`.
 
-        The model gets the requests in the order of the calls. On a stream they are sent without
-        waiting for answers; otherwise each is sent when the one before it was answered.
+        The model gets the requests in the order of the calls. A stream sends them without waiting
+        for answers. Without a stream, each request is sent when the one before it was answered.
 
         Raises:
-            InvalidArgument: as `infer`. What goes wrong with the request is in the future, which
-                ends by itself within the sequence's ``timeout`` and half a second.
+            InvalidArgument: as `infer`. All other errors are raised by the future. It ends within
+                the sequence's ``timeout`` and half a second.
         """
         self._check_home()
         core = self._begun
@@ -91,9 +91,9 @@ class Sequence(SequenceHandle):
         return future
 
     def close(self) -> None:
-        """Send the end_inputs, wait for what is unanswered, and give the ID back.
+        """Send END with ``end_inputs`` if needed, wait for answers, and release the ID.
 
-        Closing again does nothing.
+        A second call does nothing.
         """
         self._close(self._begun.limit)
 
@@ -107,7 +107,7 @@ class Sequence(SequenceHandle):
                     core.submit(core.request(core.end_inputs, True, {})).result(patience)
                 except (Exception, concurrent.futures.CancelledError) as error:
                     text = error or type(error).__name__
-                    _log.warning("the end_inputs of %r failed: %s", self, text)
+                    _log.warning("END of %r failed: %s", self, text)
             if core.on_way:
                 patience = HURRY_S if core.abandoned else patience
                 concurrent.futures.wait(core.unanswered(), patience)
