@@ -38,7 +38,6 @@ from cidalloc.client.core.client import Base
 from cidalloc.client.core.effects import Config, Idle, Reply, Send
 from cidalloc.client.core.id_cache import MAX_AHEAD
 from cidalloc.client.core.sequence import Plan, SequenceCore
-from cidalloc.client.core.sequence_state import Phase
 from cidalloc.client.core.session import Acquired
 from cidalloc.codes import Operation
 from cidalloc.errors import CidError, Unavailable
@@ -265,7 +264,7 @@ class Node:
             core.over(request, _ANSWER, error)
             if error is not None and dice.random() < 0.7:
                 return
-            if core.state.phase is Phase.RECYCLED:
+            if core.state.recycled:
                 self.recorder.note("ended", holder=core.holder)
             yield from self.pause(dice.choice([0.0, 0.05, 0.5, dice.uniform(0, 4.5)]))
 

@@ -56,7 +56,7 @@ class SequenceHandle(ForkGuard):
     @property
     def state(self) -> str:
         """The state of the sequence, in a word or two; docs/client.md has the diagram."""
-        return "not begun" if self._core is None else self._core.state.phase.value
+        return "not begun" if self._core is None else self._core.state.words
 
     def infer_kwargs(self, *, end: bool = False) -> dict[str, Any]:
         """Return the arguments that make your own ``infer`` call a part of this sequence.

@@ -23,7 +23,7 @@ from tritonclient.utils import InferenceServerException
 from ...errors import CidError, InvalidArgument, SequenceLost, SessionExpired, Unavailable
 from .id_cache import ENDED, need_ms
 from .model_info import ModelInfo
-from .sequence_state import BackTo, Phase, SequenceState
+from .sequence_state import BackTo, SequenceState
 from .session import Session
 from .transport import SLACK_S, Stream, check_inputs, foreign, unreachable
 
@@ -350,7 +350,7 @@ class SequenceCore:
             except BaseException:
                 self._doubt(request)
                 raise
-            ended = self.state.phase is Phase.ENDED and not self.on_way
+            ended = self.state.ended and not self.on_way
         if request.future is not None:
             # Whoever waited for it may have cancelled it.
             with contextlib.suppress(futures.InvalidStateError, asyncio.InvalidStateError):

@@ -1,6 +1,8 @@
-"""The life of a sequence, and of its ID: states and events in one table.
+"""The state of a sequence, and what it says of the sequence's ID.
 
-`docs/client.md` shows the picture that `diagram` draws of it.
+Two things are followed: the *phase*, by one table, and a flag, *doubtful*, which is set when the
+outcome of a request is not known and never cleared. `diagram` draws the table as the picture in
+`docs/client.md`.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from enum import Enum
 
 from ...errors import InvalidArgument, SequenceLost
 
-__all__ = ["TRANSITIONS", "BackTo", "Event", "Phase", "SequenceState", "diagram"]
+__all__ = ["OPEN", "TRANSITIONS", "BackTo", "Event", "Phase", "SequenceState", "diagram"]
 
 
 class Phase(Enum):
@@ -17,26 +19,16 @@ class Phase(Enum):
 
     FRESH = "fresh"
     """Nothing was sent yet."""
-    STARTING = "starting"
-    """START was sent, and not answered yet."""
     LIVE = "live"
-    """Triton has it, and every answer was a success."""
+    """START was sent. END was not sent, or it failed."""
     ENDING = "ending"
-    """END was sent, and not answered yet."""
+    """END was sent, and is not answered yet."""
     ENDED = "ended"
-    """END was answered with success, as was everything before."""
-    DOUBTFUL = "doubtful"
-    """What became of some request is not known. The sequence may go on."""
-    DOUBTFUL_ENDING = "doubtful, ending"
-    """The same, and END was sent."""
-    DOUBTFUL_ENDED = "doubtful, ended"
-    """The same, and END was answered, or sent by somebody who does not tell us."""
+    """END was answered with success."""
     LOST = "lost"
-    """Triton has forgotten it, or its ID is ours no more."""
-    RECYCLED = "closed, recycled"
-    """Closed. The ID may be used again after the least cooldown."""
-    COOLING = "closed, cooling"
-    """Closed. The ID cools until Triton has certainly forgotten the sequence."""
+    """Triton has forgotten the sequence, or its ID is not ours any more."""
+    CLOSED = "closed"
+    """The sequence is closed, and its ID was released."""
 
 
 class Event(Enum):
@@ -44,78 +36,62 @@ class Event(Enum):
 
     SEND = "send"
     SEND_END = "send END"
-    LEND = "flags"
-    LEND_END = "flags END"
     ANSWER = "answer"
     ANSWER_END = "answer to END"
     FAIL = "failure"
     FAIL_END = "failure of END"
     FORGET = "forgotten"
     CLOSE = "close"
-    CUT = "close with something unanswered"
 
 
-def _table() -> dict[tuple[Phase, Event], Phase]:
-    """Return the state that follows; what is not in the table cannot happen, or is refused."""
-    table: dict[tuple[Phase, Event], Phase] = {}
+OPEN = (Phase.FRESH, Phase.LIVE, Phase.ENDING, Phase.ENDED)
 
-    def add(state: Phase, *events: Event, to: Phase | None = None) -> None:
-        table.update(dict.fromkeys([(state, event) for event in events], to or state))
-
-    for state in (Phase.FRESH, Phase.STARTING, Phase.LIVE, Phase.DOUBTFUL):
-        doubtful = state is Phase.DOUBTFUL
-        add(state, Event.LEND, to=Phase.DOUBTFUL)
-        add(state, Event.LEND_END, to=Phase.DOUBTFUL_ENDED)
-        add(state, Event.SEND, to=Phase.STARTING if state is Phase.FRESH else state)
-        add(state, Event.SEND_END, to=Phase.DOUBTFUL_ENDING if doubtful else Phase.ENDING)
-    add(Phase.STARTING, Event.ANSWER, to=Phase.LIVE)
-    add(Phase.LIVE, Event.ANSWER)
-    add(Phase.ENDING, Event.ANSWER)
-    add(Phase.ENDING, Event.ANSWER_END, to=Phase.ENDED)
-    add(Phase.ENDED, Event.ANSWER)
-    for state in (Phase.STARTING, Phase.LIVE):
-        add(state, Event.FAIL, to=Phase.DOUBTFUL)
-    add(Phase.ENDING, Event.FAIL, to=Phase.DOUBTFUL_ENDING)
-    add(Phase.ENDED, Event.FAIL, to=Phase.DOUBTFUL_ENDED)
-    add(Phase.ENDING, Event.FAIL_END, to=Phase.DOUBTFUL)
-    add(Phase.DOUBTFUL, Event.ANSWER, Event.FAIL)
-    add(Phase.DOUBTFUL_ENDING, Event.ANSWER, Event.FAIL)
-    add(Phase.DOUBTFUL_ENDING, Event.ANSWER_END, to=Phase.DOUBTFUL_ENDED)
-    add(Phase.DOUBTFUL_ENDING, Event.FAIL_END, to=Phase.DOUBTFUL)
-    add(Phase.DOUBTFUL_ENDED, Event.ANSWER, Event.FAIL)
-    closed = (Phase.RECYCLED, Phase.COOLING)
-    for state in Phase:
-        if state in closed:
-            continue
-        add(state, Event.FORGET, to=Phase.LOST)
-        certain = state in (Phase.FRESH, Phase.ENDED)
-        add(state, Event.CLOSE, to=Phase.RECYCLED if certain else Phase.COOLING)
-        if state is not Phase.FRESH:
-            add(state, Event.CUT, to=Phase.COOLING)
-    late = (Event.ANSWER, Event.ANSWER_END, Event.FAIL, Event.FAIL_END, Event.FORGET)
-    for state in (Phase.LOST, *closed):
-        add(state, *late)  # too late to matter
-    return table
-
-
-TRANSITIONS = _table()
-"""The state that follows a state and an event."""
+TRANSITIONS: dict[tuple[Phase, Event], Phase] = {
+    (Phase.FRESH, Event.SEND): Phase.LIVE,
+    (Phase.FRESH, Event.SEND_END): Phase.ENDING,
+    (Phase.LIVE, Event.SEND): Phase.LIVE,
+    (Phase.LIVE, Event.SEND_END): Phase.ENDING,
+    (Phase.LIVE, Event.ANSWER): Phase.LIVE,
+    (Phase.LIVE, Event.FAIL): Phase.LIVE,
+    (Phase.ENDING, Event.ANSWER): Phase.ENDING,
+    (Phase.ENDING, Event.FAIL): Phase.ENDING,
+    (Phase.ENDING, Event.ANSWER_END): Phase.ENDED,
+    (Phase.ENDING, Event.FAIL_END): Phase.LIVE,
+    (Phase.ENDED, Event.ANSWER): Phase.ENDED,
+    (Phase.ENDED, Event.FAIL): Phase.ENDED,
+    **{(phase, Event.FORGET): Phase.LOST for phase in OPEN},
+    **{(phase, Event.CLOSE): Phase.CLOSED for phase in (*OPEN, Phase.LOST)},
+    # Too late to matter.
+    **{
+        (phase, event): phase
+        for phase in (Phase.LOST, Phase.CLOSED)
+        for event in (*(Event.ANSWER, Event.ANSWER_END, Event.FAIL, Event.FAIL_END), Event.FORGET)
+    },
+}
+"""The phase that follows. An event that is not in the table is refused."""
 
 
 class BackTo(Enum):
-    """What becomes of the ID when a sequence is closed."""
+    """Where the ID goes when a sequence is closed."""
 
     STOCK = "stock"
     MANAGER = "manager"
 
 
 class SequenceState:
-    """One sequence's way through the table, and what time says of it. Times are seconds.
+    """The state of one sequence. Times are seconds.
 
     Args:
-        name: what the sequence is called in errors.
-        idle: seconds after which Triton forgets it, counted from when it queued the last request.
-        exact: that is when Triton does so, and not a guess that is long enough.
+        name: what errors call the sequence.
+        idle: seconds without a request after which Triton forgets the sequence.
+        exact: Triton forgets it then, and ``idle`` is not just a time that is long enough.
+
+    Attributes:
+        phase: see `Phase`.
+        doubtful: the outcome of a request is not known.
+        recycled: it is closed, and its ID may be used again after the minimum cooldown.
+        unanswered: requests that are not answered yet.
+        answered: requests that were answered with success.
     """
 
     # Triton's own timer may be late by so much.
@@ -123,6 +99,7 @@ class SequenceState:
 
     def __init__(self, name: str, idle: float, exact: bool) -> None:
         self.phase = Phase.FRESH
+        self.doubtful = self.recycled = False
         self.unanswered = 0
         self.answered = 0
         self._name = name
@@ -133,6 +110,17 @@ class SequenceState:
         self._last_answered = float("-inf")
         # Triton had queued everything by then, or nobody knows.
         self._queued_by = float("inf")
+
+    @property
+    def words(self) -> str:
+        """The state for a person."""
+        if self.phase is Phase.CLOSED:
+            return "closed, recycled" if self.recycled else "closed, cooling"
+        if self.doubtful and self.phase is not Phase.LOST:
+            return "doubtful" if self.phase is Phase.LIVE else f"doubtful, {self.phase.value}"
+        if self.phase is Phase.LIVE and not self.answered:
+            return "starting"
+        return str(self.phase.value)
 
     def send(self, now: float, end: bool, waits: bool = False) -> bool:
         """Note that a request is sent; return whether it is to carry START.
@@ -179,16 +167,18 @@ class SequenceState:
         )
 
     def lend(self, now: float, end: bool) -> bool:
-        """The same for a request that others send, and of whose answer nobody tells us."""
-        start = self.send(now, end=False)
+        """Note a request that the application sends, and whose answer is not seen here."""
+        start = self.send(now, end)
         self.unanswered -= 1
         self.answered += 1  # for all that can be known
+        self.doubtful = True
         self._queued_by = float("inf")
-        self._go(Event.LEND_END if end else Event.LEND)
+        if end:
+            self._go(Event.ANSWER_END)
         return start
 
     def settle(self, now: float, end: bool, error: BaseException | None) -> None:
-        """Note how a request ended; one that failed may have been applied, or be on its way yet."""
+        """Note how a request ended. One that failed may have been applied, or be on its way yet."""
         self.unanswered -= 1
         if error is None:
             self.answered += 1
@@ -197,6 +187,7 @@ class SequenceState:
         elif isinstance(error, SequenceLost):
             self._go(Event.FORGET)
         else:
+            self.doubtful = True
             self._queued_by = float("inf")
             self._go(Event.FAIL_END if end else Event.FAIL)
 
@@ -204,34 +195,40 @@ class SequenceState:
         """Note that a request was broken off in the middle of `send` or `settle`.
 
         Args:
-            unanswered: how many others are unanswered.
-            end: it would have been the last one.
+            unanswered: the number of other requests that are unanswered.
+            end: the request would have been the last one.
         """
         self.unanswered = unanswered
+        self.doubtful = self.doubtful or self.phase is not Phase.FRESH
         self._queued_by = float("inf")
-        self.phase = TRANSITIONS.get(
-            (self.phase, Event.FAIL_END if end else Event.FAIL), self.phase
-        )
+        event = Event.FAIL_END if end else Event.FAIL
+        self.phase = TRANSITIONS.get((self.phase, event), self.phase)
 
     def lose(self) -> None:
-        """Its ID is ours no more."""
+        """Note that its ID is not ours any more."""
         self._go(Event.FORGET)
 
     def close(self) -> BackTo:
-        """Note that nobody uses it any more; return where its ID goes. Again: the same."""
+        """Note that nobody uses it any more; return where its ID goes. May be repeated."""
         if not self.closed:
-            self._go(Event.CUT if self.unanswered else Event.CLOSE)
-        return BackTo.STOCK if self.phase is Phase.RECYCLED else BackTo.MANAGER
+            self.recycled = self.phase is Phase.FRESH or self.ended
+            self._go(Event.CLOSE)
+        return BackTo.STOCK if self.recycled else BackTo.MANAGER
 
     @property
     def closed(self) -> bool:
         """Whether it was closed."""
-        return self.phase in (Phase.RECYCLED, Phase.COOLING)
+        return self.phase is Phase.CLOSED
+
+    @property
+    def ended(self) -> bool:
+        """Whether Triton has certainly ended it, and nothing is unanswered."""
+        return self.phase is Phase.ENDED and not self.doubtful and not self.unanswered
 
     @property
     def wants_end(self) -> bool:
         """Whether Triton may still have it, and got no END."""
-        return (self.phase, Event.SEND_END) in TRANSITIONS and self.phase is not Phase.FRESH
+        return self.phase is Phase.LIVE
 
     def must_be_forgotten(self, now: float) -> bool:
         """Whether Triton has certainly forgotten it by now."""
@@ -249,16 +246,17 @@ class SequenceState:
 
 def diagram() -> str:
     """Return the table as a state diagram in Mermaid's language."""
-    names = {state: state.name.lower() for state in Phase}
-    lines = ["stateDiagram-v2", "    [*] --> fresh"]
-    for state in Phase:
-        lines.append(f"    {names[state]}: {state.value}")
-    ways: dict[tuple[Phase, Phase], list[str]] = {}
-    for (state, event), to in TRANSITIONS.items():
-        as_closed = event is Event.CUT and TRANSITIONS[state, Event.CLOSE] is to
-        if state is not to and not as_closed:
-            ways.setdefault((state, to), []).append(event.value)
-    for (state, to), events in ways.items():
-        lines.append(f"    {names[state]} --> {names[to]}: {' / '.join(events)}")
-    lines += [f"    {names[state]} --> [*]" for state in (Phase.RECYCLED, Phase.COOLING)]
-    return "\n".join(lines) + "\n"
+    lines = ["stateDiagram-v2", "    state open {", "        [*] --> fresh"]
+    ways: dict[tuple[str, str], list[str]] = {}
+    for (phase, event), to in TRANSITIONS.items():
+        if phase is not to:
+            source = "open" if phase in OPEN and to not in OPEN else phase.value
+            words = ways.setdefault((source, to.value), [])
+            if event.value not in words:
+                words.append(event.value)
+    for (source, target), words in ways.items():
+        inside = source != "open" and source != Phase.LOST.value
+        lines.append(f"{'    ' * (1 + inside)}{source} --> {target}: {' / '.join(words)}")
+    # The inner arrows come first in the table.
+    lines.insert(3 + sum(line.startswith("        ") for line in lines[3:]), "    }")
+    return "\n".join([*lines, "    closed --> [*]"]) + "\n"
