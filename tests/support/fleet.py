@@ -86,7 +86,7 @@ class SimClient(Base):
     """A client's decisions, without its ways to wait."""
 
     def __init__(self, rng: random.Random, now: Callable[[], float]) -> None:
-        transport = SimpleNamespace(url="simulated", inputs=object)
+        transport = SimpleNamespace(url="simulated", inputs=object, now=now)
         super().__init__("cidmgr", TTL_S, "simulated", 2.0, MAX_AHEAD, None, transport, ("", 0))
         self.transport = transport
         self.sequences: dict[SequenceCore, None] = {}
@@ -139,7 +139,7 @@ class Node:
             self.fleet.at(self.frozen_until, lambda: self.resume(task, result))
             return
         session = self.client.session
-        session.now, seen = self.clock(), session.version
+        seen = session.version
         try:
             if isinstance(result, BaseException):
                 effect = task.throw(result)

@@ -48,7 +48,14 @@ class World:
         self, ttl: float = 60.0, timeout: float = 10.0, seed: int = 0, ahead: int = MAX_AHEAD
     ) -> Session:
         rng = random.Random(seed)
-        return Session(ttl=ttl, label="simulated", timeout=timeout, rng=rng, ahead=ahead)
+        return Session(
+            ttl=ttl,
+            label="simulated",
+            timeout=timeout,
+            rng=rng,
+            clock=lambda: self.now,
+            ahead=ahead,
+        )
 
     def apply(self, request: wire.Request) -> Reply:
         tensors = request.encode()
@@ -90,7 +97,6 @@ class World:
         event: Reply | None = None
         try:
             while True:
-                session.now = self.now
                 effect = next(flow) if event is None else flow.send(event)
                 event = self.perform(effect)
         except StopIteration as stop:
@@ -99,26 +105,22 @@ class World:
 
     def keep(self, session: Session, until: float) -> None:
         """Run the heartbeat up to a time."""
-        session.now = self.now
         flow = session.heartbeat()
         effect = next(flow)
         while True:
             if isinstance(effect, Idle) and effect.until > until:
                 break
             event = self.perform(effect)
-            session.now = self.now
             effect = flow.send(event)
         flow.close()
         self.now = max(self.now, until)
-        session.now = self.now
 
     def acquire(self, session: Session, count: int = 1, need_ms: int | None = None) -> list[int]:
-        session.now, taken = self.now, Acquired()
+        taken = Acquired()
         self.run(session, session.acquire(count, need_ms, self.now + session.timeout, taken))
         return list(taken)
 
     def release(self, session: Session, *cids: int, cooldown_ms: int | None = -1) -> None:
-        session.now = self.now
         session.give(list(cids), cooldown_ms)
 
     def operations(self) -> list[str]:

@@ -36,12 +36,10 @@ def session(world: World) -> Session:
 
 
 def begin(world: World, session: Session, model: str = "model") -> ModelInfo:
-    session.now = world.now
     return world.run(session, session.models.begin(model, TIMEOUT, world.now, 1.0))
 
 
 def give(world: World, session: Session, cid: int, idle: float) -> None:
-    session.now = world.now
     session.release_unended(session.epoch, cid, "model", idle, TIMEOUT)
 
 

@@ -39,7 +39,6 @@ def test_the_session_opens_when_it_is_needed(world: World, session: Session) -> 
 def test_the_usual_acquire_sends_nothing(world: World, session: Session) -> None:
     world.acquire(session)
     world.operations()
-    session.now = world.now
     assert session.take() == 2
     assert world.operations() == []
 
@@ -55,10 +54,8 @@ def test_ended_ids_recycle_oldest_first_after_their_cooldown(
         assert session.take() not in cids
     world.operations()
     world.now += SETTINGS.cooldown_ms / 1000 - 0.001
-    session.now = world.now
     assert session.take() == 0
     world.now += 0.001
-    session.now = world.now
     assert [session.take() for _ in cids] == cids
     assert world.operations() == []
 
@@ -67,7 +64,6 @@ def test_the_stock_grows_with_demand(world: World, session: Session) -> None:
     world.acquire(session)
     world.operations()
     for _ in range(1000):
-        session.now = world.now
         if not session.take():
             world.acquire(session)
         world.keep(session, world.now + 0.001)
@@ -193,7 +189,6 @@ def test_a_longer_cooldown_is_announced_first(world: World, session: Session) ->
     world.acquire(session, 1, 20_000)
     assert cooldown(world) == 20_000
     world.operations()
-    session.now = world.now
     assert session.take(30_000) == 0, "in stock, but not announced"
     world.acquire(session, 1, 30_000)
     assert world.operations() == ["RENEW"], "and that takes no further ID"
@@ -229,14 +224,12 @@ def test_heartbeats_only_when_nothing_else_was_sent(world: World, session: Sessi
 
 
 def test_the_lease_counts_from_when_the_request_was_sent(world: World, session: Session) -> None:
-    session.now = world.now
     flow = session.acquire(1, None, world.now + 10, Acquired())
     effect = next(flow)
     for _ in range(2):
         assert isinstance(effect, Send)
         sent = world.now
         world.now += 3.0
-        session.now = world.now
         try:
             effect = flow.send(world.apply(effect.request))
         except StopIteration:
@@ -249,7 +242,6 @@ def test_the_lease_of_a_repeated_open_counts_from_the_first(world: World, sessio
     began = world.now
     world.fates = ["unanswered", "unanswered"]
     for _ in range(2):
-        session.now = world.now
         with pytest.raises(errors.Unavailable):
             world.run(session, session._establish(world.now + 1))
     world.run(session, session._establish(world.now + 1))
@@ -283,7 +275,6 @@ def test_a_client_that_was_frozen_sends_nothing_of_old(world: World, session: Se
     world.release(session, *world.acquire(session, 2), cooldown_ms=7)
     world.now += TTL + SETTINGS.grace_ms / 1000 + 1
     world.operations()
-    session.now = world.now
     with pytest.raises(errors.SessionExpired):
         session.check(epoch, cid)
     world.keep(session, world.now + 1)
@@ -315,7 +306,6 @@ def test_an_answer_that_comes_after_the_lease_renews_nothing(world: World) -> No
     session = world.session(ttl=1.0)
     world.acquire(session)
     world.now += 2.0
-    session.now = world.now
     flow = session.acquire(1, None, world.now + 10, Acquired())
     effect = next(flow)
     with pytest.raises(errors.SessionExpired, match="longer to answer"):
@@ -326,7 +316,6 @@ def test_an_answer_that_comes_after_the_lease_renews_nothing(world: World) -> No
                 world.now += 1.2
             else:
                 event = world.perform(effect)
-            session.now = world.now
             effect = flow.send(event)
     assert world.now < 10_000
 
@@ -515,8 +504,9 @@ def test_an_open_that_comes_late_opens_nothing_that_is_ours(world: World, sessio
     assert "under its name" in session.lost_why
 
 
-def test_an_id_that_was_lost_may_be_ours_again(world: World, session: Session) -> None:
+def test_an_id_that_was_lost_may_be_ours_again() -> None:
     world = World(Settings(first=1, capacity=3, max_sessions=10, fresh=True))
+    session = world.session(TTL)
     cids = world.acquire(session, 3)
     world.now += TTL + SETTINGS.grace_ms / 1000 + 1
     assert world.held() == 0
@@ -531,7 +521,6 @@ def test_a_handover_is_waited_for(world: World, session: Session) -> None:
     world.acquire(session)
     old = world.service._holder._registry
     world.service._holder._registry = None
-    session.now = world.now
     taken = Acquired()
     flow = session.acquire(5, None, world.now + 10, taken)
     event: Reply | None = None
@@ -540,7 +529,6 @@ def test_a_handover_is_waited_for(world: World, session: Session) -> None:
         while True:
             effect = flow.send(event) if event is not None else next(flow)
             event = world.perform(effect)
-            session.now = world.now
             if isinstance(effect, Send) and event.error is not None:
                 assert isinstance(event.error, errors.Unavailable) and event.error.answered
                 refused += 1
@@ -555,7 +543,6 @@ def test_a_flow_that_is_broken_off_leaves_a_doubt_and_no_block(
     world: World, session: Session
 ) -> None:
     world.acquire(session)
-    session.now = world.now
     flow = session.acquire(5, None, world.now + 10, Acquired())
     effect = next(flow)
     assert isinstance(effect, Send)
@@ -569,7 +556,6 @@ def test_a_flow_that_is_broken_off_leaves_a_doubt_and_no_block(
 
 def test_one_change_at_a_time(world: World, session: Session) -> None:
     world.acquire(session)
-    session.now = world.now
     first = session.acquire(5, None, world.now + 10, Acquired())
     second = session.acquire(5, None, world.now + 10, Acquired())
     one = next(first)
@@ -581,7 +567,7 @@ def test_one_change_at_a_time(world: World, session: Session) -> None:
     assert isinstance(two, Send)
     seqs = [one.request.parameters["seq"], two.request.parameters["seq"]]
     assert seqs == sorted(set(seqs))
-    session.now += 11
+    world.now += 11
     third = session.acquire(500, None, session.now - 1, Acquired())
     with pytest.raises(errors.Unavailable, match="other requests come first"):
         next(third)
@@ -595,7 +581,6 @@ def test_closing_gives_everything_back(world: World, session: Session, in_use: b
     (cid,) = world.acquire(session)
     if not in_use:
         world.release(session, cid)
-    session.now = world.now
     world.run(session, session.close(world.now + 10))
     assert world.held() == 0
     (request,) = [each for each in world.sent if each.operation is Operation.CLOSE]
@@ -613,7 +598,6 @@ def test_closing_says_ended_only_if_nothing_is_left(
 ) -> None:
     """As when the manager does not answer to what gives the rest back."""
     (cid,) = world.acquire(session, 1, 60_000)
-    session.now = world.now
     if left == "asking":
         world.idle["model"] = errors.Unavailable("away")
         session.release_unended(session.epoch, cid, "model", 10.0, 1.0)

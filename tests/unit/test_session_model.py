@@ -58,7 +58,6 @@ class Clients(RuleBasedStateMachine):
     def valid(self, who: int, cid: int) -> bool:
         """Whether a client may send a request with this ID now."""
         session = self.sessions[who]
-        session.now = self.world.now
         try:
             session.check(self.used[who, cid], cid)
         except (SequenceLost, SessionExpired):
@@ -97,7 +96,6 @@ class Clients(RuleBasedStateMachine):
         for cid in cids:
             epoch = self.used.pop((who, cid))
             session = self.sessions[who]
-            session.now = self.world.now
             # What nobody announced does not hold if we die before the manager hears of it.
             default = SETTINGS.unended_cooldown_ms if how is None else how
             cooldown = min(default, session.announced_ms)
@@ -153,7 +151,6 @@ class Clients(RuleBasedStateMachine):
         """An ID whose lease ran out was used until then, and cools from then on at least."""
         for (who, cid), epoch in self.used.items():
             session = self.sessions[who]
-            session.now = self.world.now
             expired = epoch == session.epoch and session.now >= session.lease_deadline
             if expired and cid in session.cache.used:
                 cooled = session.lease_deadline + session.announced_ms / 1000

@@ -45,7 +45,6 @@ class AsyncClient(Base):
         transport = transport or connect_async(url, headers, options)
         super().__init__(model, ttl, label, timeout, ahead, fallback, transport, caller())
         self._runner = AsyncRunner(self._session, transport, model)
-        self._clock = transport.now
 
     def _abandon(self) -> None:
         self._runner.abandon()
@@ -78,7 +77,6 @@ class AsyncClient(Base):
         """Acquire one ID and return it. See `Client.acquire`."""
         self._check_home()
         session = self._session
-        session.now = self._clock()
         cid = session.take()
         if cid:
             if session.needs_maintenance:
@@ -97,7 +95,7 @@ class AsyncClient(Base):
         self._check_home()
         session = self._session
         fast = ended and type(cid) is int and not session.closed
-        if fast and session.recycle(cid, self._clock()):
+        if fast and session.recycle(cid):
             if session.needs_maintenance:
                 self._runner.wake()
             return
@@ -109,7 +107,6 @@ class AsyncClient(Base):
         """Release several IDs, all or none. See `Client.release_many`."""
         self._check_home()
         found = several(cids)
-        self._session.now = self._clock()
         try:
             self._give(found, bool(ended), cooldown)
         finally:

@@ -62,7 +62,6 @@ class AsyncRunner(RunnerBase):
 
     async def run(self, flow: Callable[[], Flow[T]]) -> T:
         """Run a flow to its end and return its value."""
-        self.session.now = self.now()
         steps = flow()
         event: Reply | None = None
         try:

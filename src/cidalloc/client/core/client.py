@@ -62,6 +62,7 @@ class Base(ForkGuard):
             label=_label(label),
             timeout=self._timeout,
             rng=self._rng,
+            clock=transport.now,
             ahead=_ahead(ahead),
         )
 

@@ -1,7 +1,7 @@
 """The lease: one session with the manager, and every decision on requests, time and errors.
 
-It has no socket, no thread and no clock. Whoever drives it sets ``now`` before each step, in
-seconds of a clock that runs on in suspend, and runs one step at a time.
+It has no socket and no thread, and its clock is given to it: seconds of a clock that runs on in
+suspend. A runner runs one step at a time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import random
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 from uuid import UUID
 
@@ -53,10 +53,19 @@ class Lease:
         label: what the manager shows for it.
         timeout: seconds that a request may take.
         rng: draws tokens and pauses.
+        clock: returns the time in seconds.
     """
 
-    def __init__(self, *, ttl: float, label: str, timeout: float, rng: random.Random) -> None:
-        self.now = NEVER
+    def __init__(
+        self,
+        *,
+        ttl: float,
+        label: str,
+        timeout: float,
+        rng: random.Random,
+        clock: Callable[[], float],
+    ) -> None:
+        self._clock = clock
         self.ttl = ttl
         self.label = label
         self.timeout = timeout
@@ -79,6 +88,11 @@ class Lease:
 
     def __repr__(self) -> str:  # never with the token
         return f"<Session {self.label!r}, {self.state}>"
+
+    @property
+    def now(self) -> float:
+        """The time in seconds, by the client's clock."""
+        return self._clock()
 
     @property
     def opened(self) -> bool:

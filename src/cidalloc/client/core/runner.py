@@ -32,7 +32,7 @@ class RunnerBase:
 
     def _step(self, steps: Flow[T], event: Reply | None) -> Effect:
         session = self.session
-        session.now, seen = self.now(), session.version
+        seen = session.version
         try:
             # A generator takes nothing in its first step.
             return next(steps) if event is None else steps.send(event)

@@ -367,7 +367,7 @@ class SequenceCore:
     def check_lease(self) -> float:
         """Return the time, after seeing that the ID may be used. Under the lock."""
         session = self._runner.session
-        session.now = now = self._runner.now()
+        now = session.now
         if session.closed:
             raise InvalidArgument("the client of this sequence is closed")
         if self.plan.epoch != UNMANAGED and not self.state.closed:
@@ -476,7 +476,6 @@ class SequenceCore:
                 return
             back_to = self.state.close()
             session = runner.session
-            session.now = runner.now()
             if plan.epoch == UNMANAGED:
                 pass
             elif back_to is BackTo.MANAGER and plan.checked:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ...codes import Operation
@@ -56,9 +56,10 @@ class Session(Lease):
         label: str,
         timeout: float,
         rng: random.Random,
+        clock: Callable[[], float],
         ahead: int = MAX_AHEAD,
     ) -> None:
-        super().__init__(ttl=ttl, label=label, timeout=timeout, rng=rng)
+        super().__init__(ttl=ttl, label=label, timeout=timeout, rng=rng, clock=clock)
         self.ahead = ahead
         self.cache = IdCache(ahead=ahead)
         self.models = ModelCache()
@@ -93,19 +94,23 @@ class Session(Lease):
     # ---- What needs no answer
 
     def take(self, need_ms: int | None = None) -> int:
-        """Return an ID out of the stock, or 0 if that takes a flow.
+        """Return an ID out of the cache, or 0 if that takes a flow.
 
         Args:
             need_ms: for how long it must cool if we die; as long as the manager says without it.
         """
-        if self.now >= self.lease_deadline or self.closed:
+        now = self.now
+        if now >= self.lease_deadline or self.closed:
             return 0
         if (self.default_ms if need_ms is None else need_ms) > self.announced_ms:
             return 0
+        return self._take(now)
+
+    def _take(self, now: float) -> int:
         cache, cid = self.cache, 0
         needs_refill = cache.needs_refill
         try:
-            cid = cache.take(self.now)
+            cid = cache.take(now)
             if cache.needs_refill and not needs_refill:
                 self.needs_maintenance = True
             return cid
@@ -144,14 +149,14 @@ class Session(Lease):
         self.cache.check_used(cids)
         if cooldown_ms == ENDED:
             for cid in cids:
-                self.recycle(cid, self.now)
+                self.recycle(cid)
             return
         self.cache.give_back(cids, self.default_ms if cooldown_ms is None else cooldown_ms)
         self.needs_maintenance = True
 
-    def recycle(self, cid: int, now: float) -> bool:
+    def recycle(self, cid: int) -> bool:
         """Take back an ID whose sequence was ended; False if it is none that is used."""
-        found = self.cache.recycle(cid, now)
+        found = self.cache.recycle(cid, self.now)
         if self.cache.to_release:
             self.needs_maintenance = True
         return found
@@ -217,11 +222,12 @@ class Session(Lease):
                 if not self.opened or self.now >= self.lease_deadline:
                     yield from self._in_turn(self._establish(deadline), deadline)
                 need = self.default_ms if need_ms is None else need_ms
-                enough = self.cache.ready(self.now, count) >= count
-                if enough and need <= self.announced_ms and self.now < self.lease_deadline:
+                now = self.now
+                enough = self.cache.ready(now, count) >= count
+                if enough and need <= self.announced_ms and now < self.lease_deadline:
                     taken.epoch = self.epoch
                     for _ in range(count):
-                        taken.append(self.take(need))
+                        taken.append(self._take(now))
                     assert all(taken)
                     return
                 yield from self._in_turn(self._fetch(count, need, deadline), deadline)

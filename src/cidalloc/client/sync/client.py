@@ -105,7 +105,6 @@ class Client(Base):
         super().__init__(model, ttl, label, timeout, ahead, fallback, transport, caller())
         self._runner = Runner(self._session, transport, model)
         self._lock = self._runner.lock
-        self._clock = transport.now
         _close_at_exit(self)
 
     def _abandon(self) -> None:
@@ -136,7 +135,7 @@ class Client(Base):
     def _close(self, patience: float) -> None:
         try:
             self._runner.finish_all()
-            self._runner.run(lambda: self._session.close(self._clock() + patience))
+            self._runner.run(lambda: self._session.close(self._session.now + patience))
         finally:
             if self._session.closed:  # if it was broken off before, closing again goes on
                 self._runner.close()
@@ -152,7 +151,6 @@ class Client(Base):
         session, cid = self._session, 0
         try:
             with self._lock:
-                session.now = self._clock()
                 cid = session.take()
             if cid:
                 if session.needs_maintenance:
@@ -198,7 +196,7 @@ class Client(Base):
         session = self._session
         if ended and type(cid) is int and not session.closed:
             with self._lock:
-                done = session.recycle(cid, self._clock())
+                done = session.recycle(cid)
             if done:
                 if session.needs_maintenance:
                     self._runner.wake()
@@ -218,7 +216,6 @@ class Client(Base):
         found = several(cids)
         try:
             with self._lock:
-                self._session.now = self._clock()
                 self._give(found, bool(ended), cooldown)
         finally:
             self._runner.wake()

@@ -46,10 +46,8 @@ class Runner(RunnerBase):
 
     def run(self, flow: Callable[[], Flow[T]]) -> T:
         """Run a flow to its end and return its value."""
-        session = self.session
         event: Reply | None = None
         with self.lock:
-            session.now = self.now()
             steps = flow()
         try:
             while True:
