@@ -23,7 +23,7 @@ import atheris
 with atheris.instrument_imports(include=["cidalloc"]):
     import numpy as np
 
-    from cidalloc import protocol as wire
+    from cidalloc import protocol
     from cidalloc.client.core.transport import parse_url
     from cidalloc.codes import Code, Operation
     from cidalloc.errors import CidError, RegistryCorrupt
@@ -69,7 +69,7 @@ class Requests:
             answer = self.service.answer(code, ids, parameters(some))
             if isinstance(answer, CidError):
                 assert answer.code is not Code.INTERNAL, answer
-                assert wire.parse_error(wire.error_text(answer)).code is answer.code
+                assert protocol.parse_error(protocol.error_text(answer)).code is answer.code
         self.calls += 1
         if self.calls % 64 == 0:
             self.service._holder.registry()._check()
@@ -153,7 +153,7 @@ class Files:
 def url(data: bytes) -> None:
     """Read a URL, and the words of an error."""
     text = data.decode("utf-8", "surrogateescape")
-    wire.parse_error(text)
+    protocol.parse_error(text)
     try:
         address = parse_url(text)
         assert address.kind in ("grpc", "http") and address.target

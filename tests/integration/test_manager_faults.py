@@ -19,7 +19,7 @@ import pytest
 import tritonclient.grpc
 import tritonclient.http
 
-from cidalloc import protocol as wire
+from cidalloc import protocol
 from cidalloc.client import Client
 from cidalloc.client.sync.transport import connect
 from cidalloc.codes import Operation
@@ -79,11 +79,13 @@ class User:
         self.held: list[int] = []
         self.opened = self.ask(Operation.OPEN, ttl_ms=60_000).tolist()
 
-    def ask(self, operation: Operation, ids: Any = (), **parameters: Any) -> wire.IDs:
-        request = wire.Request(operation, wire.as_ids(ids), {"session": self.token, **parameters})
+    def ask(self, operation: Operation, ids: Any = (), **parameters: Any) -> protocol.IDs:
+        request = protocol.Request(
+            operation, protocol.as_ids(ids), {"session": self.token, **parameters}
+        )
         return self.transport.call("cidmgr", request, 5.0)[0]
 
-    def change(self, operation: Operation, ids: Any = (), **parameters: Any) -> wire.IDs:
+    def change(self, operation: Operation, ids: Any = (), **parameters: Any) -> protocol.IDs:
         self.seq += 1
         return self.ask(operation, ids, seq=self.seq, **parameters)
 

@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
-from cidalloc import protocol as wire
+from cidalloc import protocol
 from cidalloc.errors import CidError
 from cidalloc.manager.service import Service
 from cidalloc.manager.settings import Settings
@@ -54,7 +54,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         try:
             return (
                 self._manage(request, context)
-                if request.model_name == wire.MODEL
+                if request.model_name == protocol.MODEL
                 else _echo(request)
             )
         finally:
@@ -101,9 +101,9 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             json.dumps(read),
         )
         if isinstance(answer, CidError):
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, wire.error_text(answer))
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, protocol.error_text(answer))
         output, _ = answer
-        return _response(request, wire.OUTPUT, "UINT64", output)
+        return _response(request, protocol.OUTPUT, "UINT64", output)
 
 
 def _echo(request: Any) -> Any:

@@ -33,7 +33,7 @@ from disk import Disk
 from recorder import Recorder
 from tritonclient.utils import InferenceServerException
 
-from cidalloc import protocol as wire
+from cidalloc import protocol
 from cidalloc.client.core.client import Base
 from cidalloc.client.core.effects import Config, Idle, Reply, Send
 from cidalloc.client.core.id_cache import MAX_AHEAD
@@ -295,7 +295,7 @@ class Fleet:
         self._booted = 0.0
         recorder.booted = 0.0
         self.begin_manager()
-        self.disk = Disk(folder / f"{wire.MODEL}.cidalloc", self.fate)
+        self.disk = Disk(folder / f"{protocol.MODEL}.cidalloc", self.fate)
         self.nodes = [Node(self, f"client{n}") for n in range(CLIENTS)]
 
     def at(self, when: float, what: Callable[[], object]) -> None:
@@ -339,17 +339,19 @@ class Fleet:
             store.close()
             self._service = None
 
-    def manage(self, request: wire.Request) -> Reply:
+    def manage(self, request: protocol.Request) -> Reply:
         if self._service is None:
             return Reply(error=Unavailable("nobody listens"))
         if self.fate.random() < 0.05:
             self.disk.note()
         tensors = request.encode()
         answer = self._service.answer(
-            tensors[wire.CODE], tensors[wire.CORRELATION_ID], json.dumps(dict(request.parameters))
+            tensors[protocol.CODE],
+            tensors[protocol.CORRELATION_ID],
+            json.dumps(dict(request.parameters)),
         )
         if isinstance(answer, CidError):
-            return Reply(error=wire.parse_error(wire.error_text(answer)))
+            return Reply(error=protocol.parse_error(protocol.error_text(answer)))
         return Reply(answer[0][0], answer[1])
 
     # ---- The model
@@ -452,11 +454,11 @@ class Fleet:
     def theft(self) -> None:
         """Somebody tries to give back what is another's: by a session of its own, and without."""
         token = {"session": "5" * 32}
-        stolen = wire.as_ids([self.dice.randint(1, SETTINGS["capacity"])])
-        self.manage(wire.Request(Operation.OPEN, parameters={**token, "ttl_ms": 600_000}))
+        stolen = protocol.as_ids([self.dice.randint(1, SETTINGS["capacity"])])
+        self.manage(protocol.Request(Operation.OPEN, parameters={**token, "ttl_ms": 600_000}))
         own = {**token, "seq": next(self.numbers), "cooldown_ms": 0}
         for parameters in (own, {"cooldown_ms": 0}):
-            event = self.manage(wire.Request(Operation.DELETE, stolen, parameters))
+            event = self.manage(protocol.Request(Operation.DELETE, stolen, parameters))
             self.counts["thefts"] += event.error is None or event.error.answered
         self.at(self.now + self.dice.uniform(0.5, 2.0), self.theft)
 

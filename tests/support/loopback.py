@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cidalloc import protocol as wire
+from cidalloc import protocol
 from cidalloc.client.core.transport import Done, Receive
 from cidalloc.codes import Operation
 from cidalloc.errors import CidError, ProtocolError
@@ -30,13 +30,17 @@ class Loopback:
     def now(self) -> float:
         return self.clock() / 1000
 
-    def call(self, model: str, request: wire.Request, timeout: float) -> tuple[wire.IDs, str]:
+    def call(
+        self, model: str, request: protocol.Request, timeout: float
+    ) -> tuple[protocol.IDs, str]:
         tensors = request.encode()
         answer = self.service.answer(
-            tensors[wire.CODE], tensors[wire.CORRELATION_ID], json.dumps(dict(request.parameters))
+            tensors[protocol.CODE],
+            tensors[protocol.CORRELATION_ID],
+            json.dumps(dict(request.parameters)),
         )
         if isinstance(answer, CidError):
-            error = wire.parse_error(f"in ensemble 'x', {wire.error_text(answer)}")
+            error = protocol.parse_error(f"in ensemble 'x', {protocol.error_text(answer)}")
             raise error or ProtocolError(f"no error in {answer!r}")
         output, detail = answer
         assert output.dtype == np.uint64 and output.ndim == 2 and output.shape[0] == 1
@@ -69,7 +73,7 @@ class AsyncLoopback:
         self.loopback = Loopback(settings, clock)
         self.now = self.loopback.now
 
-    async def call(self, model: str, request: wire.Request, timeout: float) -> tuple[Any, str]:
+    async def call(self, model: str, request: protocol.Request, timeout: float) -> tuple[Any, str]:
         return self.loopback.call(model, request, timeout)
 
     async def model_config(self, model: str, timeout: float) -> Mapping[str, Any]:

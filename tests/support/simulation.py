@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from cidalloc import protocol as wire
+from cidalloc import protocol
 from cidalloc.client.core.effects import Config, Flow, Idle, Reply, Send
 from cidalloc.client.core.id_cache import MAX_AHEAD
 from cidalloc.client.core.session import Acquired, Session
@@ -30,9 +30,9 @@ class World:
         self.settings = settings
         self.service = Service(settings, self.clock)
         self.fates: list[str] = []  # of the next requests: "lost", "unanswered", "late" or "ok"
-        self.late: list[wire.Request] = []
+        self.late: list[protocol.Request] = []
         self.lies: dict[Operation, Reply] = {}  # what is answered once, while nothing is done
-        self.sent: list[wire.Request] = []
+        self.sent: list[protocol.Request] = []
         self.idle: dict[str, float | CidError] = {}  # of models, or why it cannot be read
         self.looks = 0  # at the configurations of models
         self.lost_after = 0.5  # seconds that a request takes whose answer does not come
@@ -57,13 +57,15 @@ class World:
             ahead=ahead,
         )
 
-    def apply(self, request: wire.Request) -> Reply:
+    def apply(self, request: protocol.Request) -> Reply:
         tensors = request.encode()
         answer = self.service.answer(
-            tensors[wire.CODE], tensors[wire.CORRELATION_ID], json.dumps(dict(request.parameters))
+            tensors[protocol.CODE],
+            tensors[protocol.CORRELATION_ID],
+            json.dumps(dict(request.parameters)),
         )
         if isinstance(answer, CidError):
-            return Reply(error=wire.parse_error(wire.error_text(answer)))
+            return Reply(error=protocol.parse_error(protocol.error_text(answer)))
         return Reply(answer[0][0], answer[1])
 
     def perform(self, effect: Send | Config | Idle) -> Reply:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cidalloc import protocol as wire
+from cidalloc import protocol
 from cidalloc.codes import Code, Operation
 from cidalloc.errors import CidError, InvalidArgument, OutOfRange, UnknownOperation, error_for
 from cidalloc.protocol import Request
@@ -26,7 +26,7 @@ def test_round_trip(operation: Operation, ids: list[int], parameters: dict[str, 
     request = Request(operation, np.array(ids, np.uint64), parameters)
     tensors = request.encode()
     read = Request.decode(
-        tensors[wire.CODE], tensors[wire.CORRELATION_ID], json.dumps(request.parameters)
+        tensors[protocol.CODE], tensors[protocol.CORRELATION_ID], json.dumps(request.parameters)
     )
     assert read.operation is operation
     assert read.ids.tolist() == ids
@@ -35,8 +35,8 @@ def test_round_trip(operation: Operation, ids: list[int], parameters: dict[str, 
 
 @given(st.sampled_from([code for code in Code if code is not Code.OK]), st.text(), st.text())
 def test_errors_are_found_in_any_text(code: Code, words: str, before: str) -> None:
-    text = before.replace("[", "(") + wire.error_text(error_for(code, words))
-    found = wire.parse_error(text)
+    text = before.replace("[", "(") + protocol.error_text(error_for(code, words))
+    found = protocol.parse_error(text)
     assert found is not None
     assert found.code is code
     assert str(found) == words
@@ -44,7 +44,7 @@ def test_errors_are_found_in_any_text(code: Code, words: str, before: str) -> No
 
 @pytest.mark.parametrize("text", ["", "CIDALLOC 3 NOT_OWNER", "[CIDALLOC x NOT_HELD] no"])
 def test_other_texts_are_no_errors(text: str) -> None:
-    assert wire.parse_error(text) is None
+    assert protocol.parse_error(text) is None
 
 
 ONE = np.array([[0]], np.int8)
@@ -94,19 +94,19 @@ def test_defaults() -> None:
     "ids", [[1, 2], (1, 2), np.array([1, 2], np.int8), np.array([1, 2], np.uint64), range(1, 3)]
 )
 def test_ids_of_any_integer_kind(ids: Any) -> None:
-    array = wire.as_ids(ids)
+    array = protocol.as_ids(ids)
     assert array.dtype == np.uint64
     assert array.tolist() == [1, 2]
 
 
 def test_no_ids() -> None:
-    assert wire.as_ids([]).shape == (0,)
+    assert protocol.as_ids([]).shape == (0,)
 
 
 @pytest.mark.parametrize("ids", [[-1], [2**64], np.array([1, -5]), [1, 2**70]])
 def test_ids_out_of_range(ids: Any) -> None:
     with pytest.raises(OutOfRange):
-        wire.as_ids(ids)
+        protocol.as_ids(ids)
 
 
 @pytest.mark.parametrize(
@@ -114,4 +114,4 @@ def test_ids_out_of_range(ids: Any) -> None:
 )
 def test_what_are_no_ids(ids: Any) -> None:
     with pytest.raises(InvalidArgument):
-        wire.as_ids(ids)
+        protocol.as_ids(ids)

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 from loopback import AsyncLoopback, Loopback
 
-from cidalloc import errors
-from cidalloc import protocol as wire
+from cidalloc import errors, protocol
 from cidalloc.client import AsyncClient, Client
 from cidalloc.manager.settings import Settings
 
@@ -31,7 +30,9 @@ class Slow(Loopback):
         self.changes = self.most = 0
         self.counting = threading.Lock()
 
-    def call(self, model: str, request: wire.Request, timeout: float) -> tuple[wire.IDs, str]:
+    def call(
+        self, model: str, request: protocol.Request, timeout: float
+    ) -> tuple[protocol.IDs, str]:
         changes = "seq" in request.parameters
         with self.counting:
             self.changes += changes
@@ -169,8 +170,8 @@ def test_a_cancelled_acquire_leaves_no_turn_behind() -> None:
         stuck = True
 
         async def call(
-            self, model: str, request: wire.Request, timeout: float
-        ) -> tuple[wire.IDs, str]:
+            self, model: str, request: protocol.Request, timeout: float
+        ) -> tuple[protocol.IDs, str]:
             if "count" in request.parameters and self.stuck:
                 await asyncio.sleep(3600)
             return await super().call(model, request, timeout)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from cidalloc import protocol as wire
+from cidalloc import protocol
 from cidalloc.codes import Code
 from cidalloc.errors import CidError, InvalidArgument
 from cidalloc.manager.service import Service
@@ -77,8 +77,8 @@ class TritonPythonModel:
 
     def _respond(self, request: Any) -> Any:
         try:
-            code = pb_utils.get_input_tensor_by_name(request, wire.CODE).as_numpy()
-            ids = pb_utils.get_input_tensor_by_name(request, wire.CORRELATION_ID)
+            code = pb_utils.get_input_tensor_by_name(request, protocol.CODE).as_numpy()
+            ids = pb_utils.get_input_tensor_by_name(request, protocol.CORRELATION_ID)
             array = None if ids is None else ids.as_numpy()
             parameters = request.parameters()
         except Exception as error:
@@ -89,15 +89,15 @@ class TritonPythonModel:
         if isinstance(answer, CidError):
             status = self._status.get(answer.code, pb_utils.TritonError.INVALID_ARG)
             return pb_utils.InferenceResponse(
-                error=pb_utils.TritonError(wire.error_text(answer), status)
+                error=pb_utils.TritonError(protocol.error_text(answer), status)
             )
         output, text = answer
         detail = _detail(text) if text else self._no_detail
-        return pb_utils.InferenceResponse([pb_utils.Tensor(wire.OUTPUT, output), detail])
+        return pb_utils.InferenceResponse([pb_utils.Tensor(protocol.OUTPUT, output), detail])
 
 
 def _detail(text: str) -> Any:
-    return pb_utils.Tensor(wire.DETAIL, np.array([[text.encode()]], np.object_))
+    return pb_utils.Tensor(protocol.DETAIL, np.array([[text.encode()]], np.object_))
 
 
 def _check_numpy() -> None:
@@ -107,8 +107,8 @@ def _check_numpy() -> None:
     bytes and with status 200. A tensor that it makes an array of by itself shows that, too.
     """
     sent = np.array([[1, 2**63]], np.uint64)
-    lent = pb_utils.Tensor(wire.OUTPUT, sent)
-    got = pb_utils.Tensor.from_dlpack(wire.OUTPUT, lent.to_dlpack()).as_numpy()
+    lent = pb_utils.Tensor(protocol.OUTPUT, sent)
+    got = pb_utils.Tensor.from_dlpack(protocol.OUTPUT, lent.to_dlpack()).as_numpy()
     if got.tolist() != sent.tolist():
         raise RuntimeError(
             f"this Triton's Python backend cannot use numpy {np.__version__}: install 'numpy<2'"

@@ -10,7 +10,7 @@ from typing import Any
 import grpc.aio
 import tritonclient.grpc
 
-from ... import protocol as wire
+from ... import protocol
 from ...errors import Unavailable
 from ..core.grpc_calls import (
     SHORT_S,
@@ -63,7 +63,9 @@ class AsyncGrpcTransport:
         self._calls.show(answer)
         return tritonclient.grpc.InferResult(answer)
 
-    async def call(self, model: str, request: wire.Request, timeout: float) -> tuple[wire.IDs, str]:
+    async def call(
+        self, model: str, request: protocol.Request, timeout: float
+    ) -> tuple[protocol.IDs, str]:
         with translating(model, self.url):
             arguments = encode(tritonclient.grpc, request)
             message, beside = self._calls.request(model, arguments.pop("inputs"), **arguments)

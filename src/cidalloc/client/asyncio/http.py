@@ -10,7 +10,7 @@ import aiohttp
 import tritonclient.http
 import tritonclient.http.aio
 
-from ... import protocol as wire
+from ... import protocol
 from ...errors import InvalidArgument
 from ..core.tls import tls_context
 from ..core.transport import (
@@ -73,7 +73,9 @@ class AsyncHttpTransport:
         triton = self._triton(self._verbose and not secret)
         return await self._within(limit, triton.infer(model, inputs, **options))
 
-    async def call(self, model: str, request: wire.Request, timeout: float) -> tuple[wire.IDs, str]:
+    async def call(
+        self, model: str, request: protocol.Request, timeout: float
+    ) -> tuple[protocol.IDs, str]:
         with translating(model, self.url):
             arguments = encode(tritonclient.http, request)
             result = await self.infer(

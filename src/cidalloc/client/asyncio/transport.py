@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from ... import protocol as wire
+from ... import protocol
 from ..core.transport import Done, Receive, Stream, parse_url
 
 __all__ = ["AsyncTransport", "connect_async"]
@@ -20,8 +20,8 @@ class AsyncTransport(Protocol):
     def now(self) -> float: ...
 
     async def call(
-        self, model: str, request: wire.Request, timeout: float
-    ) -> tuple[wire.IDs, str]: ...
+        self, model: str, request: protocol.Request, timeout: float
+    ) -> tuple[protocol.IDs, str]: ...
 
     async def model_config(self, model: str, timeout: float) -> Mapping[str, Any]: ...
 

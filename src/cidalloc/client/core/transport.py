@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from ... import protocol as wire
+from ... import protocol
 from ...codes import Operation
 from ...errors import (
     CidError,
@@ -96,30 +96,32 @@ class Stream(Protocol):
         """Note that an answer did not come in time: the next stream takes a new connection."""
 
 
-def encode(module: Any, request: wire.Request) -> dict[str, Any]:
+def encode(module: Any, request: protocol.Request) -> dict[str, Any]:
     """Return the arguments of tritonclient's ``infer`` for a request to the manager."""
     inputs = []
     for name, array in request.encode().items():
         kind = np_to_triton_dtype(array.dtype)
         tensor = module.InferInput(name, list(array.shape), kind)
         inputs.append(tensor.set_data_from_numpy(array))
-    names = [wire.OUTPUT]
+    names = [protocol.OUTPUT]
     if request.operation is Operation.STATUS:
-        names.append(wire.DETAIL)
+        names.append(protocol.DETAIL)
     outputs = [module.InferRequestedOutput(name) for name in names]
     return {"inputs": inputs, "outputs": outputs, "parameters": dict(request.parameters)}
 
 
-def read_answer(result: Any, request: wire.Request, model: str, url: str) -> tuple[wire.IDs, str]:
+def read_answer(
+    result: Any, request: protocol.Request, model: str, url: str
+) -> tuple[protocol.IDs, str]:
     """Return OUTPUT and DETAIL of what the manager answered.
 
     Raises:
         ProtocolError: it is no manager's answer.
     """
     try:
-        output, detail = result.as_numpy(wire.OUTPUT), ""
+        output, detail = result.as_numpy(protocol.OUTPUT), ""
         if request.operation is Operation.STATUS:
-            detail = result.as_numpy(wire.DETAIL)[0, 0].decode()
+            detail = result.as_numpy(protocol.DETAIL)[0, 0].decode()
     except (ValueError, TypeError, LookupError):  # bytes that do not fit the shape
         output = None
     if output is None or output.dtype != "uint64":
@@ -256,7 +258,7 @@ def translate(error: Exception, model: str, url: str) -> CidError:
     if not isinstance(error, InferenceServerException):
         return ProtocolError(f"model {model} at {url} answers unlike Triton: {error!r}")
     text, status = error.message() or "", error.status()
-    ours = wire.parse_error(text)
+    ours = protocol.parse_error(text)
     if ours is not None:
         return ours
     if "unknown model" in text.lower():

@@ -10,7 +10,7 @@ import grpc
 import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
-from ... import protocol as wire
+from ... import protocol
 from ...errors import CidError, Unavailable
 from ..core.grpc_calls import (
     SHORT_S,
@@ -64,7 +64,9 @@ class GrpcTransport:
         self._calls.show(answer)
         return tritonclient.grpc.InferResult(answer)
 
-    def call(self, model: str, request: wire.Request, timeout: float) -> tuple[wire.IDs, str]:
+    def call(
+        self, model: str, request: protocol.Request, timeout: float
+    ) -> tuple[protocol.IDs, str]:
         with translating(model, self.url):
             arguments = encode(tritonclient.grpc, request)
             message, beside = self._calls.request(model, arguments.pop("inputs"), **arguments)

@@ -20,7 +20,7 @@ from urllib.parse import quote, urlencode
 import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
-from ... import protocol as wire
+from ... import protocol
 from ...errors import InvalidArgument
 from ..core.tls import tls_context
 from ..core.transport import (
@@ -103,7 +103,9 @@ class HttpTransport:
             content_encoding=answer.getheader("Content-Encoding"),
         )
 
-    def call(self, model: str, request: wire.Request, timeout: float) -> tuple[wire.IDs, str]:
+    def call(
+        self, model: str, request: protocol.Request, timeout: float
+    ) -> tuple[protocol.IDs, str]:
         with translating(model, self.url):
             arguments = encode(tritonclient.http, request)
             result = self.infer(timeout, model, arguments.pop("inputs"), secret=True, **arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from ... import protocol as wire
+from ... import protocol
 from ..core.transport import Done, Receive, Stream, parse_url
 
 __all__ = ["Transport", "connect"]
@@ -25,7 +25,9 @@ class Transport(Protocol):
     def now(self) -> float:
         """Return the time in seconds, by a clock that runs on in suspend."""
 
-    def call(self, model: str, request: wire.Request, timeout: float) -> tuple[wire.IDs, str]:
+    def call(
+        self, model: str, request: protocol.Request, timeout: float
+    ) -> tuple[protocol.IDs, str]:
         """Return the manager's OUTPUT, flat, and its DETAIL; ``timeout`` in seconds.
 
         Raises:
