@@ -54,7 +54,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, log: Path) -> Iterator[Trit
         export(folder, Settings(first=1, capacity=100, fresh=True), name=f"hundred_{way}")
     slow_models.write(folder, "four_slots", slots=4, delay_s=0.02)
     slow_models.write(folder, "slow", slots=16, delay_s=0.2, log=log)
-    slow_models.write(folder, "stuck", slots=8, delay_s=4.0)
+    slow_models.write(folder, "stuck", slots=8, delay_s=3.0)
     slow_models.write(folder, "quick", slots=256)
     slow_models.write(folder, "decoupled", decoupled=True)
     with TritonServer(folder) as server:
