@@ -149,7 +149,7 @@ def test_the_flags_of_the_server_and_healing_the_manager_alone(tmp_path: Path) -
     state = tmp_path / "state"
     export(tmp_path / "models", Settings(first=1, capacity=99, state=str(state), fresh=True))
     with TritonServer(tmp_path / "models", arguments=arguments) as server:
-        with Client(server.grpc_url) as cids:
+        with Client(server.grpc_url, timeout=3) as cids:
             cid = cids.acquire()
             os.kill(writer_of(state / "cidmgr.cidalloc")[0], signal.SIGKILL)
             with pytest.raises(errors.CidError):
