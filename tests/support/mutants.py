@@ -52,7 +52,7 @@ MUTANTS = [
         "deadline at the reply and not at the send",
         "client/core/lease.py",
         "self._renewed(sent)",
-        "self._renewed(self.now)",
+        "self._renewed(self.now())",
         "L",
     ),
     Mutant(
@@ -73,7 +73,7 @@ MUTANTS = [
     Mutant(
         "use after the lease",
         "client/core/session.py",
-        "if self.now >= self.lease_deadline:\n            raise SessionExpired(self._expired())",
+        "if self.now() >= self.lease_deadline:\n            raise SessionExpired(self._expired())",
         "if False:\n            raise SessionExpired(self._expired())",
         "L",
     ),

@@ -149,7 +149,7 @@ def test_a_cooldown_that_the_manager_refuses_stops_nothing_else() -> None:
     world.release(session, *cids[3:], cooldown_ms=200_000)
     world.keep(session, world.now + 2 * TTL)
     assert session.opened
-    assert session.now < session.lease_deadline, "heartbeats went on"
+    assert session.now() < session.lease_deadline, "heartbeats went on"
     assert world.held() == 3 + len(session.cache.fresh)
     assert session.cache.used == set(cids[:3])
 
@@ -568,7 +568,7 @@ def test_one_change_at_a_time(world: World, session: Session) -> None:
     seqs = [one.request.parameters["seq"], two.request.parameters["seq"]]
     assert seqs == sorted(set(seqs))
     world.now += 11
-    third = session.acquire(500, None, session.now - 1, Acquired())
+    third = session.acquire(500, None, session.now() - 1, Acquired())
     with pytest.raises(errors.Unavailable, match="other requests come first"):
         next(third)
 

@@ -101,7 +101,7 @@ class Clients(RuleBasedStateMachine):
             cooldown = min(default, session.announced_ms)
             # Also with a lease that has run out: if it is renewed, nothing was lost.
             ours = epoch == session.epoch and cid in session.cache.used
-            lapsed = session.now >= session.lease_deadline
+            lapsed = session.now() >= session.lease_deadline
             announced = session.announced_ms
             session.release_from(epoch, cid, ENDED if how == ENDED else cooldown)
             if ours:
@@ -151,7 +151,7 @@ class Clients(RuleBasedStateMachine):
         """An ID whose lease ran out was used until then, and cools from then on at least."""
         for (who, cid), epoch in self.used.items():
             session = self.sessions[who]
-            expired = epoch == session.epoch and session.now >= session.lease_deadline
+            expired = epoch == session.epoch and session.now() >= session.lease_deadline
             if expired and cid in session.cache.used:
                 cooled = session.lease_deadline + session.announced_ms / 1000
                 self.free_from[cid] = max(self.free_from.get(cid, 0.0), cooled)

@@ -95,7 +95,7 @@ class Base(ForkGuard):
     # ---- Flows. Whoever runs them has set the session's time.
 
     def _deadline(self) -> float:
-        return self._session.now + self._timeout
+        return self._session.now() + self._timeout
 
     def _acquire(self, count: int, taken: Acquired) -> Flow[None]:
         return self._session.acquire(count, None, self._deadline(), taken)
@@ -123,9 +123,9 @@ class Base(ForkGuard):
                 " longer than an ID can cool"
             )
         alone = self._fallback == "random" and target.highest_cid == HIGHEST_CID
-        if alone and session.now < session.away_until and session.now >= session.lease_deadline:
+        if alone and session.now() < session.away_until and session.now() >= session.lease_deadline:
             return self._random_plan(target, timeout, check)
-        deadline = session.now + (min(self._timeout, _FALLBACK_S) if alone else self._timeout)
+        deadline = session.now() + (min(self._timeout, _FALLBACK_S) if alone else self._timeout)
         try:
             if target.highest_cid < HIGHEST_CID:
                 pool = yield from session.pool(deadline)
@@ -152,7 +152,7 @@ class Base(ForkGuard):
                 raise InvalidArgument("check=False: say with cooldown= when the model forgets")
             return ModelInfo(model, cooldown, exact=False)
         session = self._session
-        target = yield from session.models.begin(model, timeout, session.now, self._timeout)
+        target = yield from session.models.begin(model, timeout, session.now(), self._timeout)
         if cooldown is not None:
             target = ModelInfo(model, max(cooldown, target.idle_s), target.highest_cid, exact=False)
         return target

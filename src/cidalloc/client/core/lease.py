@@ -65,7 +65,7 @@ class Lease:
         rng: random.Random,
         clock: Callable[[], float],
     ) -> None:
-        self._clock = clock
+        self.now = clock
         self.ttl = ttl
         self.label = label
         self.timeout = timeout
@@ -90,11 +90,6 @@ class Lease:
         return f"<Session {self.label!r}, {self.state}>"
 
     @property
-    def now(self) -> float:
-        """The time in seconds, by the client's clock."""
-        return self._clock()
-
-    @property
     def opened(self) -> bool:
         """Whether there is a session, be it one whose lease has run out."""
         return self._generation != 0
@@ -106,7 +101,7 @@ class Lease:
             return "closed"
         if not self.opened:
             return "not opened"
-        return "open" if self.now < self.lease_deadline else "expired"
+        return "open" if self.now() < self.lease_deadline else "expired"
 
     def _once(
         self,
@@ -118,7 +113,7 @@ class Lease:
         **parameters: Parameter,
     ) -> Flow[Reply]:
         """Send one request of the session, and note what its answer means for it."""
-        epoch, sent = self.epoch, self.now
+        epoch, sent = self.epoch, self.now()
         if session:
             parameters["session"] = self._token
             if self._registry is not None and operation is not Operation.OPEN:
@@ -132,7 +127,7 @@ class Lease:
             raise SessionUnknown(self.lost_why)
         if error is not None:
             if isinstance(error, Unavailable):
-                self.away_until = self.now + _AWAY_S
+                self.away_until = self.now() + _AWAY_S
             if session and isinstance(error, SessionUnknown):
                 self._lose(f"the manager does not know its session any more ({error})")
             raise error
@@ -141,7 +136,7 @@ class Lease:
         return event
 
     def _limit(self, deadline: float) -> float:
-        return min(self.timeout, max(deadline - self.now, self.timeout / 16))
+        return min(self.timeout, max(deadline - self.now(), self.timeout / 16))
 
     def _renewed(self, sent: float) -> None:
         self.lease_deadline = max(self.lease_deadline, sent + self.ttl)
@@ -152,19 +147,19 @@ class Lease:
         """Open the session if there is none; renew it if its lease has run out."""
         if not self.opened:
             yield from self._open(deadline)
-        elif self.now >= self.lease_deadline:
+        elif self.now() >= self.lease_deadline:
             try:
                 yield from self._renew(deadline)
             except Unavailable as error:
                 raise SessionExpired(f"{self._expired()}; {error}") from error
-        if self.opened and self.now >= self.lease_deadline:
+        if self.opened and self.now() >= self.lease_deadline:
             slow = Unavailable("the manager takes longer to answer than the lease lasts")
             raise SessionExpired(f"{self._expired()}; {slow}") from slow
 
     def _open(self, deadline: float) -> Flow[None]:
-        if not self._token or self.now >= self._first_sent + self.ttl:
+        if not self._token or self.now() >= self._first_sent + self.ttl:
             self._token = f"{self._rng.getrandbits(8 * TOKEN_BYTES):0{2 * TOKEN_BYTES}x}"
-            self._first_sent = self.now
+            self._first_sent = self.now()
         event = yield from self._once(
             Operation.OPEN, deadline, ttl_ms=int(self.ttl * 1000), label=self.label
         )
@@ -204,7 +199,7 @@ class Lease:
         if not passes or not (error.answered or self._met):
             raise error
         wait = self._pause(tries)
-        if self.now + wait >= deadline:
+        if self.now() + wait >= deadline:
             raise error
         yield from self._sleep(wait)
 
@@ -251,20 +246,20 @@ class Lease:
         return most * self._rng.uniform(0.5, 1.0)
 
     def _sleep(self, seconds: float) -> Generator[Idle, Reply, None]:
-        until = self.now + seconds
-        while self.now < until:
+        until = self.now() + seconds
+        while self.now() < until:
             yield Idle(until)
 
     def _in_turn(self, flow: Flow[None], deadline: float) -> Flow[None]:
         """Run a flow while no other has the turn."""
-        began = self.now
+        began = self.now()
         while runs(self._turn):
-            if self.now >= deadline:
+            if self.now() >= deadline:
                 flow.close()
                 raise Unavailable(
-                    f"no answer within {self.now - began:.1f} s: other requests come first"
+                    f"no answer within {self.now() - began:.1f} s: other requests come first"
                 )
-            yield Idle(min(deadline, self.now + _LOOK_S))
+            yield Idle(min(deadline, self.now() + _LOOK_S))
         self.check_open()
         try:
             self._turn = flow

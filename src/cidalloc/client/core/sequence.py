@@ -367,7 +367,7 @@ class SequenceCore:
     def check_lease(self) -> float:
         """Return the time, after seeing that the ID may be used. Under the lock."""
         session = self._runner.session
-        now = session.now
+        now = session.now()
         if session.closed:
             raise InvalidArgument("the client of this sequence is closed")
         if self.plan.epoch != UNMANAGED and not self.state.closed:

@@ -82,7 +82,7 @@ class Session(Lease):
     def _begin(self, cooldown_ms: int, default_ms: int) -> None:
         self.default_ms = default_ms
         self.cache = IdCache(cooldown_ms / 1000, self.ahead)
-        self._trim_at = self.now
+        self._trim_at = self.now()
 
     def _drop(self) -> None:
         self._lost |= self.cache.used
@@ -99,7 +99,7 @@ class Session(Lease):
         Args:
             need_ms: for how long it must cool if we die; as long as the manager says without it.
         """
-        now = self.now
+        now = self.now()
         if now >= self.lease_deadline or self.closed:
             return 0
         if (self.default_ms if need_ms is None else need_ms) > self.announced_ms:
@@ -156,7 +156,7 @@ class Session(Lease):
 
     def recycle(self, cid: int) -> bool:
         """Take back an ID whose sequence was ended; False if it is none that is used."""
-        found = self.cache.recycle(cid, self.now)
+        found = self.cache.recycle(cid, self.now())
         if self.cache.to_release:
             self.needs_maintenance = True
         return found
@@ -180,7 +180,7 @@ class Session(Lease):
         """
         if self._has(epoch, cid):
             self.cache.await_model(cid, model, idle, timeout)
-            self._ask_until = self.now + _ASK_S
+            self._ask_until = self.now() + _ASK_S
             self.needs_maintenance = True
 
     def _has(self, epoch: int, cid: int) -> bool:
@@ -201,7 +201,7 @@ class Session(Lease):
             raise InvalidArgument("the client of this sequence is closed")
         if epoch != self.epoch or cid not in self.cache.used:
             raise SequenceLost(f"ID {cid} was lost: {self.lost_why}")
-        if self.now >= self.lease_deadline:
+        if self.now() >= self.lease_deadline:
             raise SessionExpired(self._expired())
 
     # ---- Flows
@@ -219,10 +219,10 @@ class Session(Lease):
         while True:
             self.check_open()
             try:
-                if not self.opened or self.now >= self.lease_deadline:
+                if not self.opened or self.now() >= self.lease_deadline:
                     yield from self._in_turn(self._establish(deadline), deadline)
                 need = self.default_ms if need_ms is None else need_ms
-                now = self.now
+                now = self.now()
                 enough = self.cache.ready(now, count) >= count
                 if enough and need <= self.announced_ms and now < self.lease_deadline:
                     taken.epoch = self.epoch
@@ -240,13 +240,13 @@ class Session(Lease):
         tries = 0
         while not (self.closed or self.abandoned):
             self.needs_maintenance = False
-            if self._due() > self.now:
+            if self._due() > self.now():
                 yield Idle(self._due())
                 continue
             # Short enough for some tries before the lease is over.
-            deadline = self.now + min(self.timeout, self.ttl / 8)
+            deadline = self.now() + min(self.timeout, self.ttl / 8)
             try:
-                if self.now >= self._renew_at:
+                if self.now() >= self._renew_at:
                     yield from self._renew(deadline)
                     yield from self._check_models(deadline)
                 else:
@@ -256,7 +256,7 @@ class Session(Lease):
                 tries += 1
                 level = logging.INFO if tries == 1 else logging.DEBUG
                 _log.log(level, "%r: a heartbeat or refill failed: %s", self, error)
-                self._retry_at = self.now + self._pause(tries)
+                self._retry_at = self.now() + self._pause(tries)
                 if isinstance(error, RegistryMismatch):
                     with contextlib.suppress(RegistryMismatch):
                         yield from self._probe(error, deadline)
@@ -264,12 +264,12 @@ class Session(Lease):
     def flush(self, deadline: float) -> Flow[None]:
         """Give back what is leaving, so that others may see it gone."""
         tries = 0
-        if self.opened and self.now < self.lease_deadline and self.cache.awaiting_model:
+        if self.opened and self.now() < self.lease_deadline and self.cache.awaiting_model:
             with contextlib.suppress(CidError):  # a model may be away, which is no matter here
                 yield from self._in_turn(self._give_back(deadline), deadline)
         while (
             self.opened
-            and self.now < self.lease_deadline
+            and self.now() < self.lease_deadline
             and (self.cache.to_release or self.cache.releasing)
         ):
             try:
@@ -314,7 +314,7 @@ class Session(Lease):
 
     def close(self, deadline: float) -> Flow[None]:
         """Give everything back. A manager that is away finds out when the lease is over."""
-        while runs(self._ending) and self.now < deadline:  # another closes it
+        while runs(self._ending) and self.now() < deadline:  # another closes it
             yield Idle(deadline)
         if self._gone:
             return
@@ -339,7 +339,7 @@ class Session(Lease):
     def _close(self, deadline: float) -> Flow[None]:
         cache, tries = self.cache, 0
         try:
-            if self.now < self.lease_deadline and (
+            if self.now() < self.lease_deadline and (
                 cache.to_release or cache.releasing or cache.awaiting_model
             ):
                 yield from self._in_turn(self._give_back(deadline), deadline)
@@ -354,7 +354,11 @@ class Session(Lease):
             except CidError as error:
                 tries += 1
                 wait = self._pause(tries)
-                if error.answered and isinstance(error, Unavailable) and self.now + wait < deadline:
+                if (
+                    error.answered
+                    and isinstance(error, Unavailable)
+                    and self.now() + wait < deadline
+                ):
                     yield from self._sleep(wait)
                     continue
                 _log.info("%r: it ends when its lease is over, since: %s", self, error)
@@ -386,12 +390,12 @@ class Session(Lease):
     def _fetch(self, count: int, need_ms: int, deadline: float) -> Flow[None]:
         """Get what lacks of ``count`` IDs and some ahead, and have ``need_ms`` announced."""
         yield from self._reconcile(deadline)
-        ready = self.cache.ready(self.now, count) if count else 0
+        ready = self.cache.ready(self.now(), count) if count else 0
         lacking = max(0, count - ready)
         if lacking <= 0 and count > 0:
             yield from self._announce(need_ms, deadline)
             return  # if it is not for that, somebody else was faster
-        ahead = self.cache.plan(self.now, ready) if self.now >= self._prefetch_after else 0
+        ahead = self.cache.plan(self.now(), ready) if self.now() >= self._prefetch_after else 0
         while lacking + ahead > 0:
             wanted, need = lacking + ahead, max(need_ms, self.announced_ms)
             self._announcing_ms = need
@@ -400,7 +404,7 @@ class Session(Lease):
                     Operation.NEW, deadline, count=wanted, cooldown_ms=need
                 )
             except (Exhausted, LimitExceeded):
-                self._prefetch_after = self.now + _PREFETCH_BACK_OFF_S
+                self._prefetch_after = self.now() + _PREFETCH_BACK_OFF_S
                 if not (ahead and lacking):
                     raise
                 ahead = 0
@@ -427,7 +431,7 @@ class Session(Lease):
         """See whether models with new sequences were loaded anew, and now keep them for longer."""
         for model, timeout in list(self.models.to_check.items()):
             try:
-                target = yield from self.models.look(model, self.now, self._limit(deadline))
+                target = yield from self.models.look(model, self.now(), self._limit(deadline))
             except Unavailable:
                 continue
             except CidError:
@@ -440,10 +444,10 @@ class Session(Lease):
         """Find out for how long IDs have to cool that came back without END, and let them leave."""
         for model in list(self.cache.awaiting_model):
             try:
-                target = yield from self.models.look(model, self.now, self._limit(deadline))
+                target = yield from self.models.look(model, self.now(), self._limit(deadline))
                 idle = target.idle_s
             except Unavailable:
-                if self.now < self._ask_until:
+                if self.now() < self._ask_until:
                     raise
                 idle = 0.0  # it is not served any more: what was known will do
             except CidError:
@@ -452,12 +456,12 @@ class Session(Lease):
 
     def _maintain(self, deadline: float) -> Flow[None]:
         """What the heartbeat does but for renewing."""
-        if self.now >= self._trim_at:
-            self._trim_at = self.cache.trim(self.now)
+        if self.now() >= self._trim_at:
+            self._trim_at = self.cache.trim(self.now())
         yield from self._give_back(deadline)
         if self.cache.needs_refill:
             self.cache.needs_refill = False
-            if self.now >= self._prefetch_after:
+            if self.now() >= self._prefetch_after:
                 yield from self._fetch(0, self.announced_ms, deadline)
 
     def _due(self) -> float:
@@ -465,9 +469,9 @@ class Session(Lease):
         if not self.opened:
             return float("inf")
         cache = self.cache
-        needs_refill = cache.needs_refill and self.now >= self._prefetch_after
+        needs_refill = cache.needs_refill and self.now() >= self._prefetch_after
         work = self._doubtful or cache.to_release or cache.awaiting_model or needs_refill
-        if work and self.now < self.lease_deadline:
+        if work and self.now() < self.lease_deadline:
             return self._retry_at
         return max(min(self._renew_at, self._trim_at), self._retry_at)
 

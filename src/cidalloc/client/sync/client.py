@@ -135,7 +135,7 @@ class Client(Base):
     def _close(self, patience: float) -> None:
         try:
             self._runner.finish_all()
-            self._runner.run(lambda: self._session.close(self._session.now + patience))
+            self._runner.run(lambda: self._session.close(self._session.now() + patience))
         finally:
             if self._session.closed:  # if it was broken off before, closing again goes on
                 self._runner.close()
