@@ -16,7 +16,6 @@ from ..core.grpc_calls import (
     SHORT_S,
     Calls,
     Connections,
-    explained,
     read_config,
     read_stream,
     stream_broke,
@@ -26,10 +25,8 @@ from ..core.transport import (
     Done,
     Receive,
     boottime,
-    encode,
     read_answer,
     translating,
-    unreachable,
 )
 from .tasks import CLOSE_S, Tasks, deliver
 
@@ -67,8 +64,7 @@ class AsyncGrpcTransport:
         self, model: str, request: protocol.Request, timeout: float
     ) -> tuple[protocol.IDs, str]:
         with translating(model, self.url):
-            arguments = encode(tritonclient.grpc, request)
-            message, beside = self._calls.request(model, arguments.pop("inputs"), **arguments)
+            message, beside = self._calls.manager_request(model, request)
             answer = await self._wait(self._asks, "infer", message, timeout, beside)
         return read_answer(tritonclient.grpc.InferResult(answer), request, model, self.url)
 
@@ -104,10 +100,7 @@ class AsyncGrpcTransport:
             send = getattr(connection, method)
             return await send(request, timeout=max(limit, SHORT_S), **beside)
         except grpc.RpcError as error:
-            found = explained(error)
-            if unreachable(found, self.url):
-                connections.retire(connection)
-            raise found from None
+            raise connections.failed(connection, error, self.url) from None
         finally:
             connections.release(connection)
 

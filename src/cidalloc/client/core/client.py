@@ -92,7 +92,7 @@ class Base(ForkGuard):
         super()._check_home()
         return as_ids(sorted(self._session.cache.used))
 
-    # ---- Flows. Whoever runs them has set the session's time.
+    # ---- Flows
 
     def _deadline(self) -> float:
         return self._session.now() + self._timeout

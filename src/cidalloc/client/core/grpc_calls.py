@@ -18,8 +18,9 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.grpc._utils import _get_inference_request
 from tritonclient.utils import InferenceServerException
 
+from ... import protocol
 from ...errors import CidError, InvalidArgument, Unavailable
-from .transport import Address, check_options
+from .transport import Address, check_options, encode, unreachable
 
 __all__ = [
     "SHORT_S",
@@ -100,6 +101,13 @@ class Connections:
         with self._lock:
             if connection in self._usable:
                 self._usable.remove(connection)
+
+    def failed(self, connection: Connection, error: Any, url: str) -> InferenceServerException:
+        """Return tritonclient's exception for gRPC's; if no answer came, retire the connection."""
+        found = explained(error)
+        if unreachable(found, url):
+            self.retire(connection)
+        return found
 
     def release(self, connection: Connection) -> None:
         """Note that a request is over; close the connection if it was the last of a retired one."""
@@ -207,6 +215,11 @@ class Calls:
         if compression_algorithm is not None:
             beside["compression"] = _compression(compression_algorithm)
         return request, beside
+
+    def manager_request(self, model: str, request: protocol.Request) -> tuple[Any, dict[str, Any]]:
+        """Return the message for a request to the manager, and what goes beside it."""
+        arguments = encode(tritonclient.grpc, request)
+        return self.request(model, arguments.pop("inputs"), **arguments)
 
     def config_request(self, model: str) -> tuple[Any, dict[str, Any]]:
         """Return the message that asks for a configuration, and what goes beside it."""

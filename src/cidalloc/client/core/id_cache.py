@@ -125,6 +125,11 @@ class IdCache:
 
     # ---- In and out
 
+    @property
+    def outgoing(self) -> bool:
+        """Whether IDs have to be released, or are in a release request without an answer."""
+        return bool(self.to_release or self.releasing or self.awaiting_model)
+
     def ready(self, now: float, enough: int) -> int:
         """Return how many IDs can be taken now, or at least ``enough`` if there are so many."""
         count = len(self.fresh)

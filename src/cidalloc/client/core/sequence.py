@@ -55,7 +55,7 @@ _SET_BY_US = {
 }
 
 
-class RunnerBase(Protocol):
+class SequenceRunner(Protocol):
     """What a sequence needs of its client's runner."""
 
     session: Session
@@ -130,7 +130,7 @@ class SequenceCore:
     """
 
     def __init__(
-        self, runner: RunnerBase, plan: Plan, streaming: bool, end_inputs: list[Any] | None
+        self, runner: SequenceRunner, plan: Plan, streaming: bool, end_inputs: list[Any] | None
     ) -> None:
         self.plan = plan
         self.model = plan.target.name

@@ -1,4 +1,4 @@
-"""The session: a lease and the stock of IDs under it, as flows."""
+"""The session: a lease and the cache of IDs under it, as flows."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Acquired(list[int]):
 
 
 class Session(Lease):
-    """One client's session, and the stock of IDs that it holds; `Lease` says what the rest is."""
+    """One client's session, and the cache of IDs that it holds; `Lease` says what the rest is."""
 
     def __init__(
         self,
@@ -330,7 +330,7 @@ class Session(Lease):
     def _shut(self) -> None:
         if not self.closed:
             cache = self.cache
-            left = cache.used or cache.to_release or cache.releasing or cache.awaiting_model
+            left = cache.used or cache.outgoing
             self._all_ended = not (left or self._doubtful)
             self.cache = IdCache()
             self.closed = True
@@ -339,9 +339,7 @@ class Session(Lease):
     def _close(self, deadline: float) -> Flow[None]:
         cache, tries = self.cache, 0
         try:
-            if self.now() < self.lease_deadline and (
-                cache.to_release or cache.releasing or cache.awaiting_model
-            ):
+            if self.now() < self.lease_deadline and cache.outgoing:
                 yield from self._in_turn(self._give_back(deadline), deadline)
         except CidError as error:
             _log.info("%r: could not give back IDs before closing: %s", self, error)

@@ -45,9 +45,8 @@ _hooked: object = None  # the process in which multiprocessing closes them, whic
 def _close_at_exit(client: Client) -> None:
     global _hooked
     _open.add(client)
-    if (
-        "multiprocessing.util" in sys.modules and _hooked is not ProcessIdentity.current
-    ):  # as in its children
+    # A child of multiprocessing has imported it.
+    if "multiprocessing.util" in sys.modules and _hooked is not ProcessIdentity.current:
         from multiprocessing import parent_process, util
 
         if parent_process() is not None:

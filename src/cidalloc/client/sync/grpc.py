@@ -17,7 +17,6 @@ from ..core.grpc_calls import (
     Calls,
     Connection,
     Connections,
-    explained,
     read_config,
     read_stream,
     stream_broke,
@@ -27,10 +26,8 @@ from ..core.transport import (
     Done,
     Receive,
     boottime,
-    encode,
     read_answer,
     translating,
-    unreachable,
 )
 from .threads import spawn
 
@@ -68,8 +65,7 @@ class GrpcTransport:
         self, model: str, request: protocol.Request, timeout: float
     ) -> tuple[protocol.IDs, str]:
         with translating(model, self.url):
-            arguments = encode(tritonclient.grpc, request)
-            message, beside = self._calls.request(model, arguments.pop("inputs"), **arguments)
+            message, beside = self._calls.manager_request(model, request)
             answer = self._wait(self._asks, "infer", message, timeout, beside)
         return read_answer(tritonclient.grpc.InferResult(answer), request, model, self.url)
 
@@ -91,7 +87,7 @@ class GrpcTransport:
                 self._calls.show(call.result())
                 result = tritonclient.grpc.InferResult(call.result())
             except grpc.RpcError as failed:
-                error = self._failed(connections, connection, failed)
+                error = connections.failed(connection, failed, self.url)
             connections.release(connection)
             done(result, error)
 
@@ -114,7 +110,7 @@ class GrpcTransport:
         try:
             return connection.infer(request, timeout=limit, **beside)
         except grpc.RpcError as error:
-            raise self._failed(self._sequences, connection, error) from None
+            raise self._sequences.failed(connection, error, self.url) from None
         finally:
             self._sequences.release(connection)
 
@@ -137,15 +133,7 @@ class GrpcTransport:
             status = "StatusCode.DEADLINE_EXCEEDED"
             raise InferenceServerException("Deadline Exceeded", status) from None
         except grpc.RpcError as error:
-            raise self._failed(connections, connection, error) from None
-
-    def _failed(
-        self, connections: Connections, connection: Connection, error: Any
-    ) -> InferenceServerException:
-        found = explained(error)
-        if unreachable(found, self.url):
-            connections.retire(connection)
-        return found
+            raise connections.failed(connection, error, self.url) from None
 
     def _start(
         self,
