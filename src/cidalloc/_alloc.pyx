@@ -97,15 +97,17 @@ cdef object exhausted(Pool *pool, object what):
         f"{when}. Release some, wait, or use {remedy}"))
 
 
-cdef object refusal(const Pool *pool, int code, object cid, object where=""):
-    if code == OUT_OF_RANGE:
-        high = pool.first + pool.capacity - 1
-        return error_for(code, f"the ID{where} is outside the pool: {pool.first} to {high}")
-    if code == NOT_HELD:
-        return error_for(code, f"nobody holds ID {cid}{where}: it was released or never issued")
-    if code == NOT_OWNER:
-        return error_for(code, f"ID {cid}{where} belongs to another owner, who alone releases it")
-    return error_for(code, f"ID {cid}{where} stands twice in this call")
+cdef object refusal(const Pool *pool, int code, object cid, object position=None):
+    where = "" if position is None else f" at position {position}"
+    high = pool.first + pool.capacity - 1
+    error = error_for(code, {
+        OUT_OF_RANGE: f"the ID{where} is outside the pool: {pool.first} to {high}",
+        NOT_HELD: f"nobody holds ID {cid}{where}: it was released or never issued",
+        NOT_OWNER: f"ID {cid}{where} belongs to another owner, who alone releases it",
+        DUPLICATE: f"ID {cid}{where} stands twice in this call",
+    }[code])
+    error.position = position
+    return error
 
 
 cdef int recover(
@@ -313,7 +315,7 @@ cdef class Allocator:
             if code == INTERNAL:
                 raise MemoryError("no memory to release IDs")
             if code:
-                raise refusal(pool, code, cids[at], f" at position {at}")
+                raise refusal(pool, code, cids[at], at)
         finally:
             PyBuffer_Release(&view)
 

@@ -73,6 +73,8 @@ class CidError(Exception):
     code: ClassVar[Code]
     answered = False
     """The manager itself said so: the operation was not done. Otherwise it may have been."""
+    position: int | None = None
+    """Where in a call with several IDs the refused one stands, from 0; None if that is not known."""
 
 
 class RequestError(CidError, ValueError):

@@ -359,8 +359,9 @@ def test_a_refused_bulk_changes_nothing(
     bad = pool.held_by(2).tolist()[0] if error is errors.NotOwner else bad
     before = (len(pool), pool.next_due, pool.cooling, pool.pinned, pool.inactive)
     ids = [*range(1, 71), bad, *range(71, 129)]
-    with pytest.raises(error, match=f"position {place}"):
+    with pytest.raises(error, match=f"position {place}") as caught:
         pool.release_many(ids, 1, reuse_at=10**6)
+    assert caught.value.position == place
     assert before == (len(pool), pool.next_due, pool.cooling, pool.pinned, pool.inactive)
     pool._check()
     pool.release_many(range(1, 129), 1, reuse_at=5)
