@@ -69,7 +69,7 @@ lint: .venv/.built .venv/.dev
 	$(BIN)/python -m mypy
 	$(BIN)/python -m mypy.stubtest --concise --ignore-unused-allowlist \
 		--allowlist tests/stubtest.allowlist \
-		cidalloc._alloc cidalloc.manager._sessions cidalloc.manager.storage._mapping \
+		cidalloc._alloc cidalloc.manager.storage._mapping \
 		cidalloc.triton_model._parent_watch
 
 crowd: .venv/.built .venv/.dev

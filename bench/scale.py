@@ -31,7 +31,7 @@ LIMITS = {
     "cooldown_ms": 0,
     "max_held": 2**38,
     "max_count": 10**6,
-    "max_sessions": 16_000_000,
+    "max_sessions": 1_000_000,
     "max_ttl_ms": 30 * 86_400_000,
 }
 

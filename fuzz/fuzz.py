@@ -138,7 +138,9 @@ class Files:
                 assert after == content, "a file that was refused was written to"
                 return
             registry._check()
-        held = {int(cid) for n in registry.sessions.numbers() for cid in registry.pool.held_by(n)}
+        held = {
+            int(cid) for each in registry.sessions for cid in registry.pool.held_by(each.number)
+        }
         try:
             while True:
                 cid = int(registry.acquire(1, 0)[0])

@@ -106,7 +106,7 @@ cdef object refusal(const Pool *pool, int code, object cid, object position=None
         NOT_OWNER: f"ID {cid}{where} belongs to another owner, who alone releases it",
         DUPLICATE: f"ID {cid}{where} stands twice in this call",
     }[code])
-    error.position = position
+    error.cid, error.position = cid or None, position
     return error
 
 

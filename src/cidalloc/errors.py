@@ -73,8 +73,10 @@ class CidError(Exception):
     code: ClassVar[Code]
     answered = False
     """The manager itself said so: the operation was not done. Otherwise it may have been."""
+    cid: int | None = None
+    """The refused ID of the pool; None if the error is about something else."""
     position: int | None = None
-    """Where in a call with several IDs the refused one stands, from 0; None if that is not known."""
+    """Its index in a call with several IDs; None in other calls."""
 
 
 class RequestError(CidError, ValueError):

@@ -21,11 +21,12 @@ from typing import Any
 import killed_child
 import pytest
 from crash_model import BOOT, token
-from killed_child import SETTINGS, SHAPE, clock
+from killed_child import FULL, SETTINGS, clock
 
 from cidalloc.errors import Exhausted
+from cidalloc.manager.inspection import look
 from cidalloc.manager.registry import Registry
-from cidalloc.manager.storage.file import Storage
+from cidalloc.manager.sessions import Session as Holder
 
 pytestmark = pytest.mark.slow
 
@@ -61,6 +62,15 @@ class Model:
         self.generation = 0
         self.holds: dict[int, Hold] = {}
         self.due: dict[int, int] = {}
+
+    def fill(self, path: Path) -> None:
+        """Let most of the IDs be held for as long as the test takes."""
+        now, ttl = clock(), 600_000
+        registry = Registry.in_file(path, SETTINGS, now, BOOT)
+        self.opened(FULL, registry.open(token(FULL), now, ttl_ms=ttl).generation, ttl, now)
+        self.issued(FULL, registry.acquire(2000, now, token=token(FULL), seq=1).tolist(), now)
+        self.sessions[FULL].cooldown = SETTINGS.unended_cooldown_ms
+        registry.close()
 
     def ids(self, name: str) -> set[int]:
         return {cid for cid, hold in self.holds.items() if hold.name == name}
@@ -104,6 +114,9 @@ class Model:
         self.generation = generation
         self.sessions[name] = Session(generation, ttl, SETTINGS.cooldown_ms, now + ttl + GRACE, now)
 
+    def raised(self, name: str, cooldown: int) -> None:
+        self.sessions[name].cooldown = max(cooldown, self.sessions[name].cooldown)
+
     def cool(self, ended: bool, cooldown: int) -> int:
         return SETTINGS.cooldown_ms if ended else max(cooldown, SETTINGS.cooldown_ms)
 
@@ -121,8 +134,7 @@ class Model:
         elif what == "acquire":
             self.issued(name, result, now)
             if name:
-                session = self.sessions[name]
-                session.cooldown = max(session.cooldown, facts["cooldown"])
+                self.raised(name, facts["cooldown"])
         elif what == "release":
             self.free({*facts["ids"]}, now + self.cool(facts["ended"], facts["cooldown"]))
 
@@ -131,6 +143,8 @@ class Model:
             self.lapsed(name, now)
         elif name:
             self.renewed(name, now)
+        if code == "EXHAUSTED" and name:  # its cooldown was raised before
+            self.raised(name, facts["cooldown"])
         assert code in {
             *("SESSION_UNKNOWN", "EXHAUSTED", "DUPLICATE", "NOT_OWNER", "NOT_HELD"),
             "OUT_OF_RANGE",
@@ -141,18 +155,18 @@ class Model:
         what, facts = under_way or ("", {})
         at_it = facts.get("name")
         if what == "open" and (found := _find(registry, at_it)):
-            self.opened(at_it, registry.sessions.generation(found), facts["ttl"], facts["now"])
+            self.opened(at_it, found.generation, facts["ttl"], facts["now"])
         if what == "acquire" and at_it in self.sessions:
             session = self.sessions[at_it]  # its cooldown may have been raised
             found = _find(registry, at_it)
             if found:
-                noted = registry.sessions.cooldown(found)
+                noted = found.cooldown
                 assert session.cooldown <= noted <= max(session.cooldown, facts["cooldown"])
                 session.cooldown = noted
         everybody = 0
         for name in [*self.sessions]:
-            at = _find(registry, name)
-            if not at:
+            found = _find(registry, name)
+            if found is None:
                 session = self.sessions[name]
                 if what == "close" and name == at_it:
                     # Should the end have been under way, it was ended now, as if it had expired.
@@ -163,14 +177,15 @@ class Model:
                 else:
                     self.lapsed(name, now)
                 continue
-            assert registry.sessions.generation(at) == self.sessions[name].generation
-            ids = {*registry.pool.held_by(at).tolist()}
+            assert found.generation == self.sessions[name].generation
+            ids = {*registry.pool.held_by(found.number).tolist()}
             self.compare(name, ids, what if name == at_it else "", facts)
             everybody += len(ids)
             self.renewed(name, now)
         for name in self.closed:
             assert not _find(registry, name), f"session {name!r} is back"
-        ids = {cid for at in registry._anonymous for cid in registry.pool.held_by(at).tolist()}
+        anonymous = registry.sessions.anonymous
+        ids = {cid for number in anonymous for cid in registry.pool.held_by(number).tolist()}
         for cid in self.ids("") - ids - {*facts.get("ids", ())}:
             self.lapsed_one(cid, now)
         self.compare("", ids, what if at_it == "" else "", facts)
@@ -200,9 +215,8 @@ class Model:
                 assert self.due.get(cid, 0) <= now, f"{cid} was issued too early"
 
 
-def _find(registry: Registry, name: str) -> int:
-    at: int = registry.sessions.find(registry._records.digest(token(name)))
-    return at
+def _find(registry: Registry, name: str) -> Holder | None:
+    return registry.sessions.named.get(registry._digest(token(name)))
 
 
 class Killed:
@@ -219,7 +233,8 @@ class Killed:
         """Let one work and kill it; returns what it had begun and not ended."""
         chance = random.Random(seed)
         assert self.process.stdin
-        self.process.stdin.write(json.dumps([str(path), seed, [*model.sessions]]).encode() + b"\n")
+        names = [name for name in model.sessions if name != FULL]
+        self.process.stdin.write(json.dumps([str(path), seed, names]).encode() + b"\n")
         self.process.stdin.flush()
         kill_early = chance.random() < 0.15  # while it opens the file
         reports, pid, done = chance.choice([1, 10, 100, 400]) * chance.random(), 0, 0
@@ -275,7 +290,7 @@ def test_killed_at_any_moment(killed: Killed, tmp_path: Path) -> None:
         if random.Random(-seed).random() < 1 / A_FILE:
             path, model, files = tmp_path / f"{seed}", Model(), files + 1
             if seed % 2:
-                Storage.open(path, SHAPE, boot=BOOT).close()
+                model.fill(path)
         try:
             under_way = killed.run(path, seed, model)
             amid += under_way is not None
@@ -284,7 +299,7 @@ def test_killed_at_any_moment(killed: Killed, tmp_path: Path) -> None:
             registry._check()
             model.find(registry, under_way, now)
             registry.close()
-            model.take_all(Registry.look(path, now, BOOT), now)
+            model.take_all(look(path, now, BOOT), now)
         except Exception as error:
             raise AssertionError(f"kill {number}, CIDALLOC_SEED={seed}, {under_way}") from error
     print(

@@ -18,18 +18,20 @@ import numpy as np
 import pytest
 from crash_model import BOOT, GRACE, NEXT_BOOT, TTL, UNENDED, settings, token
 from disk import Disk
+from sparse import Content, content
 
 from cidalloc.errors import Exhausted, SessionUnknown, Unavailable
 from cidalloc.manager.registry import Registry
+from cidalloc.manager.storage import file
 from cidalloc.manager.storage.file import Storage
-from cidalloc.manager.storage.file_format import Shape, Word
+from cidalloc.manager.storage.file_format import Part, Shape, Word
 
 pytestmark = pytest.mark.slow
 
 CUTS = int(os.environ.get("CIDALLOC_CUTS", "120"))
 SEED = int(os.environ.get("CIDALLOC_SEED", time.time_ns() % 10**6))
 A_FILE = 10  # cuts of it, more or less
-SHAPE = Shape(1, 2048 + 40, 1, split=2048)  # 41 IDs, and then the file grows
+SHAPE = Shape(1, 4 * 2048, offset=100)  # 2047 IDs, and then the file grows
 SETTINGS = replace(settings(SHAPE), anonymous_age_ms=10**6)
 
 
@@ -46,6 +48,7 @@ class World:
         self.path = path
         Storage.open(path, SHAPE, boot=self.boot).close()
         self.disk = Disk(path, chance)
+        monkeypatch.setitem(file._AHEAD, Part.RECORDS, 1)
         monkeypatch.setattr(os, "fsync", self.disk.sync)
         self.registry = self.opened()
 
@@ -102,9 +105,9 @@ class World:
     def cut(self) -> None:
         """Cut the power, and look what the next boot makes of it."""
         for name, ids in self.sessions.items():
-            at = self.registry.sessions.find(self.registry._records.digest(token(name)))
-            if at:
-                left = self.registry.sessions.ttl(at) + GRACE + self.cooldowns[name]
+            session = self.registry.sessions.named.get(self.registry._digest(token(name)))
+            if session:
+                left = session.ttl + GRACE + self.cooldowns[name]
                 self.cool(ids, left)
         self.registry.close()
         self.disk.cut()
@@ -114,7 +117,7 @@ class World:
         self.boots += 1
         kept, ready = surviving(self.path)
         for cid in self.in_use:
-            assert (cid - SHAPE.start) % SHAPE.capacity < ready, f"{cid} is above the mark"
+            assert number_of(cid) < SHAPE.first + ready, f"{cid} is above the mark"
         if self.chance.random() < 0.5:  # the power goes again, before anything was done
             registry = self.opened()
             self.disk.note()
@@ -128,12 +131,14 @@ class World:
         horizon = registry.store.header[Word.HORIZON]
         assert max(self.in_use.values(), default=0) <= self.now + horizon, "beyond the horizon"
         held = {
-            cid for at in registry.sessions.numbers() for cid in registry.pool.held_by(at).tolist()
+            cid
+            for session in registry.sessions
+            for cid in SHAPE.ids(registry.pool.held_by(session.number)).tolist()
         }
         assert held == kept, "what is held without a session, and nothing else"
-        assert len(registry.sessions) == len(registry._anonymous)
+        assert not registry.sessions.named
         for cid in range(SHAPE.first, SHAPE.first + SHAPE.capacity):
-            if (cid - SHAPE.start) % SHAPE.capacity < ready:
+            if number_of(cid) < SHAPE.first + ready:
                 self.in_use[cid] = max(self.in_use.get(cid, 0), self.now + horizon)
 
 
@@ -142,14 +147,19 @@ def surviving(path: Path) -> tuple[set[int], int]:
     store = Storage.look(path)
     rows = memoryview(store.rows)
     found = set()
-    for at in range(1, SHAPE.capacity + 1):
-        used, _, link = struct.unpack_from("=QqQ", memoryview(store.blocks), at * 32)
+    for at in range(1, store.ready_ids + 1):
+        used, _, link = struct.unpack_from("=QqQ", memoryview(store.records), at * 32)
         life, anonymous = (
             struct.unpack_from("=Q", rows, (link >> 40) * 128 + n)[0] for n in (0, 56)
         )
         if used and anonymous and life & 3 == 1:
-            found.add(SHAPE.first + at - 1)
-    return found, store.ready_blocks
+            found.update(SHAPE.ids(np.array([SHAPE.first + at - 1], np.uint64)).tolist())
+    return found, store.ready_ids
+
+
+def number_of(cid: int) -> int:
+    """Return the allocator's number of an ID."""
+    return int(SHAPE.numbers(np.array([cid], np.uint64))[0])
 
 
 def test_power_cuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +182,7 @@ def test_power_cuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         except Exception as error:
             raise AssertionError(f"cut {number}, CIDALLOC_SEED={seed}") from error
         kept += world.registry.pool.active
-        grown += world.registry.pool.ready > 41
+        grown += world.registry.pool.ready > 2047
     print(f"{CUTS} cuts, {files} files; {kept} IDs without a session were kept")
     assert kept
     assert grown
@@ -181,14 +191,15 @@ def test_power_cuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- Each found by the above, or by reading
 
 
-def lost(path: Path, shape: Shape, act: Any) -> bytes:
+def lost(path: Path, shape: Shape, act: Any) -> Content:
     """Return what is on the disk for certain when `act` has been done to a new registry."""
-    on_disk: list[bytes] = []
+    on_disk: list[Content] = []
     fsync = os.fsync
 
     def synced(fd: int) -> None:
         fsync(fd)
-        on_disk.append(path.read_bytes() if path.exists() else b"")
+        if path.exists():
+            on_disk.append(content(path))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", synced)
@@ -199,9 +210,9 @@ def lost(path: Path, shape: Shape, act: Any) -> bytes:
 
 
 def test_ids_without_a_session_cool_after_a_power_cut(tmp_path: Path) -> None:
-    shape = Shape(1, 3, 1)
+    shape = Shape(1, 3)
     path = tmp_path / "it"
-    path.write_bytes(lost(path, shape, lambda registry: registry.acquire(1, 0)))
+    lost(path, shape, lambda registry: registry.acquire(1, 0)).put(path)
     registry = Registry.in_file(path, settings(shape), 0, NEXT_BOOT)
     assert registry.pool.active == 0, "that ID was lost"
     with pytest.raises(Exhausted):
@@ -210,7 +221,7 @@ def test_ids_without_a_session_cool_after_a_power_cut(tmp_path: Path) -> None:
 
 
 def test_ids_without_a_session_have_their_whole_age_after_a_reboot(tmp_path: Path) -> None:
-    shape = Shape(1, 8, 1)
+    shape = Shape(1, 8)
     path, age = tmp_path / "it", settings(shape).anonymous_age_ms
     registry = Registry.in_file(path, settings(shape), 10**10, BOOT)
     registry.acquire(1, 10**10)
@@ -218,7 +229,7 @@ def test_ids_without_a_session_have_their_whole_age_after_a_reboot(tmp_path: Pat
     registry = Registry.in_file(path, settings(shape), 0, NEXT_BOOT)
     now = age * 9 // 8  # just before the one of before goes
     registry.tick(now)
-    cid = registry.pool.held_by(registry._anonymous[0])[0]
+    cid = registry.pool.held_by(next(iter(registry.sessions.anonymous)))[0]
     later = int(registry.acquire(1, now)[0])
     assert later != cid
     registry.tick(now + age - 1)
@@ -229,7 +240,7 @@ def test_ids_without_a_session_have_their_whole_age_after_a_reboot(tmp_path: Pat
 
 def test_a_horizon_beyond_the_longest_cooldown(tmp_path: Path) -> None:
     month = 30 * 86_400_000
-    shape = Shape(1, 3, 1)
+    shape = Shape(1, 3)
     values = replace(settings(shape), max_ttl_ms=month)
     path = tmp_path / "it"
     registry = Registry.in_file(path, values, 0, BOOT)
@@ -256,7 +267,7 @@ def test_a_disk_that_fails_while_the_file_grows(
     Storage.open(path, SHAPE, boot=BOOT).close()
     registry = Registry.in_file(path, SETTINGS, 0, BOOT)
     registry.open(token("a"), 0, ttl_ms=TTL)
-    registry.acquire(30, 0, token=token("a"), seq=1)
+    registry.acquire(2040, 0, token=token("a"), seq=1)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", failing)
         with pytest.raises(Unavailable, match="it failed"):

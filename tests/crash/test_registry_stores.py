@@ -22,7 +22,8 @@ from crash_model import (
     judge,
     judge_reboot,
 )
-from stepped_child import MIDDLE, NOW, SCENARIOS, WARM
+from sparse import Content
+from stepped_child import MIDDLE, NOW, SCENARIOS, SIX
 from tracee import TRAPS, Snapshot, Tracee
 
 from cidalloc.manager.storage.file_format import Word
@@ -39,14 +40,12 @@ def tracee() -> Iterator[Tracee]:
     tracee.kill()
 
 
-@pytest.mark.parametrize(
-    ("name", "width"), [(name, width) for name, each in SCENARIOS.items() for width in each.widths]
-)
-def test_after_every_store(name: str, width: int, tracee: Tracee, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_after_every_store(name: str, tracee: Tracee, tmp_path: Path) -> None:
     scenario = SCENARIOS[name]
-    shape = scenario.shape_of(width)
-    before, found = tracee.snapshots(name, width, tmp_path / "it")
-    print(name, width, len(found), "snapshots")
+    shape = scenario.shape
+    before, found = tracee.snapshots(name, tmp_path / "it")
+    print(name, len(found), "snapshots")
     assert len(found) >= scenario.snapshots
     copy = tmp_path / "copy"
 
@@ -65,33 +64,30 @@ def test_after_every_store(name: str, width: int, tracee: Tracee, tmp_path: Path
 
 @pytest.mark.parametrize("name", ["make", "make with a past"])
 def test_a_file_that_is_being_made(name: str, tracee: Tracee, tmp_path: Path) -> None:
-    _, found = tracee.snapshots(name, 1, tmp_path / "it")
+    _, found = tracee.snapshots(name, tmp_path / "it")
     print(name, len(found), "snapshots")
     assert len(found) >= 3, "the writer's name, and perhaps the boot"
     horizon = 0 if name == "make" else 601_000
     for snapshot in found:
-        copy = snapshot.put(tmp_path / "copy", b"")
-        facts = facts_of(copy, WARM, NOW, [NOW, NOW + horizon - 1, NOW + horizon])
+        copy = snapshot.put(tmp_path / "copy", Content(0, {}))
+        facts = facts_of(copy, SIX, NOW, [NOW, NOW + horizon - 1, NOW + horizon])
         assert not facts.sessions
         assert set(facts.first.values()) == {NOW + horizon}
         assert len(facts.first) == 6
 
 
-@pytest.mark.parametrize("width", [1, 64])
 @pytest.mark.parametrize("name", ["reopen", "reboot"])
-def test_a_crash_amid_what_follows_a_crash(
-    name: str, width: int, tracee: Tracee, tmp_path: Path
-) -> None:
-    shape = SCENARIOS[MIDDLE].shape_of(width)
-    before, found = tracee.snapshots(MIDDLE, width, tmp_path / "it")
+def test_a_crash_amid_what_follows_a_crash(name: str, tracee: Tracee, tmp_path: Path) -> None:
+    shape = SCENARIOS[MIDDLE].shape
+    before, found = tracee.snapshots(MIDDLE, tmp_path / "it")
     boot = BOOT if name == "reopen" else NEXT_BOOT
     # An ID that was not yet let go, in the middle, and not all of the IDs.
     for number in {0, len(found) // 2, len(found) - 3}:
         path, copy = found[number].put(tmp_path / f"{number}", before), tmp_path / "copy"
-        then, states = tracee.snapshots(name, width, path)
-        print(name, width, f"after store {number}:", len(states), "snapshots")
+        then, states = tracee.snapshots(name, path)
+        print(name, f"after store {number}:", len(states), "snapshots")
         assert len(states) >= (15 if name == "reboot" else 1 if number == 0 else 3)
-        horizon = int.from_bytes(before[Word.HORIZON * 8 :][:8], sys.byteorder)
+        horizon = int.from_bytes(before.bytes(Word.HORIZON * 8, 8), sys.byteorder)
         times = TIMES if name == "reopen" else [NOW, NOW + horizon - 1, NOW + horizon]
         every = [facts_of(state.put(copy, then), shape, NOW, times, boot) for state in states]
         assert (every[0].holds, every[0].first) == (every[-1].holds, every[-1].first)
@@ -106,8 +102,8 @@ def test_nothing_slips_through(name: str, tracee: Tracee, tmp_path: Path) -> Non
     """Not a state is missing of those that are seen if every instruction is looked at."""
     slow = Tracee(traps=False)
     try:
-        _, fast_found = tracee.snapshots(name, 1, tmp_path / "it")
-        _, slow_found = slow.snapshots(name, 1, tmp_path / "other")
+        _, fast_found = tracee.snapshots(name, tmp_path / "it")
+        _, slow_found = slow.snapshots(name, tmp_path / "other")
     finally:
         slow.kill()
     assert len(fast_found) == len(slow_found)

@@ -24,7 +24,7 @@ from cidalloc.client.sync.transport import connect
 from cidalloc.codes import Code, Operation
 from cidalloc.devserver.triton_server import TritonServer
 from cidalloc.manager.settings import Settings
-from cidalloc.manager.storage.file import writer_of
+from cidalloc.manager.storage.file_lock import writer_of
 from cidalloc.manager.takeover import RegistryHolder
 from cidalloc.triton_model import export
 

@@ -26,7 +26,7 @@ from cidalloc.codes import Operation
 from cidalloc.devserver.triton_server import TritonServer
 from cidalloc.errors import CidError, InternalError, Unavailable
 from cidalloc.manager.settings import Settings
-from cidalloc.manager.storage.file import writer_of
+from cidalloc.manager.storage.file_lock import writer_of
 from cidalloc.triton_model import export
 
 pytestmark = pytest.mark.server

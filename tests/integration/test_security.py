@@ -19,7 +19,7 @@ from cidalloc.client.sync.transport import connect
 from cidalloc.codes import Code, Operation
 from cidalloc.devserver.triton_server import TritonServer
 from cidalloc.errors import CidError, LimitExceeded, SessionUnknown
-from cidalloc.manager.registry import SHOWN
+from cidalloc.manager.inspection import SHOWN
 from cidalloc.manager.service import Service
 from cidalloc.manager.settings import Settings
 from cidalloc.protocol import Request, as_ids

@@ -41,7 +41,7 @@ from cidalloc.devserver import demo
 from cidalloc.devserver.triton_server import TritonServer
 from cidalloc.errors import CidError, Unavailable
 from cidalloc.manager.settings import Settings
-from cidalloc.manager.storage.file import writer_of
+from cidalloc.manager.storage.file_lock import writer_of
 from cidalloc.protocol import IDs, Request, as_ids
 
 _HERE = Path(__file__).parent

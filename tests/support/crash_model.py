@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from cidalloc.errors import Exhausted
 from cidalloc.manager.registry import Registry
+from cidalloc.manager.sessions import Session as Holder
 from cidalloc.manager.settings import Settings
 from cidalloc.manager.storage.file import Storage
 from cidalloc.manager.storage.file_format import Shape, Word
@@ -36,7 +39,7 @@ def token(name: str) -> bytes:
 
 
 def reopen(path: Path, shape: Shape, now: int, boot: bytes = BOOT) -> Registry:
-    """As `Registry.in_file`, but for any shape."""
+    """As `Registry.in_file`, but for any shape; the file is opened, or made."""
     store = Storage.open(path, shape, boot=boot)
     try:
         return Registry(settings(shape), now, store, boot)
@@ -75,42 +78,40 @@ def facts_of(path: Path, shape: Shape, now: int, times: list[int], boot: bytes =
         registry._check()
         table, facts = registry.sessions, Facts()
         facts.horizon = registry.store.header[Word.HORIZON]
-        for at in table.numbers():
-            generation = table.generation(at)
-            assert generation not in facts.sessions, "a generation came twice"
-            assert table.expires(at) == now + table.ttl(at) + GRACE, "not its whole time again"
-            facts.sessions[generation] = Session(
-                table.ttl(at),
-                table.cooldown(at),
-                table.label(at),
-                table.anonymous(at),
-                table.opened_at(at),
+        for each in table:
+            assert each.generation not in facts.sessions, "a generation came twice"
+            assert each.expires == now + each.ttl + GRACE, "not its whole time again"
+            facts.sessions[each.generation] = Session(
+                each.ttl, each.cooldown, each.label, each.anonymous, each.opened_at
             )
-            facts.seqs[generation] = table.seq(at)
-            for cid in registry.pool.held_by(at).tolist():
+            facts.seqs[each.generation] = each.seq
+            for cid in shape.ids(registry.pool.held_by(each.number)).tolist():
                 assert cid not in facts.holds, "an ID with two holders"
-                facts.holds[cid] = generation
+                facts.holds[cid] = each.generation
         for time in times:
             registry.tick(time)
             grant = registry.open(token(f"look {time}"), time, ttl_ms=TTL)
             facts.generation = facts.generation or grant.generation
-            for at in table.numbers():
-                for cid in _all_free(registry, at):
+            for each in table:
+                for cid in shape.ids(np.array(_all_free(registry, each), np.uint64)).tolist():
                     assert cid not in facts.holds, "a held ID was issued"
                     facts.first.setdefault(cid, time)
         registry._check()
+        holders = {each.number: each.generation for each in table}
         for cid, generation in facts.holds.items():
-            assert table.generation(registry.pool.owner_of(cid)) == generation, "a new holder"
+            (number,) = shape.numbers(np.array([cid], np.uint64)).tolist()
+            holder = registry.pool.owner_of(number)
+            assert holders[holder] == generation, "a new holder"
         return facts
     finally:
         registry.close()
 
 
-def _all_free(registry: Registry, at: int) -> list[int]:
+def _all_free(registry: Registry, session: Holder) -> list[int]:
     got: list[int] = []
     while len(got) < MOST:
         try:
-            got += registry._records.issue(1, at, registry._now).tolist()
+            got += registry._issue(1, session).tolist()
         except Exhausted:
             break
     return got
@@ -149,7 +150,7 @@ def judge(state: Facts, before: Facts, after: Facts, under_way: dict[int, int]) 
 def judge_reboot(path: Path, shape: Shape, state: Facts, boot: bytes = NEXT_BOOT) -> None:
     """Check what another boot of the machine makes of a file of which no store was lost."""
     store = Storage.look(path)
-    ready = store.ready_blocks * shape.block
+    ready = store.ready_ids
     horizon = store.header[Word.HORIZON]
     now = 7
     facts = facts_of(path, shape, now, [now, now + horizon - 1, now + horizon], boot)
@@ -159,5 +160,6 @@ def judge_reboot(path: Path, shape: Shape, state: Facts, boot: bytes = NEXT_BOOT
     assert {*facts.sessions} == anonymous
     assert facts.generation > max(state.sessions, default=0) | 2**32 - 1, "generations leap"
     for cid, time in facts.first.items():
-        if (cid - shape.start) % shape.capacity < ready:
+        (number,) = shape.numbers(np.array([cid], np.uint64)).tolist()
+        if number - shape.first < ready:
             assert time >= now + horizon, f"{cid} was below the mark"

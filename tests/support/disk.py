@@ -6,6 +6,8 @@ import os
 import random
 from pathlib import Path
 
+from sparse import PAGE, Content, content
+
 VERSIONS = 6  # of the file since the last sync, among which a page on the disk may be
 
 
@@ -17,30 +19,36 @@ class Disk:
 
     def __init__(self, path: Path, chance: random.Random) -> None:
         self.path, self.chance = path, chance
-        self.versions = [path.read_bytes()]
+        self.versions = [content(path)]
         self._fsync = os.fsync
 
     def sync(self, fd: int) -> None:
         """Sync a file; if it is ours, all of it is on the disk."""
         self._fsync(fd)
         if os.path.samestat(os.fstat(fd), self.path.stat()):
-            self.versions = [self.path.read_bytes()]
+            self.versions = [content(self.path)]
 
     def note(self) -> None:
         """Some page may reach the disk as it is now."""
         if len(self.versions) < VERSIONS:
-            self.versions.append(self.path.read_bytes())
+            self.versions.append(content(self.path))
         elif self.chance.random() < 0.2:
-            self.versions[self.chance.randrange(1, VERSIONS)] = self.path.read_bytes()
+            self.versions[self.chance.randrange(1, VERSIONS)] = content(self.path)
 
     def cut(self) -> None:
         """Put each page or sector back to what it was at some time since the last sync."""
-        versions = [*self.versions, self.path.read_bytes()]
-        data = bytearray(self.chance.choice([versions[0], versions[-1]]))
-        size = self.chance.choice([512, 4096])
+        versions = [*self.versions, content(self.path)]
+        base = self.chance.choice([versions[0], versions[-1]])
+        unit = self.chance.choice([512, PAGE])
         old = self.chance.random()
-        for place in range(0, len(data), size):
-            some = versions[0] if self.chance.random() < old else self.chance.choice(versions)
-            data[place : place + size] = some[place : place + size].ljust(size, b"\0")
-        self.path.write_bytes(data)
-        self.versions = [bytes(data)]
+        pages = {}
+        for place in sorted({place for each in versions for place in each.pages}):
+            page = b""
+            for part in range(place, place + PAGE, unit):
+                some = versions[0] if self.chance.random() < old else self.chance.choice(versions)
+                page += some.bytes(part, unit)
+            if place < base.size:
+                pages[place] = page
+        left = Content(base.size, pages)
+        left.put(self.path)
+        self.versions = [left]

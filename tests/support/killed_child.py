@@ -25,7 +25,9 @@ from cidalloc.manager.registry import Registry
 from cidalloc.manager.settings import Settings
 from cidalloc.manager.storage.file_format import Shape
 
-SHAPE = Shape(1, 2048 + 40, 1, split=2048)  # 41 IDs, and then the file grows
+SHAPE = Shape(1, 2048 + 200)
+FULL = "full"
+"""A session that holds most IDs, so that the file soon grows."""
 SETTINGS = Settings(
     first=SHAPE.first,
     capacity=SHAPE.capacity,

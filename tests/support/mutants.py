@@ -31,14 +31,14 @@ class Mutant:
     seed: int = 0  # some need rare luck
 
 
-_RELEASE = "self.pool.release_many(ids, at, self._now + cooldown)"
+_RELEASE = "self.pool.release_many(numbers, session.number, self.now + cooldown)"
 
 MUTANTS = [
     Mutant(
         "reuse without cooldown",
         "manager/registry.py",
         _RELEASE,
-        "self.pool.release_many(ids, at, self._now)",
+        "self.pool.release_many(numbers, session.number, self.now)",
         "F",
     ),
     Mutant(
@@ -58,15 +58,15 @@ MUTANTS = [
     Mutant(
         "expiry without grace",
         "manager/registry.py",
-        "self._now + self.sessions.ttl(at) + self.settings.grace_ms)",
-        "self._now + self.sessions.ttl(at))",
+        "expires = self.now + session.ttl + self.settings.grace_ms",
+        "expires = self.now + session.ttl",
         "L",
     ),
     Mutant(
         "expiry without the announced cooldown",
         "manager/registry.py",
-        'self.released["expired"] += self._end(at, self.sessions.cooldown(at))',
-        'self.released["expired"] += self._end(at, 0)',
+        'self.released["expired"] += self._end(session, session.cooldown)',
+        'self.released["expired"] += self._end(session, 0)',
         "F",
         190,
     ),
@@ -81,25 +81,29 @@ MUTANTS = [
         "release without owner check",
         "manager/registry.py",
         _RELEASE,
-        "[self.pool.release_many(ids[n : n + 1], self.pool.owner_of(int(ids[n])),"
-        " self._now + cooldown) for n in range(len(ids))]",
+        "[self.pool.release_many(numbers[n : n + 1], self.pool.owner_of(int(numbers[n])),"
+        " self.now + cooldown) for n in range(len(ids))]",
         "O",
     ),
     Mutant(
         "release without a session of what a session holds",
         "manager/registry.py",
-        "if owner not in self._anonymous:",
+        "if owner not in self.sessions.anonymous:",
         "if False:",
         "O",
     ),
     Mutant(
-        "a retried change acts twice", "manager/registry.py", "if seq <= last:", "if False:", "A"
+        "a retried change acts twice",
+        "manager/registry.py",
+        "if seq <= session.seq:",
+        "if False:",
+        "A",
     ),
     Mutant(
         "an owner number is reused too early",
         "manager/registry.py",
-        "return self.sessions.end(at, ",
-        "return self._leave(at, ",
+        "return self.sessions.end(session, ",
+        "return self._leave(session, ",
         "COU",
     ),
     Mutant(
@@ -111,14 +115,14 @@ MUTANTS = [
     ),
     Mutant(
         "no wait after a power cut",
-        "manager/records.py",
-        "reuse_at = now + max(store.header[Word.HORIZON], settings.cooldown_ms)",
-        "reuse_at = now",
+        "manager/recovery.py",
+        "reuse_at=now + max(horizon, settings.cooldown_ms)",
+        "reuse_at=now",
         "FU",
     ),
     Mutant(
         "the time that an ID may be in use is not noted",
-        "manager/records.py",
+        "manager/registry.py",
         "self.store.header[Word.HORIZON] = horizon",
         "pass",
         "FU",
@@ -127,11 +131,12 @@ MUTANTS = [
 
 # Sessions.end gives the IDs back before the number is free; here they go to somebody else first.
 _LEAVE = """
-    def _leave(self, at: int, reuse_at: int) -> int:
-        kept = self.pool.held_by(at)
-        released = self.sessions.end(at, 0)
+    def _leave(self, session: Session, reuse_at: int) -> int:
+        number = session.number
+        kept = self.pool.held_by(number)
+        released = self.sessions.end(session, 0)
         if len(kept):
-            self.pool.acquire_many(len(kept), at, self._now + 1)
+            self.pool.acquire_many(len(kept), number, self.now + 1)
         return released
 """
 

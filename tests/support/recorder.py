@@ -94,9 +94,9 @@ def _watch(name: str, what: str, method: Callable[..., Any]) -> Callable[..., An
     def call(self: Any, *args: Any, **named: Any) -> Any:
         assert writer is not None
         token = named.get("token", None if name in ("acquire", "release") else args[0])
-        at = self.sessions.find(self._records.digest(token)) if token else 0
-        who = self.sessions.generation(at) if at else 0
-        now = booted + max(self._now, args[1]) / 1000
+        session = self.sessions.named.get(self._digest(token)) if token else None
+        who = session.generation if session else 0
+        now = booted + max(self.now, args[1]) / 1000
         more = _asked(self, name, args, named)
         number = writer.invoke(what, now=now, session=who, seq=named.get("seq"), **more)
         outer, self.cause = getattr(self, "cause", None), name
@@ -115,16 +115,16 @@ def _watch(name: str, what: str, method: Callable[..., Any]) -> Callable[..., An
 
 
 def _watch_end(method: Callable[..., Any]) -> Callable[..., Any]:
-    def end(self: Any, at: int, cooldown: int) -> Any:
+    def end(self: Any, session: Any, cooldown: int) -> Any:
         assert writer is not None
         why = "closed" if getattr(self, "cause", None) == "close_session" else "expired"
-        if not hasattr(self, "_anonymous"):
+        if not hasattr(self, "_closed"):
             why = "finished"  # what a process before had begun
-        who = 0 if self.sessions.anonymous(at) else self.sessions.generation(at)
+        who = 0 if session.anonymous else session.generation
         seconds = max(cooldown, self.settings.cooldown_ms) / 1000
-        more = {"now": booted + self._now / 1000, "why": why, "cooldown": seconds}
+        more = {"now": booted + self.now / 1000, "why": why, "cooldown": seconds}
         number = writer.invoke("end", session=who, **more)
-        result = method(self, at, cooldown)
+        result = method(self, session, cooldown)
         writer.done(number)
         return result
 

@@ -1,7 +1,7 @@
 """Does one thing after another to registries, under a tracer: see test_registry_stores.py.
 
-Reads the name of a scenario, the width of blocks and a path from each line; gets the file ready,
-stops, does it, stops again.
+Reads the name of a scenario and a path from each line; gets the file ready, stops, does it, stops
+again.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ FORBIDDEN = 77
 NOW = 10_000
 """When the thing is done; everything before it is at 0."""
 SEQS = iter(range(1, 10**9))
+
+
+SIX, EIGHT = Shape(1, 6), Shape(1, 8)
+LARGE = Shape(1, 2047 + 9)  # 2047 IDs, and then the file grows
+ROTATED = Shape(1, 6, offset=4)
 
 
 class World:
@@ -56,7 +61,7 @@ class World:
 
     def number(self, name: str) -> int:
         registry = self.registry
-        return registry.sessions.find(registry._records.digest(token(name)))
+        return registry.sessions.named[registry._digest(token(name))].number
 
     def of(self, name: str) -> bytes | None:
         return token(name) if name else None
@@ -69,16 +74,12 @@ class Scenario:
     act: Callable[[World], object]
     prepare: Callable[[World], object] = lambda world: None
     snapshots: int = 2  # so many states at least must have been seen
-    shape: Shape | None = None
-    widths: tuple[int, ...] = (1, 64)
+    shape: Shape = SIX
     under_way: dict[int, int] = field(default_factory=dict)
-
-    def shape_of(self, width: int) -> Shape:
-        return self.shape or Shape(1, 6 if width == 1 else 192, width)
 
 
 def _three(world: World) -> None:
-    """Two sessions with three IDs each, 1-3 and 4-6, or with their blocks of 64."""
+    """Two sessions with three IDs each, 1-3 and 4-6."""
     for name in "ab":
         world.open(name)
         world.acquire(name, 3)
@@ -88,10 +89,6 @@ def _some_free(world: World) -> None:
     """No ID is new, and some are due."""
     _three(world)
     world.open("c")
-    if world.registry.pool.block == 64:
-        world.acquire("c", 64)
-        world.release("c", *range(129, 193), ended=True)
-        return
     world.release("a", 2, ended=True)
     world.release("b", 4)
     world.release("b", 5)
@@ -121,8 +118,6 @@ def _back(*ids: int, after: int = UNENDED) -> dict[int, int]:
 
 MIDDLE = "close amid others"
 """What the next process finds that is stepped through itself."""
-EIGHT = Shape(1, 8, 1)
-UPPER = Shape(1, 2048 + 9, 1, split=2048)  # ten blocks, and then the file grows
 
 SCENARIOS: dict[str, Scenario] = {
     "acquire the first": Scenario(lambda w: w.acquire("a", 1), lambda w: w.open("a"), 5),
@@ -131,11 +126,7 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "acquire a used one": Scenario(lambda w: w.acquire("a", 1), _some_free, 4),
     "acquire many": Scenario(lambda w: w.acquire("c", 3), _some_free, 4),
-    "acquire many new": Scenario(
-        lambda w: w.acquire("a", 150 if w.registry.pool.block == 64 else 4),
-        lambda w: w.open("a"),
-        10,
-    ),
+    "acquire many new": Scenario(lambda w: w.acquire("a", 4), lambda w: w.open("a"), 10),
     "release one": Scenario(lambda w: w.release("a", 2, ended=True), _three, 3),
     # A registry takes and gives back many at a time; the pool knows a way for one, too.
     "acquire one of the pool": Scenario(
@@ -147,7 +138,7 @@ SCENARIOS: dict[str, Scenario] = {
     "release many": Scenario(lambda w: w.release("a", 3, 1), _three, 4),
     "release all": Scenario(lambda w: w.release("a", 1, 2, 3), _three, 3),
     "release a foreign one": Scenario(
-        lambda w: w.release("a", 1, 3, 4 if w.registry.pool.block == 1 else 65),
+        lambda w: w.release("a", 1, 3, 4),
         _three,
         6,
         under_way=_back(1, 3),
@@ -155,68 +146,56 @@ SCENARIOS: dict[str, Scenario] = {
     "release one twice": Scenario(
         lambda w: w.release("a", 3, 1, 2, 1), _three, 6, under_way=_back(1, 2, 3)
     ),
-    "open the first": Scenario(lambda w: w.open("a"), snapshots=8, widths=(1,)),
-    "take the first without a session": Scenario(
-        lambda w: w.acquire("", 1), snapshots=12, widths=(1,)
-    ),
-    "open": Scenario(lambda w: w.open("c"), _three, 4, widths=(1,)),
+    "open the first": Scenario(lambda w: w.open("a"), snapshots=8),
+    "take the first without a session": Scenario(lambda w: w.acquire("", 1), snapshots=12),
+    "open": Scenario(lambda w: w.open("c"), _three, 4),
     "open where one was": Scenario(
         lambda w: w.open("c"),
         lambda w: (_three(w), w.registry.close_session(token("a"), 0)),
         5,
-        widths=(1,),
     ),
-    "renew": Scenario(lambda w: w.registry.renew(token("a"), w.time), _three, 1, widths=(1,)),
+    "renew": Scenario(lambda w: w.registry.renew(token("a"), w.time), _three, 1),
     "close": Scenario(lambda w: w.registry.close_session(token("a"), w.time), _three, 5),
     "close an ended one": Scenario(
         lambda w: w.registry.close_session(token("a"), w.time, ended=True),
         lambda w: (_three(w), w.release("a", 2)),
         5,
-        widths=(1,),
     ),
-    MIDDLE: Scenario(lambda w: w.registry.close_session(token("a"), w.time), _everything, 5),
+    MIDDLE: Scenario(
+        lambda w: w.registry.close_session(token("a"), w.time),
+        _everything,
+        5,
+        ROTATED,
+    ),
     "expire": Scenario(
         lambda w: w.registry.tick(w.time),
         lambda w: (_three(w), w.open("c", 5_000), w.acquire("c", 2, 300)),
         6,
         shape=EIGHT,
-        widths=(1,),
     ),
-    "acquire without a session": Scenario(lambda w: w.acquire("", 2), _three, 8, EIGHT, (1,)),
-    "acquire one more without": Scenario(lambda w: w.acquire("", 1), _without, 3, EIGHT, (1,)),
-    "release without a session": Scenario(lambda w: w.release("", 1), _without, 3, EIGHT, (1,)),
-    "raise the cooldown": Scenario(
-        lambda w: w.acquire("a", 1, 10**7), lambda w: w.open("a"), 5, widths=(1,)
-    ),
+    "acquire without a session": Scenario(lambda w: w.acquire("", 2), _three, 8, EIGHT),
+    "acquire one more without": Scenario(lambda w: w.acquire("", 1), _without, 3, EIGHT),
+    "release without a session": Scenario(lambda w: w.release("", 1), _without, 3, EIGHT),
+    "raise the cooldown": Scenario(lambda w: w.acquire("a", 1, 10**7), lambda w: w.open("a"), 5),
     "grow by blocks": Scenario(
-        lambda w: w.acquire("a", 12), lambda w: w.open("a"), 20, shape=UPPER, widths=(1,)
-    ),
-    "grow by blocks below": Scenario(
-        lambda w: w.acquire("a", 2),
-        lambda w: (w.open("a"), w.acquire("a", 9)),
-        7,
-        shape=UPPER,
-        widths=(1,),
+        lambda w: w.acquire("a", 12),
+        lambda w: (w.open("a"), w.acquire("a", 2040)),
+        20,
+        shape=LARGE,
     ),
     "grow by rows": Scenario(
         lambda w: w.open("z"),
         lambda w: [w.open(f"{i}") for i in range(511)],
         7,
-        shape=Shape(1, 6, 1),
-        widths=(1,),
     ),
 }
 
 
-WARM = Shape(1, 6, 1)
-"""Of the files that `make` makes, too."""
-
-
-def steps(name: str, width: int, path: Path) -> Iterator[None]:
+def steps(name: str, path: Path) -> Iterator[None]:
     """Do it, with a pause before, one after, and one when all is over."""
     scenario = SCENARIOS.get(name)
     if scenario:
-        world = World(path, scenario.shape_of(width))
+        world = World(path, scenario.shape)
         scenario.prepare(world)
         world.time = NOW
         yield
@@ -227,14 +206,14 @@ def steps(name: str, width: int, path: Path) -> Iterator[None]:
         return
     # Whatever Python does but once is not what is looked at.
     for _ in range(3):
-        Registry.in_file(path.with_name("other"), settings(WARM), NOW, BOOT).close()
+        Registry.in_file(path.with_name("other"), settings(SIX), NOW, BOOT).close()
         path.with_name("other").unlink()
     yield
     if name.startswith("make"):
-        registry = Registry.in_file(path, settings(WARM, fresh=name == "make"), NOW, BOOT)
+        registry = Registry.in_file(path, settings(SIX, fresh=name == "make"), NOW, BOOT)
     else:
         boot = BOOT if name == "reopen" else NEXT_BOOT
-        registry = reopen(path, SCENARIOS[MIDDLE].shape_of(width), NOW, boot)
+        registry = reopen(path, SCENARIOS[MIDDLE].shape, NOW, boot)
     yield
     registry.close()
     yield
@@ -245,8 +224,8 @@ def main() -> None:
         sys.exit(FORBIDDEN)
     os.kill(os.getpid(), signal.SIGSTOP)
     for line in sys.stdin:
-        name, width, path = line.rstrip("\n").split("\t")
-        for _ in steps(name, int(width), Path(path)):
+        name, path = line.rstrip("\n").split("\t")
+        for _ in steps(name, Path(path)):
             os.kill(os.getpid(), signal.SIGSTOP)
 
 

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from sparse import PAGE, Content, content
 from stepped_child import FORBIDDEN
 
-from cidalloc.manager.storage.file_format import GRANULE, Word
+from cidalloc.manager.storage.file_format import GRANULE, HEADER_BYTES, Part, read_checked
 
 TRAPS = platform.machine() == "x86_64"
 CONT, STEP, GET_REGS, SET_REGS, TO_SYSCALL, SET_OPTIONS = 7, 9, 12, 13, 24, 0x4200
@@ -31,8 +32,7 @@ EXIT_KILL, MARK_SYSCALLS = 0x100000, 1
 AT_SYSCALL = signal.SIGTRAP | 0x80
 MMAP, MPROTECT, MUNMAP = 9, 10, 11
 BEGINS = 2**64 - errno.ENOSYS  # what rax is when a system call begins
-HEADER = Word.EXTENTS * 8 + 64
-WINDOW = 2_048  # bytes at both ends of an extent: all that changes does so there
+WINDOW = 2_048  # bytes at both ends of a granule: all that changes does so there
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _names = "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip"
@@ -53,22 +53,22 @@ class Snapshot(NamedTuple):
     size: int
     parts: dict[int, bytes]
 
-    def put(self, path: Path, before: bytes) -> Path:
+    def put(self, path: Path, before: Content) -> Path:
         """Make a file of it."""
-        with path.open("wb") as file:
-            file.write(before)
-            file.truncate(self.size)
-            for place, part in self.parts.items():
-                file.seek(place)
-                file.write(part)
-        return path
+        return self._merged(before, self.parts).put(path)
 
-    def unwatched(self, data: bytes) -> bytes:
+    def unwatched(self, data: Content) -> Content:
         """Return all of a file that was not looked at."""
-        rest = bytearray(data.ljust(self.size, b"\0"))
-        for place, part in self.parts.items():
-            rest[place : place + len(part)] = bytes(len(part))
-        return bytes(rest)
+        return self._merged(data, {place: bytes(len(part)) for place, part in self.parts.items()})
+
+    def _merged(self, data: Content, parts: dict[int, bytes]) -> Content:
+        pages = {place: bytearray(page) for place, page in data.pages.items()}
+        for place, part in parts.items():
+            page = pages.setdefault(place - place % PAGE, bytearray(PAGE))
+            page[place % PAGE : place % PAGE + len(part)] = part
+        return Content(
+            self.size, {place: bytes(page) for place, page in pages.items() if any(page)}
+        )
 
 
 class Tracee:
@@ -111,15 +111,15 @@ class Tracee:
             stopped = self.wait()
         assert stopped == signal.SIGSTOP, f"the child got signal {stopped}"
 
-    def snapshots(self, name: str, width: int, path: Path) -> tuple[bytes, list[Snapshot]]:
+    def snapshots(self, name: str, path: Path) -> tuple[Content, list[Snapshot]]:
         """Return what is in the file before, and each state that differs from the one before it."""
         assert self.process.stdin
-        self.process.stdin.write(f"{name}\t{width}\t{path}\n")
+        self.process.stdin.write(f"{name}\t{path}\n")
         self.process.stdin.flush()
         self.go()
-        before = path.read_bytes() if path.exists() else b""
+        before = content(path) if path.exists() else Content(0, {})
         found = [*self._walk(path)]
-        same = found[-1].unwatched(before) == found[-1].unwatched(path.read_bytes())
+        same = found[-1].unwatched(before) == found[-1].unwatched(content(path))
         assert same, "something changed where nobody looked"
         self.go()
         return before, found
@@ -209,13 +209,15 @@ class Tracee:
 
 
 def windows_of(memory: mmap.mmap) -> list[slice]:
-    """Return where in a file anything may change: the header, and both ends of its extents."""
-    found, offset, word = [slice(0, HEADER)], GRANULE, Word.EXTENTS * 8
-    # An extent's length stands between its kind and a checksum.
-    while granules := int.from_bytes(memory[word : word + 8], sys.byteorder) % 2**32 >> 1:
-        end = offset + granules * GRANULE
-        for start in (offset, end - WINDOW):
-            if start + WINDOW <= len(memory):
-                found.append(slice(start, start + WINDOW))
-        offset, word = end, word + 8
+    """Return where anything may change: in a registry, its header and both ends of granules."""
+    if len(memory) <= PAGE:
+        return [slice(0, len(memory))]
+    with memoryview(memory) as view, view[:HEADER_BYTES].cast("Q") as header:
+        lengths = {part: (read_checked(header, part) or 0) * GRANULE for part in Part}
+    found = [slice(0, HEADER_BYTES)]
+    for part, length in lengths.items():
+        for granule in range(part.place, part.place + length, GRANULE):
+            for start in (granule, granule + GRANULE - WINDOW):
+                if start + WINDOW <= len(memory):
+                    found.append(slice(start, start + WINDOW))
     return found

@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cidalloc import errors
+from cidalloc.manager.inspection import status_of
 from cidalloc.manager.registry import Grant, Registry
 from cidalloc.manager.settings import Settings
 from cidalloc.manager.storage.file_format import Word
 from cidalloc.protocol import MAX_COOLDOWN_MS
 
-TICK = 128  # milliseconds: so much later an expiry may be seen
 TOKENS = [bytes([n] * 16) for n in range(3)]
 LARGE = 2**30
 
@@ -90,7 +90,7 @@ class Histories(RuleBasedStateMachine):
         if not self.limits.fresh and self.limits.capacity < LARGE:
             self.marked = self.limits.capacity
             self.marked_until = now + self.limits.max_ttl_ms + self.limits.grace_ms
-        self.start = self.registry.store.shape.start
+        self.shape = self.registry.store.shape
         self.open(TOKENS[0], ttl=5_000, cooldown=None)
 
     def started(self) -> Registry:
@@ -113,18 +113,17 @@ class Histories(RuleBasedStateMachine):
         return set(self.anonymous).union(*(each.held for each in self.sessions.values()))
 
     def due_of(self, cid: int) -> int:
-        place = (cid - self.start) % self.limits.capacity
-        return max(self.due.get(cid, 0), self.marked_until if place < self.marked else 0)
+        return max(self.due.get(cid, 0), self.marked_until if self.is_marked(cid) else 0)
+
+    def is_marked(self, cid: int) -> bool:
+        number = self.shape.numbers(np.array([cid], np.uint64))[0]
+        return int(number) < self.limits.first + self.marked
 
     def cooling(self) -> int:
         waits = self.marked_until > self.now
         cool = {cid for cid in self.due if self.due_of(cid) > self.now}
         if waits:
-            inside = {
-                cid
-                for cid in self.held | cool
-                if (cid - self.start) % self.limits.capacity < self.marked
-            }
+            inside = {cid for cid in self.held | cool if self.is_marked(cid)}
             return len(cool) + self.marked - len(inside)
         return len(cool)
 
@@ -162,17 +161,17 @@ class Histories(RuleBasedStateMachine):
         self.registry.tick(self.now)
         pool, table = self.registry.pool, self.registry.sessions
         for token, session in list(self.sessions.items()):
-            if table.find(self.registry._records.digest(token)):
-                assert self.now <= session.expires + TICK, "L: expired, and still there"
+            if self.registry._digest(token) in table.named:
+                assert self.now <= session.expires, "L: expired, and still there"
             else:
                 assert self.now > session.expires, "L: expired too early"
                 self.let_go(session.held, session.cooldown)
                 self.expired += 1
                 del self.sessions[token]
         age = self.limits.anonymous_age_ms
-        latest = age + age // 8 + self.limits.grace_ms + TICK
+        latest = age + age // 8 + self.limits.grace_ms
         for cid, since in list(self.anonymous.items()):
-            if cid in pool:
+            if self.shape.numbers(np.array([cid], np.uint64))[0] in pool:
                 assert self.now <= max(since, self.slices_from) + latest, "kept for too long"
             else:
                 assert self.now > since + age, "taken back too early"
@@ -457,7 +456,7 @@ class Histories(RuleBasedStateMachine):
     def reboot(self, now: int) -> None:
         self.pass_time()
         store = self.registry.store
-        self.marked, horizon = store.ready_blocks, store.header[Word.HORIZON]
+        self.marked, horizon = store.ready_ids, store.header[Word.HORIZON]
         waits = [self.due_of(cid) - self.now for cid in self.due] + [
             session.expires - self.now + session.cooldown for session in self.sessions.values()
         ]
@@ -487,17 +486,19 @@ class Histories(RuleBasedStateMachine):
         registry, table = self.registry, self.registry.sessions
         registry._check()
         for token, session in self.sessions.items():
-            at = table.find(registry._records.digest(token))
-            assert set(registry.pool.held_by(at).tolist()) == session.held, "O"
-            assert table.seq(at) == session.seq
-            assert table.generation(at) == session.grant.generation
-            assert table.expires(at) == session.expires
-            assert table.cooldown(at) == session.cooldown
-        for cid in self.anonymous:
-            assert table.anonymous(registry.pool.owner_of(cid))
+            found = table.named[registry._digest(token)]
+            held = self.shape.ids(registry.pool.held_by(found.number))
+            assert set(held.tolist()) == session.held, "O"
+            assert found.seq == session.seq
+            assert found.generation == session.grant.generation
+            assert found.expires == session.expires
+            assert found.cooldown == session.cooldown
+        numbers = self.shape.numbers(np.array([*self.anonymous], np.uint64))
+        for number in numbers.tolist():
+            assert registry.pool.owner_of(number) in table.anonymous
         if not self.marked:
             assert len(self.ever) <= self.most, "B: more IDs than were ever in use at once"
-        status = registry.status(self.now)
+        status = status_of(registry, self.now)
         assert status["held"] == len(self.held)
         assert status["cooling"] == self.cooling()
         assert status["free"] == self.free()

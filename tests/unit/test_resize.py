@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from sparse import content
 
 from cidalloc import cli
-from cidalloc.errors import InvalidArgument, RegistryCorrupt, RegistryLocked, RegistryMismatch
+from cidalloc.errors import (
+    InvalidArgument,
+    RegistryCorrupt,
+    RegistryLocked,
+    RegistryMismatch,
+    Unavailable,
+)
 from cidalloc.manager.registry import Registry
 from cidalloc.manager.settings import Settings
-from cidalloc.manager.storage.file import Storage
-from cidalloc.manager.storage.file_format import Shape
-from cidalloc.manager.storage.resize import upgrade
+from cidalloc.manager.storage.file import Storage, enlarge
+from cidalloc.manager.storage.file_format import Part, Shape
 from cidalloc.manager.takeover import boot_id
 
 BOOT = b"b" * 16
@@ -25,22 +32,21 @@ def settings(capacity: int) -> Settings:
     return Settings(first=100, capacity=capacity, fresh=True, max_held=2**20, max_count=10**6)
 
 
-@pytest.mark.parametrize("block", [1, 2, 64])
-@pytest.mark.parametrize("split", [0, 2048, 4096])
+@pytest.mark.parametrize("offset", [0, 1, 2048, 5_000])
 @pytest.mark.parametrize("used", [0.1, 0.6, 0.99, 1.0])
-def test_what_is_held_stays_held(tmp_path: Path, block: int, split: int, used: float) -> None:
-    path, capacity = tmp_path / "it", 5_001 * block - block // 2
-    shape = Shape(100, capacity, block, split)
+def test_what_is_held_stays_held(tmp_path: Path, offset: int, used: float) -> None:
+    path, capacity = tmp_path / "it", 5_001
+    shape = Shape(100, capacity, offset=offset)
     registry = Registry(settings(capacity), 0, Storage.open(path, shape, boot=BOOT), BOOT)
     grant = registry.open(TOKEN, 0, ttl_ms=60_000, label="it")
     ids = registry.acquire(int(capacity * used), 0, token=TOKEN, seq=1)
     registry.release(ids[::3].copy(), 10, token=TOKEN, seq=2, ended=True)
     held, name = registry.held(TOKEN, 10), registry.uuid
     with pytest.raises(RegistryLocked):
-        upgrade(path, 2 * capacity)
+        enlarge(path, 2 * capacity)
     registry.close()
     more = capacity + 12_345
-    assert upgrade(path, more) == Shape(100, more, block, split)
+    assert enlarge(path, more) == Shape(100, more, capacity, offset)
     with pytest.raises(RegistryMismatch, match="capacity"):
         Registry.in_file(path, settings(capacity), 20, BOOT)
     registry = Registry(settings(more), 20, Storage.open(path, None, boot=BOOT), BOOT)
@@ -61,34 +67,35 @@ def test_what_is_held_stays_held(tmp_path: Path, block: int, split: int, used: f
 def test_it_only_grows(tmp_path: Path) -> None:
     path = tmp_path / "it"
     with pytest.raises(InvalidArgument, match="no registry"):
-        upgrade(path, 5)
+        enlarge(path, 5)
     Registry.in_file(path, settings(100), 0, BOOT).close()
-    before = path.read_bytes()
+    before = content(path)
     for wrong in (99, 2**38 + 1):
         with pytest.raises(InvalidArgument, match="only grows"):
-            upgrade(path, wrong)
-    upgrade(path, 100)
-    assert path.read_bytes()[:64] == before[:64]
+            enlarge(path, wrong)
+    enlarge(path, 100)
+    assert content(path).bytes(0, 128) == before.bytes(0, 128)
     assert [each.name for each in tmp_path.iterdir()] == ["it"]
 
 
-def test_a_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fails_leaves_a_file_that_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "it"
     registry = Registry.in_file(path, settings(100), 0, BOOT)
     registry.acquire(3, 0)
     registry.close()
-    before = path.read_bytes()
 
-    def full(*arguments: object) -> None:
-        raise OSError(28, "No space left on device")
+    def broken(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(OSError, match="No space left"):
-        upgrade(path, 200)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", broken)
+        with pytest.raises(Unavailable, match="Input/output error"):
+            enlarge(path, 200)
     assert [each.name for each in tmp_path.iterdir()] == ["it"]
-    monkeypatch.undo()
-    assert path.read_bytes()[128:] == before[128:] or len(before) == path.stat().st_size
-    assert Registry.in_file(path, settings(100), 0, BOOT).anonymous == 3
+    enlarge(path, 200)
+    assert Registry.in_file(path, settings(200), 0, BOOT).anonymous == 3
 
 
 @pytest.fixture
@@ -108,22 +115,23 @@ def run(*arguments: object) -> str:
 
 
 def test_show(file: Path) -> None:
-    before = file.read_bytes()
+    before = content(file)
     printed = run("registry", "show", file)
     assert "7, 2 of them without a session" in printed
     assert "100 to 1099, 1,000 IDs" in printed
     assert "camera 7" in printed
     assert TOKEN.hex() not in printed
     assert '"held": 7' in run("registry", "show", "--json", file)
-    assert file.read_bytes() == before, "it was only read"
+    assert content(file) == before, "it was only read"
 
 
 def test_check(file: Path) -> None:
-    before = file.read_bytes()
+    before = content(file)
     assert "is sound: 7 held, 0 cooling, 1 sessions" in run("registry", "check", file)
-    assert file.read_bytes() == before, "it was only read"
-    held = before.index(b"\x02" + bytes(7) + bytes(7) + b"\x80")  # the record of an ID
-    file.write_bytes(before[:held] + b"\xff" + before[held + 1 :])
+    assert content(file) == before, "it was only read"
+    with file.open("r+b") as opened:
+        opened.seek(Part.RECORDS.place + 32)
+        opened.write(b"\xff")
     with pytest.raises(RegistryCorrupt, match=r"ids\.cidalloc"):
         run("registry", "check", file)
 
@@ -140,7 +148,7 @@ def test_a_link_stays_a_link_and_the_owner_the_owner(file: Path) -> None:
     link.symlink_to(file.name)
     os.chown(file, 1234, 2345)
     file.chmod(0o640)
-    upgrade(link, 3000)
+    enlarge(link, 3000)
     assert link.is_symlink()
     status = file.stat()
     assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (1234, 2345, 0o640)

@@ -177,12 +177,7 @@ def test_wrong_releases_change_nothing(
 
 
 def cooldown(world: World) -> int:
-    return world.read(lambda registry: registry.sessions.cooldown(_numbers(registry)[-1]))
-
-
-def _numbers(registry: object) -> list[int]:
-    found: list[int] = list(registry.sessions.numbers(10))  # type: ignore[attr-defined]
-    return found
+    return world.read(lambda registry: [*registry.sessions.named.values()][-1].cooldown)
 
 
 def test_a_longer_cooldown_is_announced_first(world: World, session: Session) -> None:

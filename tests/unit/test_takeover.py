@@ -16,9 +16,8 @@ import pytest
 from cidalloc.errors import InvalidArgument, RegistryLocked, RegistryMismatch, Unavailable
 from cidalloc.manager import takeover as handover
 from cidalloc.manager.settings import Settings
-from cidalloc.manager.storage.file import TakeoverRequest, writer_of
 from cidalloc.manager.storage.file_format import GRANULE, Word
-from cidalloc.manager.storage.file_lock import process_id
+from cidalloc.manager.storage.file_lock import TakeoverRequest, process_id, writer_of
 from cidalloc.manager.takeover import RegistryHolder, boot_id
 
 

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import RegistryCorrupt
+from ..manager.inspection import look, status_of
 from ..manager.registry import Registry
 from ..manager.service import boottime_ms
-from ..manager.storage.file import writer_of
-from ..manager.storage.file_lock import process_id
-from ..manager.storage.resize import upgrade
+from ..manager.storage.file import enlarge
+from ..manager.storage.file_lock import process_id, writer_of
 from ..manager.takeover import boot_id
 
 __all__ = ["registry"]
@@ -45,7 +45,7 @@ def show(file: Path, as_json: bool) -> None:
     last = pool["first"] + pool["capacity"] - 1
     rows = (
         ("registry", status["registry"]),
-        ("file", f"{file}, {file.stat().st_size / 2**20:,.1f} MiB"),
+        ("file", f"{file}, {file.stat().st_blocks / 2**11:,.1f} MiB on the disk"),
         ("writer", f"process {pid}" if running else "none"),
         ("pool", f"{pool['first']} to {last}, {pool['capacity']:,} IDs"),
         ("held", f"{status['held']:,}, {status['anonymous']:,} of them without a session"),
@@ -92,17 +92,17 @@ def check(file: Path) -> None:
 def grow(file: Path, capacity: int) -> None:
     """Enlarge the pool in FILE. Stop the manager first.
 
-    Held IDs stay held. The new file replaces the old one in one step, when it is complete.
+    Held IDs stay held. The file is changed in place, in one step.
     """
-    shape = upgrade(file, capacity)
+    shape = enlarge(file, capacity)
     click.echo(f"{file} has a pool of {shape.capacity:,} IDs from {shape.first} on.")
     click.echo(f"Next: set capacity to {shape.capacity} in the model's config.pbtxt, and start it.")
 
 
 def _look(file: Path) -> tuple[Registry, dict[str, Any]]:
     now = boottime_ms()
-    found = Registry.look(file, now, boot_id())
-    return found, found.status(now)
+    found = look(file, now, boot_id())
+    return found, status_of(found, now)
 
 
 def _writer(file: Path) -> tuple[int, bool]:

@@ -1,16 +1,18 @@
-"""The registry: the rules by which IDs and sessions come and go.
+"""The registry: the rules by which sessions are opened and end, and IDs are issued and released.
 
-It has no clock: every call takes ``now``, in milliseconds since the machine was started. It does
-not take turns either: whoever has several threads sees to that. `docs/design.md` says what always
-holds, and why no fault can undo it.
+It has no clock: every call takes ``now``, in milliseconds since the machine was started. It has no
+lock: its caller lets one thread at a time use it. `docs/design.md` says what always holds, and why
+no fault can break it.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 from uuid import UUID
 
 import numpy as np
@@ -18,52 +20,61 @@ import numpy as np
 from .._alloc import Allocator
 from ..errors import (
     Duplicate,
+    Exhausted,
     InvalidArgument,
     LimitExceeded,
+    NotHeld,
     NotOwner,
-    RegistryCorrupt,
     Repeated,
     SessionUnknown,
     Unavailable,
 )
 from ..protocol import IDs
-from .records import NO_BOOT, Records, shape_for, waiting_for
+from .recovery import recover, shape_for, storage_in_memory, waiting_for
+from .sessions import Session
 from .settings import Settings
 from .storage.file import Storage
-from .storage.file_format import Word
+from .storage.file_format import Part, Word
 
-__all__ = ["SHOWN", "Grant", "Registry"]
+__all__ = ["Grant", "Registry"]
 
-_SLICES = 8  # anonymous IDs of so much of their age share a session
 _LABEL_BYTES = 64
-_LOOKS = 50  # at a file that somebody writes
-SHOWN = 100  # sessions in a status
+_SHARE = 8  # anonymous IDs of this part of their age share a session
+_ANY_BOOT = b"\xff" * 16
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """What OPEN grants: the session's generation, and for how many milliseconds it lives."""
+class Grant(NamedTuple):
+    """The generation of a session, and for how many milliseconds a renewal lasts."""
 
     generation: int
     ttl_ms: int
 
 
 class Registry:
-    """A pool and its sessions under `Settings`, in memory.
+    """A pool and its sessions under `Settings`.
 
-    A session is named by its token, 16 bytes that its client made; the registry keeps only a
-    digest. Every call with a token that the registry knows renews the session's lease, but for
-    `open`. Changes carry ``seq``, which rises within a session: a change that was applied already,
-    or that comes after a later one, is refused, whatever the network did to it.
+    A session is named by its token, 16 bytes that its client made. The registry keeps only a digest
+    of it. Every call with a known token renews the session's lease, except `open`. Changes carry
+    ``seq``, which rises within a session. A change whose ``seq`` is not above the last one is
+    refused, so a request that the network repeats or delays acts once at most.
 
     Args:
         settings: what the operator chose.
         now: the time.
-        store: where the records are; in memory if it is left out.
-        boot: the 16 bytes that tell this boot of the machine from others.
+        store: where the records are; in memory by default.
+        boot: 16 bytes that identify this boot of the machine.
         live_snapshot: the records are a copy that was taken while another process changed them.
 
-    Any call may raise `Forked` in a child process, and `Unavailable` after `close`.
+    Attributes:
+        settings, store, uuid: what they are called.
+        pool, sessions: the IDs and who holds them.
+        now: the latest time seen.
+        opened_at: the time at which this object was made.
+        acquired, released, expired: IDs and sessions since then.
+
+    Of each call, ``token`` is the session's and ``now`` the time; the token of no open session
+    raises `SessionUnknown`. Any call may raise `Forked` in a child process, and `Unavailable` after
+    `close`.
     """
 
     def __init__(
@@ -71,24 +82,26 @@ class Registry:
         settings: Settings,
         now: int,
         store: Storage | None = None,
-        boot: bytes = NO_BOOT,
+        boot: bytes = _ANY_BOOT,
         live_snapshot: bool = False,
     ) -> None:
         self.settings = settings
         self.expired = 0
         self.released: Counter[str] = Counter()
         self.acquired = 0
-        self._records = records = Records(settings, now, store, boot, live_snapshot)
-        self.store, self.pool, self.sessions = records.store, records.pool, records.sessions
-        self._now = self._opened_at = now
+        self.store = store or storage_in_memory(settings, boot)
+        self.pool, self.sessions, ending = recover(self.store, settings, now, boot, live_snapshot)
+        self.uuid: UUID = self.store.uuid  # a forked child has no header to read it from
+        self._horizon: int = self.store.header[Word.HORIZON]
+        self._secret = self.store.secret
+        self.now = self.opened_at = now
+        for session in ending:
+            self._end(session, session.cooldown)
         self._closed = False
-        for at in records.ending:
-            self._end(at, self.sessions.cooldown(at))
-        self._anonymous = [at for at in self.sessions.numbers() if self.sessions.anonymous(at)]
 
     @classmethod
     def in_file(cls, path: Path, settings: Settings, now: int, boot: bytes) -> Registry:
-        """Return the registry in the file at `path`, which is made if it is not there.
+        """Return the registry in the file at `path`, which is made if it does not exist.
 
         Raises what `Storage.open` does.
         """
@@ -98,27 +111,6 @@ class Registry:
         except BaseException:
             store.close()
             raise
-
-    @classmethod
-    def look(cls, path: Path, now: int, boot: bytes) -> Registry:
-        """Return a copy in memory of the registry in a file, which is only read.
-
-        A manager may be writing the file; a look that falls into a change of it is repeated. As a
-        large file at a busy manager never rests, later looks do not mind when IDs and the session
-        that holds them were copied at different times.
-        """
-        for attempt in range(_LOOKS):
-            store = Storage.look(path)
-            busy = store.header[Word.PID] != 0
-            if busy:
-                store.header[Word.GENERATION] |= 2**32 - 1  # sessions may be opened meanwhile
-            settings = Settings(first=store.shape.first, capacity=store.shape.capacity)
-            try:
-                return cls(settings, now, store, boot, busy and attempt >= _LOOKS // 10)
-            except RegistryCorrupt:
-                if attempt == _LOOKS - 1 or not busy:
-                    raise
-        raise AssertionError("not reached")
 
     # ---- Sessions
 
@@ -131,90 +123,78 @@ class Registry:
         cooldown_ms: int | None = None,
         label: str = "",
     ) -> Grant:
-        """Open a session, or return what was granted when this token opened it: no renewal.
+        """Open a session. If it is open already, return what was granted; its lease stays.
 
         Args:
-            token: 16 bytes, random.
+            token: 16 random bytes.
             now: the time.
-            ttl_ms: the session ends when nothing was heard of it for so long and the grace time.
-            cooldown_ms: for how long its IDs cool then, at least; see `acquire`.
-            label: what people see in a status: at most 64 bytes of UTF-8 that can be printed.
+            ttl_ms: for how long a renewal lasts; the grace time comes on top.
+            cooldown_ms: for how long its IDs cool, at least, if it expires; see `acquire`.
+            label: its name in the status: at most 64 bytes of printable text in UTF-8.
 
         Raises:
             LimitExceeded: a time outside what the settings allow, or too many sessions.
-            InvalidArgument: a label that is none.
+            InvalidArgument: a label that is not allowed.
         """
         self._advance(now)
-        digest = self._records.digest(token)
-        at = self.sessions.find(digest)
-        if at:
-            return Grant(self.sessions.generation(at), self.sessions.ttl(at))
+        digest = self._digest(token)
+        session = self.sessions.named.get(digest)
+        if session is not None:
+            return Grant(session.generation, session.ttl)
         limits = self.settings
-        if not limits.min_ttl_ms <= ttl_ms <= limits.max_ttl_ms:
-            raise LimitExceeded(
-                f"ttl_ms={ttl_ms} is not within {limits.min_ttl_ms} to {limits.max_ttl_ms}, the"
-                " settings min_ttl_ms and max_ttl_ms"
-            )
+        limits.check_ttl(ttl_ms)
         name = label.encode("utf-8", "surrogatepass")
         if len(name) > _LABEL_BYTES or not label.isprintable():
             raise InvalidArgument(
                 f"label={label!r} is not at most {_LABEL_BYTES} bytes of printable text"
             )
-        if len(self.sessions) - len(self._anonymous) >= limits.max_sessions:
+        if len(self.sessions.named) >= limits.max_sessions:
             raise LimitExceeded(
                 f"{limits.max_sessions} sessions are open, as many as max_sessions allows"
             )
-        cooldown = self._cooldown(cooldown_ms if cooldown_ms is not None else 0)
-        self._records.reckon(ttl_ms + limits.grace_ms + cooldown)
-        at = self._records.open(digest, self._now, ttl_ms, ttl_ms + limits.grace_ms, cooldown, name)
-        return Grant(self.sessions.generation(at), ttl_ms)
+        cooldown = self.settings.cooldown(cooldown_ms if cooldown_ms is not None else 0)
+        expires = self.now + ttl_ms + limits.grace_ms
+        self._reckon(expires - self.now + cooldown)
+        session = self.sessions.open(
+            digest, self.now, expires, ttl=ttl_ms, cooldown=cooldown, label=label
+        )
+        return Grant(session.generation, ttl_ms)
 
     def renew(self, token: bytes, now: int, *, cooldown_ms: int | None = None) -> Grant:
         """Renew a session's lease. Constant time.
 
-        Args:
-            token: the session's.
-            now: the time.
-            cooldown_ms: for how long, at least, all its IDs cool if it expires; as for `acquire`.
+        With ``cooldown_ms`` all its IDs cool for at least so long if it expires, as for `acquire`.
 
         Raises:
-            SessionUnknown: it was closed, has expired, or never was.
             LimitExceeded: too long a time.
         """
-        at = self._renewed(token, now)
+        session = self._renewed(token, now)
         if cooldown_ms is not None:
-            self._raise_cooldown(at, cooldown_ms)
-        return Grant(self.sessions.generation(at), self.sessions.ttl(at))
+            self._raise_cooldown(session, cooldown_ms)
+        return Grant(session.generation, session.ttl)
 
     def close_session(self, token: bytes, now: int, *, ended: bool = False) -> int:
-        """End a session and return how many IDs it held; they cool as if it had expired.
+        """End a session and return how many IDs it held. They cool as if it had expired.
 
-        Args:
-            token: the session's.
-            now: the time.
-            ended: nothing uses any of them, so only the least cooldown is due.
-
-        Raises:
-            SessionUnknown: it has ended already, or never was.
+        If ``ended``, no sequence uses any of its IDs, and they cool for the shortest time.
         """
-        at = self._renewed(token, now)
-        cooldown = self.settings.cooldown_ms if ended else self.sessions.cooldown(at)
-        released = self._end(at, cooldown)
+        session = self._renewed(token, now)
+        cooldown = self.settings.cooldown_ms if ended else session.cooldown
+        released = self._end(session, cooldown)
         self.released["ended" if ended else "cooled"] += released
         return released
 
     def held(self, token: bytes, now: int, *, seq: int | None = None) -> IDs:
-        """Return the IDs that a session holds, in order. With ``seq``, none before may come later.
+        """Return the IDs that a session holds, sorted. With ``seq``, no earlier change may follow.
 
         Raises:
-            SessionUnknown: no such session.
             Repeated: ``seq`` is not above the last one.
         """
-        at = self._renewed(token, now)
+        session = self._renewed(token, now)
         if seq is not None:
-            self._check_seq(at, seq)
-            self.sessions.set_seq(at, seq)
-        return np.sort(self.pool.held_by(at))
+            self._check_seq(session, seq)
+            self.sessions.set_seq(session, seq)
+        return np.sort(self.store.shape.ids(self.pool.held_by(session.number)))
 
     # ---- IDs
 
@@ -232,43 +212,42 @@ class Registry:
         Args:
             count: how many.
             now: the time.
-            token: the session that will hold them; without one nobody does, and anybody may
+            token: the session that will hold them. Without one they are anonymous: any client may
                 release them.
             seq: with a token: rises with each change of that session.
             cooldown_ms: for how long, at least, all IDs of the session cool if it expires: after
-                that Triton has certainly forgotten these sequences. ``unended_cooldown_ms`` if it
-                is not said.
+                that Triton has certainly forgotten these sequences. By default
+                ``unended_cooldown_ms``.
 
         Raises:
-            SessionUnknown: no such session.
             Repeated: ``seq`` is not above the last one.
             LimitExceeded: more than a setting allows.
             Exhausted: the pool cannot give so many now.
             Unavailable: the disk is full.
         """
         limits = self.settings
-        at = self._renewed(token, now) if token is not None else self._anonymous_session(now)
         if token is not None:
-            self._check_seq(at, seq)
+            session = self._renewed(token, now)
+            self._check_seq(session, seq)
+            held, most = self.pool.held_count(session.number), limits.max_held
+            whose, which = "by this session", f"max_held={most}"
+        else:
+            session = self._anonymous_session(now)
+            held, most = self.anonymous, limits.max_anonymous
+            whose, which = "without a session", f"max_anonymous={most}: open a session"
         if count > limits.max_count:
             raise LimitExceeded(
                 f"count={count} is more than one request may take: max_count={limits.max_count}"
             )
-        if token is None and self.anonymous + count > limits.max_anonymous:
+        if held + count > most:
             raise LimitExceeded(
-                f"{self.anonymous} IDs are held without a session, and {count} more would be more"
-                f" than max_anonymous={limits.max_anonymous}: open a session"
-            )
-        if token is not None and self.pool.held_count(at) + count > limits.max_held:
-            raise LimitExceeded(
-                f"this session holds {self.pool.held_count(at)} IDs, and {count} more would be"
-                f" more than max_held={limits.max_held}"
+                f"{held} IDs are held {whose}, and {count} more would be more than {which}"
             )
         if token is not None:
-            self._raise_cooldown(at, cooldown_ms)
-        ids = self._records.issue(count, at, self._now)
+            self._raise_cooldown(session, cooldown_ms)
+        ids = self.store.shape.ids(self._issue(count, session))
         if token is not None:
-            self.sessions.set_seq(at, seq)
+            self.sessions.set_seq(session, seq)
         self.acquired += count
         return ids
 
@@ -287,23 +266,22 @@ class Registry:
         Args:
             ids: held IDs, each once.
             now: the time.
-            token: the session that holds them; without one they are IDs that nobody's session does.
+            token: the session that holds them; none for anonymous IDs.
             seq: with a token: rises with each change of that session.
-            ended: every sequence's END was answered, so only the least cooldown is due.
-            cooldown_ms: else, the time after which Triton has certainly forgotten these sequences;
-                ``unended_cooldown_ms`` if it is not said.
+            ended: END was answered for each sequence, so the IDs cool for the shortest time.
+            cooldown_ms: otherwise, the time after which Triton has certainly forgotten these
+                sequences. By default ``unended_cooldown_ms``.
 
         Raises:
             InvalidArgument: no IDs.
             LimitExceeded: more than ``max_count``, or too long a time.
-            SessionUnknown: no such session.
             Repeated: ``seq`` is not above the last one.
-            OutOfRange, NotHeld, NotOwner, Duplicate: an ID that cannot be given back.
+            OutOfRange, NotHeld, NotOwner, Duplicate: an ID that cannot be released.
         """
-        at = 0
+        session = None
         if token is not None:
-            at = self._renewed(token, now)
-            self._check_seq(at, seq)
+            session = self._renewed(token, now)
+            self._check_seq(session, seq)
         else:
             self._advance(now)
         if len(ids) == 0:
@@ -313,77 +291,32 @@ class Registry:
                 f"{len(ids)} IDs are more than one request may release:"
                 f" max_count={self.settings.max_count}"
             )
-        cooldown = self._cooldown(cooldown_ms)
-        if ended:
-            cooldown = self.settings.cooldown_ms
-        if token is not None:
-            self._records.reckon(cooldown)
-            self.pool.release_many(ids, at, self._now + cooldown)
-            self.sessions.set_seq(at, seq)
-        else:
-            self._release_anonymous(ids, cooldown)
+        cooldown = self.settings.cooldown_ms if ended else self.settings.cooldown(cooldown_ms)
+        numbers = self.store.shape.numbers(ids)
+        with self._naming_ids():
+            if session is None:
+                self._release_anonymous(numbers, cooldown)
+            else:
+                self._reckon(cooldown)
+                self.pool.release_many(numbers, session.number, self.now + cooldown)
+                self.sessions.set_seq(session, seq)
         self.released["ended" if ended else "cooled"] += len(ids)
         return len(ids)
 
     # ---- The whole
 
     def tick(self, now: int) -> Allocator:
-        """Let time pass: end the sessions whose lease has run out. Returns the pool."""
+        """Let time pass: end the sessions whose lease has ended. Returns the pool."""
         self._advance(now)
         return self.pool
 
     @property
     def anonymous(self) -> int:
         """How many IDs are held without a session."""
-        return sum(self.pool.held_count(at) for at in self._anonymous)
-
-    @property
-    def uuid(self) -> UUID:
-        """The registry's identity, which it keeps for as long as its file."""
-        return self._records.uuid
-
-    def status(self, now: int, sessions: int = SHOWN) -> dict[str, Any]:
-        """Return what a person or a program wants to know, with at most so many sessions."""
-        self._advance(now)
-        pool, shape = self.pool, self.store.shape
-        pool.acquire_many(0, now=self._now)  # so that it knows the time
-        cooling = pool.cooling
-        return {
-            "pool": {"first": shape.first, "capacity": shape.capacity, "block": shape.block},
-            "held": pool.active,
-            "cooling": cooling,
-            "free": shape.capacity - pool.active - cooling,
-            "inactive": pool.inactive,
-            "peak": pool.peak,
-            "high_water": pool.high_water,
-            "anonymous": self.anonymous,
-            "sessions": self.session_list(sessions),
-            "sessions_total": len(self.sessions) - len(self._anonymous),
-            "sessions_expired": self.expired,
-            "acquired": self.acquired,
-            "released": {how: self.released[how] for how in ("ended", "cooled", "expired")},
-            "uptime_s": (self._now - self._opened_at) / 1000,
-            "registry": str(self.uuid),
-            "file": str(self.store.path) if self.store.path else None,
-        }
-
-    def session_list(self, most: int) -> list[dict[str, Any]]:
-        """Return what is known of at most so many sessions; those with an owner come first."""
-        table, found = self.sessions, []
-        for at in table.numbers(most + len(self._anonymous)):
-            if not table.anonymous(at):
-                found.append(
-                    {
-                        "label": table.label(at),
-                        "held": self.pool.held_count(at),
-                        "age_s": (self._now - table.opened_at(at)) / 1000,
-                        "expires_in_s": (table.expires(at) - self._now) / 1000,
-                    }
-                )
-        return found[:most]
+        return sum(self.pool.held_count(number) for number in self.sessions.anonymous)
 
     def close(self) -> None:
-        """Let go of the file: another process may write it from now on. Nothing is given back."""
+        """Let go of the file: another process may write it from now on. Nothing is released."""
         if not self._closed:
             self._closed = True
             self.store.close()
@@ -391,89 +324,121 @@ class Registry:
     def _check(self) -> None:
         """Audit everything; raises AssertionError. Time in proportion to what was ever opened."""
         self.pool._check()
-        held = sum(self.pool.held_count(at) for at in self.sessions.numbers())
-        assert held == self.pool.active, "somebody holds IDs who is no session"
+        held = sum(self.pool.held_count(session.number) for session in self.sessions)
+        assert held == self.pool.active, "IDs are held that no session holds"
 
     # ---- Inside
 
     def _advance(self, now: int) -> None:
         if self._closed:
             raise Unavailable("this registry is closed")
-        self._now = max(self._now, now)
-        while at := self.sessions.due(self._now):
-            anonymous = self.sessions.anonymous(at)
-            self.released["expired"] += self._end(at, self.sessions.cooldown(at))
-            self.expired += not anonymous
-            if anonymous:
-                self._anonymous.remove(at)
+        _ = self.pool.active  # raises `Forked`, before the child touches memory it does not have
+        self.now = max(self.now, now)
+        while session := self.sessions.due(self.now):
+            self.expired += not session.anonymous
+            self.released["expired"] += self._end(session, session.cooldown)
 
-    def _end(self, at: int, cooldown: int) -> int:
-        return self.sessions.end(at, self._now + max(cooldown, self.settings.cooldown_ms))
+    def _digest(self, token: bytes) -> bytes:
+        """Return what the registry keeps of a session's token."""
+        return hashlib.blake2b(token, digest_size=16, key=self._secret).digest()
 
-    def _renewed(self, token: bytes, now: int) -> int:
-        """Return the number of a session after its lease was renewed."""
+    def _end(self, session: Session, cooldown: int) -> int:
+        reuse_at = self.now + max(cooldown, self.settings.cooldown_ms)
+        return self.sessions.end(session, reuse_at)
+
+    def _renewed(self, token: bytes, now: int) -> Session:
+        """Return a session after its lease was renewed."""
         self._advance(now)
-        at = self.sessions.find(self._records.digest(token))
-        if not at:
+        session = self.sessions.named.get(self._digest(token))
+        if session is None:
             raise SessionUnknown(
                 "no such session: it was closed, has expired, or is one of another registry"
             )
-        self.sessions.renew(at, self._now + self.sessions.ttl(at) + self.settings.grace_ms)
-        return at
+        expires = self.now + session.ttl + self.settings.grace_ms
+        session.expires = max(expires, session.expires)
+        return session
 
-    def _check_seq(self, at: int, seq: int) -> None:
-        last = self.sessions.seq(at)
-        if seq <= last:
-            raise Repeated(f"seq={seq} is not above {last}, the last one that was applied")
+    def _check_seq(self, session: Session, seq: int) -> None:
+        if seq <= session.seq:
+            raise Repeated(f"seq={seq} is not above {session.seq}, the last one that was applied")
 
-    def _raise_cooldown(self, at: int, asked: int | None) -> None:
-        """See that the IDs of a session cool for at least so long if it expires."""
-        cooldown = self._cooldown(asked)
-        if cooldown > self.sessions.cooldown(at):
-            ttl = self.sessions.ttl(at)
-            self._records.reckon(ttl + self.settings.grace_ms + cooldown)
-            self.sessions.raise_cooldown(at, cooldown)
+    def _raise_cooldown(self, session: Session, asked: int | None) -> None:
+        """Let the IDs of a session cool for at least so long if it expires."""
+        cooldown = self.settings.cooldown(asked)
+        if cooldown > session.cooldown:
+            self._reckon(session.ttl + self.settings.grace_ms + cooldown)
+            self.sessions.raise_cooldown(session, cooldown)
 
-    def _cooldown(self, asked: int | None) -> int:
-        if asked is None:
-            asked = self.settings.unended_cooldown_ms
-        if asked > self.settings.max_cooldown_ms:
-            raise LimitExceeded(
-                f"cooldown_ms={asked} is more than {self.settings.max_cooldown_ms}, the setting"
-                " max_cooldown_ms"
-            )
-        return max(asked, self.settings.cooldown_ms)
+    def _reckon(self, time_ms: int) -> None:
+        """Note on the disk that IDs may be in use for so long from now on, before they are."""
+        if time_ms > self._horizon:
+            horizon = 1 << (time_ms - 1).bit_length()  # a power of two, so that syncs are rare
+            self.store.header[Word.HORIZON] = horizon
+            self.store.sync()
+            self._horizon = horizon
 
-    def _anonymous_session(self, now: int) -> int:
-        """Return the session that holds what is taken without one at about this time."""
+    def _issue(self, count: int, session: Session) -> IDs:
+        """Issue the allocator's numbers of so many IDs, all or none."""
+        pool, full = self.pool, None
+        if pool.opened + count > pool.ready < pool.capacity:
+            try:
+                self.store.grow(Part.RECORDS, count)
+            except Unavailable as error:
+                full = error  # what was released may be enough
+            pool.ready = self.store.ready_ids
+        try:
+            return pool.acquire_many(count, session.number, self.now)
+        except Exhausted:
+            raise full or Exhausted(self._why_exhausted(count)) from None
+
+    def _why_exhausted(self, count: int) -> str:
+        pool, due = self.pool, self.pool.next_due
+        when = "none is cooling"
+        if due is not None:
+            when = f"the next is due in {max(due - self.now, 0) / 1e3:.1f} s"
+        return (
+            f"cannot issue {count} of {pool.capacity} IDs: {pool.active} are held,"
+            f" {pool.cooling} are cooling; {when}"
+        )
+
+    def _anonymous_session(self, now: int) -> Session:
+        """Return the session that holds what is acquired without one at about this time."""
         self._advance(now)
         age = self.settings.anonymous_age_ms
-        if self._anonymous:
-            at = self._anonymous[-1]
-            # Not by when it was opened, which may have been before a reboot.
-            if self.sessions.expires(at) - self._now >= age:
-                return at
-        lease = age + age // _SLICES
-        cooldown = self._cooldown(None)
-        # Nobody knows for how long these are in use. If a power cut makes us forget one, it cools
-        # for no shorter than if it had been a session's.
-        self._records.reckon(self.settings.max_ttl_ms + self.settings.grace_ms + cooldown)
-        at = self._records.open(b"", self._now, lease, lease, cooldown, b"")
-        self._anonymous.append(at)
-        return at
+        latest = next(reversed(self.sessions.anonymous.values()), None)
+        # Not by when it was opened, which may have been before a reboot.
+        if latest is not None and latest.expires - self.now >= age:
+            return latest
+        lease = age + age // _SHARE
+        cooldown = self.settings.cooldown(None)
+        # For how long these are in use is not known. If a power cut makes the registry forget one,
+        # it cools for at least as long as an ID of a session.
+        self._reckon(self.settings.max_ttl_ms + self.settings.grace_ms + cooldown)
+        return self.sessions.open(
+            b"", self.now, self.now + lease, ttl=lease, cooldown=cooldown, label=""
+        )
 
-    def _release_anonymous(self, ids: IDs, cooldown: int) -> None:
-        owners = [self.pool.owner_of(cid) for cid in ids.tolist()]
-        for cid, owner in zip(ids.tolist(), owners, strict=True):
-            if owner not in self._anonymous:
+    def _release_anonymous(self, numbers: IDs, cooldown: int) -> None:
+        owners = [self.pool.owner_of(number) for number in numbers.tolist()]
+        for number, owner in zip(numbers.tolist(), owners, strict=True):
+            if owner not in self.sessions.anonymous:
+                cid = int(self.store.shape.ids(np.array([number], np.uint64))[0])
                 raise NotOwner(f"ID {cid} belongs to a session, which alone releases it")
-        reuse_at = self._now + cooldown
-        self._records.reckon(cooldown)  # not before it is known that they can be released
-        if len(set(owners)) == 1:
-            self.pool.release_many(ids, owners[0], reuse_at)
-            return
-        if len(np.unique(ids)) < len(ids):
+        if len(set(owners)) > 1 and len(np.unique(numbers)) < len(numbers):
             raise Duplicate("an ID stands twice in this call")
+        self._reckon(cooldown)
         for owner in set(owners):
             part = np.array([owner == each for each in owners])
-            self.pool.release_many(ids[part], owner, reuse_at)
+            self.pool.release_many(numbers[part], owner, self.now + cooldown)
+
+    @contextmanager
+    def _naming_ids(self) -> Iterator[None]:
+        """Let errors of the pool name IDs in place of the allocator's numbers."""
+        try:
+            yield
+        except (NotHeld, NotOwner, Duplicate) as error:
+            if error.cid is None:
+                raise
+            cid = self.store.shape.ids(np.array([error.cid], np.uint64))[0]
+            text = str(error).replace(f"ID {error.cid}", f"ID {cid}", 1)
+            raise type(error)(text) from None

@@ -21,7 +21,8 @@ from .. import __version__
 from ..codes import Operation
 from ..errors import CidError, InternalError, InvalidArgument, RegistryMismatch
 from ..protocol import MODEL, PROTOCOL, IDs, Request
-from .registry import SHOWN, Registry
+from .inspection import SHOWN, status_of
+from .registry import Registry
 from .settings import Settings
 from .takeover import OWNER_POLL_S, WAITING_POLL_S, RegistryHolder
 
@@ -135,7 +136,7 @@ class Service:
     def _status(self, registry: Registry, now: int, sessions: int) -> dict[str, Any]:
         return {
             "version": __version__,
-            **registry.status(now, sessions),
+            **status_of(registry, now, sessions),
             "operations": dict(self._operations),
             "errors": dict(self._errors),
         }

@@ -5,14 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import InvalidArgument
+from ..errors import InvalidArgument, LimitExceeded
 from ..protocol import MAX_COOLDOWN_MS
 
-__all__ = ["MAX_SESSIONS", "Settings"]
-
-MAX_SESSIONS = 2**24 - 2
-"""The most sessions that a registry can have: the owners that a pool can have, less nobody. Those
-that hold anonymous IDs are among them, so fewer can be asked for."""
+__all__ = ["Settings"]
 
 _DAY_MS = 86_400_000
 
@@ -79,7 +75,7 @@ class Settings:
             ("max_ttl_ms", 1, 30 * _DAY_MS),
             ("grace_ms", 0, _DAY_MS),
             ("max_count", 1, 1_000_000),
-            ("max_sessions", 1, 16_000_000),
+            ("max_sessions", 1, 1_000_000),
             ("max_held", 1, 2**38),
             ("max_anonymous", 0, 2**38),
             ("anonymous_age_ms", 1_000, 365 * _DAY_MS),
@@ -106,3 +102,25 @@ class Settings:
                 )
         if type(self.state) is not str or (self.state and not Path(self.state).is_absolute()):
             raise InvalidArgument(f"state={self.state!r} is not the absolute path of a folder")
+
+    def cooldown(self, asked_ms: int | None) -> int:
+        """Return for how long an ID cools if a client asks for ``asked_ms``; None asks for nothing.
+
+        Raises:
+            LimitExceeded: it asks for more than ``max_cooldown_ms``.
+        """
+        asked = self.unended_cooldown_ms if asked_ms is None else asked_ms
+        if asked > self.max_cooldown_ms:
+            raise LimitExceeded(
+                f"cooldown_ms={asked} is more than {self.max_cooldown_ms}, the setting"
+                " max_cooldown_ms"
+            )
+        return max(asked, self.cooldown_ms)
+
+    def check_ttl(self, ttl_ms: int) -> None:
+        """Raise `LimitExceeded` if no session may have this time to live."""
+        if not self.min_ttl_ms <= ttl_ms <= self.max_ttl_ms:
+            raise LimitExceeded(
+                f"ttl_ms={ttl_ms} is not within {self.min_ttl_ms} to {self.max_ttl_ms}, the"
+                " settings min_ttl_ms and max_ttl_ms"
+            )

@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import CidError, InvalidArgument, RegistryLocked, Unavailable
-from .records import shape_for
+from .recovery import shape_for
 from .registry import Registry
 from .settings import Settings
-from .storage.file import Storage, TakeoverRequest, writer_of
-from .storage.file_lock import process_id
+from .storage.file import Storage
+from .storage.file_lock import TakeoverRequest, process_id, writer_of
 
 __all__ = ["RegistryHolder", "boot_id", "server_pid"]
 

@@ -1,9 +1,8 @@
 # cython: language_level=3, binding=False, embedsignature=True, embedsignature.format=clinic
 # cython: autotestdict=False
-"""Address space of a fixed size, into which memory and parts of a file are put where they belong.
+"""Memory at a fixed address, which a file may lie under, and of which more and more can be used.
 
-It is a buffer of that size from the start. What nothing was put into reads as zeros and cannot be
-written to, so records that a file does not have yet look as if they were never used.
+Python's own mmap cannot do that: it moves when it grows.
 """
 
 from cpython.buffer cimport PyBuffer_FillInfo
@@ -13,27 +12,29 @@ from posix.mman cimport (MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_PRIVATE, MAP_
                          PROT_WRITE, madvise, mmap, mprotect, munmap)
 from posix.unistd cimport getpid
 
+import os
+
 cdef extern from "<sys/mman.h>" nogil:
     int MAP_NORESERVE
     int MADV_DONTFORK
 
 
 cdef int fail() except -1:
-    raise OSError(errno, "no address space: " + strerror(errno).decode())
-
-
-cdef extern from "<string.h>" nogil:
-    const char *strerror(int number)
+    raise OSError(errno, "no address space: " + os.strerror(errno))
 
 
 cdef class Mapping:
-    """Address space of `size` bytes. Raises OSError if there is none.
+    """A buffer of `size` bytes, of which `extend` lets more and more be written.
 
-    A forked child does not have it: the kernel gives it none of these pages.
+    What lies beyond reads as zeros, so records that a file does not have yet look unused. A forked
+    child does not have the memory: the kernel gives it none of these pages.
+
+    Raises OSError if there is no address space.
     """
 
     cdef char *base
     cdef uint64_t size
+    cdef uint64_t length
     cdef int pid
 
     def __cinit__(self, uint64_t size):
@@ -54,24 +55,24 @@ cdef class Mapping:
     def __getbuffer__(self, Py_buffer *view, int flags):
         PyBuffer_FillInfo(view, self, self.base, self.size, 0, flags)
 
-    def put_memory(self, uint64_t place, uint64_t length):
-        """Put zeros that can be written to at `place`; both in bytes, whole pages."""
-        self.check(place, length)
-        if mprotect(self.base + place, length, PROT_READ | PROT_WRITE):
-            fail()
+    def extend(self, uint64_t length, int fd=-1, uint64_t offset=0):
+        """Let the first `length` bytes be written, which are whole pages.
 
-    def put_file(self, uint64_t place, uint64_t length, int fd, uint64_t offset):
-        """Put `length` bytes of a file from `offset` on at `place`; all in bytes, whole pages."""
-        self.check(place, length)
-        got = mmap(self.base + place, length, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_SHARED, fd,
-                   offset)
-        if got == MAP_FAILED:
-            fail()
-        madvise(self.base + place, length, MADV_DONTFORK)
-
-    cdef int check(self, uint64_t place, uint64_t length) except -1:
+        With an open file they are its bytes from `offset` on; it must be as long as that.
+        """
+        cdef uint64_t have = self.length
         if self.pid != getpid():
             raise ValueError("this mapping belongs to the parent process")
-        if place > self.size or length > self.size - place:
-            raise ValueError(f"{place} and {length} more bytes are not within {self.size}")
-        return 0
+        if length > self.size:
+            raise ValueError(f"{length} bytes are more than {self.size}")
+        if length <= have:
+            return
+        if fd < 0:
+            if mprotect(self.base, length, PROT_READ | PROT_WRITE):
+                fail()
+        else:
+            if mmap(self.base + have, length - have, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_SHARED,
+                    fd, offset + have) == MAP_FAILED:
+                fail()
+            madvise(self.base + have, length - have, MADV_DONTFORK)
+        self.length = length

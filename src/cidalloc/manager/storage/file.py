@@ -1,10 +1,8 @@
-"""Where a registry keeps its records: in memory, or in a file that outlives the process.
+"""The storage of a registry's records: memory, or a file that outlives the process.
 
-Memory sees each array whole (`_mapping`): what the file does not have yet reads as zeros.
-
-An extent is synced to the disk before it is used. So its end is three things at once: space that no
-full disk can take away, the mark above which no ID was ever issued, even if the last stores before
-a power cut are lost, and where a scan of the file may stop.
+A part of the file is on the disk before it is used. So the word of the header with its length says
+three things: a full disk cannot take this space away, no ID or row beyond it was ever used (even if
+the last stores before a power cut are lost), and a scan of the part may stop there.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ import struct
 import uuid
 import weakref
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 from ...errors import (
@@ -27,78 +24,78 @@ from ...errors import (
     RegistryMismatch,
     Unavailable,
 )
-from .._sessions import Sessions
-from ..settings import MAX_SESSIONS
 from ._mapping import Mapping
 from .file_format import (
     GRANULE,
-    RECORD,
+    HEADER_BYTES,
+    MAX_CAPACITY,
+    MAX_ROWS,
     ROW,
-    Kind,
+    Part,
     Shape,
     Word,
-    extent_word,
-    extents_of,
+    checked,
     fill_header,
+    read_checked,
     shape_of,
 )
-from .file_lock import process_id, query, try_lock, unlock_and_close
+from .file_lock import REQUEST, WRITER, process_id, query, try_lock, unlock_and_close, writer_of
 
-__all__ = ["Storage", "TakeoverRequest", "writer_of"]
+__all__ = ["Storage", "enlarge"]
 
-_LOCK = 0  # the byte that the writer has locked
-_REQUEST = 1  # the one that a process locks which waits to be the writer
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_AHEAD = {Part.ROWS: 1, Part.RECORDS: 16}  # granules by which a part grows at least
 
 
 class Storage:
-    """The records of a registry. `memory` or `open` makes one.
+    """The records of a registry. Use `memory`, `open` or `look` to get one.
 
     Attributes:
         shape: the pool.
-        header: the header's words; see `Word`.
-        blocks, rows: memory for an `Allocator` and a `Sessions`.
-        ready_blocks, ready_rows: how many records of them may be used so far; 0 is a row, too.
-        path: the file, if any.
+        header: the words of the header; see `Word`.
+        rows, records: memory for a `Sessions` and an `Allocator`.
+        path: the file, if there is one.
     """
 
-    def __init__(self, shape: Shape, header: memoryview, fd: int, path: Path | None) -> None:
-        self.shape = shape
+    def __init__(self, header: memoryview, shape: Shape, fd: int, path: Path | None) -> None:
         self.header = header
+        self.shape = shape
         self.path = path
         self._fd = fd
         self._signed = False
-        self.blocks = Mapping(shape.granules * GRANULE)
-        self.rows = Mapping(Sessions.size(MAX_SESSIONS))
-        self._granules = {Kind.BLOCKS: 0, Kind.ROWS: 0}
-        self._totals = {Kind.BLOCKS: shape.granules, Kind.ROWS: len(self.rows) // GRANULE}
+        self.rows = Mapping(MAX_ROWS * ROW)
+        self.records = Mapping(shape.granules * GRANULE)
+        for part in Part:
+            self._memory(part).extend(self.granules(part) * GRANULE, fd, part.place)
         _stores.add(self)
 
-    # ---- How one comes into being
+    # ---- Making and opening
 
     @classmethod
     def memory(cls, shape: Shape) -> Storage:
-        """Return a store in memory alone."""
-        store = cls(shape, memoryview(bytearray(Word.END * 8)).cast("Q"), -1, None)
-        fill_header(store.header, shape)
+        """Return a storage in memory alone."""
+        header = memoryview(bytearray(HEADER_BYTES)).cast("Q")
+        fill_header(header, shape)
+        store = cls(header, shape, -1, None)
+        store._begin()
         return store
 
     @classmethod
     def open(cls, path: Path, shape: Shape | None, *, boot: bytes, waiting_ms: int = 0) -> Storage:
-        """Return the store in the file at `path`, which is made if it is not there.
+        """Return the storage in the file at `path`; make the file if it does not exist.
 
         Args:
             path: the file; its folder is made, too, for this user alone.
-            shape: the pool that it must have; `split` matters only if the file is made. None takes
-                any, but makes no file.
-            boot: the 16 bytes that tell this boot of the machine from others.
-            waiting_ms: if the file is made, for how long none of its IDs may be issued.
+            shape: the pool. An existing file must have the same IDs; their order may differ. With
+                None any pool will do, and no file is made.
+            boot: 16 bytes that identify this boot of the machine.
+            waiting_ms: if the file is made: milliseconds during which no ID may be issued.
 
         Raises:
-            RegistryLocked: another process writes it.
-            RegistryCorrupt: it is damaged, truncated, or something else.
-            RegistryMismatch: it is of another pool, or of another format.
-            InvalidArgument: the folder cannot be made, or the file not be used.
+            RegistryLocked: another process writes the file.
+            RegistryCorrupt: the file is damaged, truncated, or something else.
+            RegistryMismatch: the file has another pool, or another format.
+            InvalidArgument: the folder cannot be made, or the file cannot be used.
             Unavailable: the disk is full.
         """
         while True:
@@ -116,32 +113,17 @@ class Storage:
                 if not _is_at(fd, path):
                     os.close(fd)
                     continue
-                return cls._opened(fd, path, shape)
+                _, found = _check(fd, path, shape, locked=True)
+                return cls(_header_of(fd), found, fd, path)
             except BaseException:
-                unlock_and_close(fd, _LOCK)
+                unlock_and_close(fd, WRITER)
                 raise
 
     @classmethod
-    def create(cls, draft: Path, shape: Shape, path: Path) -> Storage:
-        """Return a new store in the new file `draft`, which is to become the one at `path`.
-
-        It is not locked. Raises OSError.
-        """
-        fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.posix_fallocate(fd, 0, GRANULE)
-            store = cls(shape, _header_of(fd), fd, path)
-        except BaseException:
-            os.close(fd)
-            raise
-        fill_header(store.header, shape)
-        return store
-
-    @classmethod
     def look(cls, path: Path) -> Storage:
-        """Return a copy in memory of the store in a file, which is only read.
+        """Return a copy in memory of the storage in a file. The file is only read.
 
-        Raises as `open`, but for `RegistryLocked`.
+        Raises the same as `open`, except `RegistryLocked`.
         """
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -150,62 +132,44 @@ class Storage:
         except OSError as error:
             raise _unusable(path, error) from None
         try:
-            return cls._opened(fd, path, None, private=True)
+            store = cls(*_check(fd, path), -1, path)
+            for part in Part:
+                length = store.granules(part) * GRANULE
+                _read(fd, memoryview(store._memory(part))[:length], part.place)
+            return store
         finally:
             os.close(fd)
 
-    @classmethod
-    def _opened(cls, fd: int, path: Path, wanted: Shape | None, private: bool = False) -> Storage:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise InvalidArgument(f"cannot use {path}: it is not a file")
-        size = status.st_size
-        if size < GRANULE:
-            raise RegistryCorrupt(f"{path} is too short for a registry: {size} bytes")
-        header = _copy_of(fd) if private else _header_of(fd)
-        shape = _expect(header, path, wanted)
-        store = cls(shape, header, -1 if private else fd, path)
-        offset = 1
-        for kind, granules in extents_of(header, path):
-            if not 0 < granules <= store._room(kind):
-                raise RegistryCorrupt(f"{path}: the list of extents is damaged")
-            if (offset + granules) * GRANULE > size:
-                raise RegistryCorrupt(
-                    f"{path} is truncated: {size} bytes, and at least"
-                    f" {(offset + granules) * GRANULE} were in use"
-                )
-            store._put(kind, granules, offset, fd if private else -1)
-            offset += granules
-        # The list may be behind the file, but then nothing was stored there yet. While another
-        # process writes the file, it may have gone on since we read the list.
-        if not (private and header[Word.PID]) and not _is_blank(fd, offset * GRANULE):
-            raise RegistryCorrupt(f"{path}: records follow that its list of extents does not have")
-        return store
-
     @staticmethod
     def expect(path: Path, shape: Shape) -> None:
-        """See that the file at `path` has the pool that it must have; it is only read.
+        """Check that the file at `path` has this pool. The file is only read.
 
         Raises:
             RegistryCorrupt, RegistryMismatch: as `open`.
         """
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            _expect(_copy_of(fd), path, shape)
+            _check(fd, path, shape)
         finally:
             os.close(fd)
 
-    # ---- What it holds
+    def _begin(self) -> None:
+        """Give a new storage the row and the record that belong to no session and no ID."""
+        for part in Part:
+            self._grow_to(part, 1)
+
+    # ---- Content
 
     @property
-    def ready_blocks(self) -> int:
-        """Blocks that may be opened so far."""
-        return self.shape.ready(self._granules[Kind.BLOCKS])
+    def ready_ids(self) -> int:
+        """IDs that may be issued so far, in the order of the allocator's numbers."""
+        records = self.granules(Part.RECORDS) * GRANULE // Part.RECORDS.record
+        return min(records - 1, self.shape.capacity)
 
     @property
     def ready_rows(self) -> int:
-        """Rows of sessions that may be used so far, the one that is none included."""
-        return min(self._granules[Kind.ROWS] * (GRANULE // ROW), MAX_SESSIONS + 1)
+        """Rows that may be used so far, including row 0."""
+        return self.granules(Part.ROWS) * GRANULE // ROW
 
     @property
     def uuid(self) -> uuid.UUID:
@@ -224,73 +188,49 @@ class Storage:
 
     @boot.setter
     def boot(self, boot: bytes) -> None:
-        # Both words must fit for the times to be believed, so it does not matter which comes first.
+        # The times are believed only if both words fit, so the order of the stores does not matter.
         self.header[Word.BOOT], self.header[Word.BOOT + 1] = struct.unpack("=QQ", boot)
 
-    def granules(self, kind: Kind) -> int:
-        """Return the length of an array so far."""
-        return self._granules[kind]
+    def granules(self, part: Part) -> int:
+        """Return the length of a part so far, in granules."""
+        found = read_checked(self.header, part)
+        assert found is not None, "it was checked when the file was opened"
+        return found
 
-    def grow(self, kind: Kind, records: int) -> None:
-        """Let so many more records of a kind be used, or as many as there can be.
+    def grow(self, part: Part, records: int) -> None:
+        """Let so many more records or rows be used, or as many as there can be.
 
         Raises:
             Unavailable: the disk is full.
         """
-        size = RECORD if kind is Kind.BLOCKS else ROW
-        self.grow_to(kind, self._granules[kind] + (records * size) // GRANULE + 1, ahead=True)
+        have = self.granules(part)
+        more = max(records * part.record // GRANULE + 1, have // 4, _AHEAD[part])
+        self._grow_to(part, min(have + more, len(self._memory(part)) // GRANULE))
 
-    def grow_to(self, kind: Kind, granules: int, *, ahead: bool = False) -> None:
-        """The same, until an array has so many granules; with `ahead`, a good many more."""
-        while (have := self._granules[kind]) < min(granules, self._totals[kind]):
-            more = granules - have
-            if ahead:
-                # A quarter more each time, so that the list of extents stays short.
-                more = max(more, have // 4, 16 if kind is Kind.BLOCKS else 1)
-            self._add(kind, min(more, self._room(kind)))
-
-    def _room(self, kind: Kind) -> int:
-        """Return how many granules the next extent can have: it has one place in memory."""
-        have, upper = self._granules[kind], self.shape.upper
-        limit = upper if kind is Kind.BLOCKS and have < upper else self._totals[kind]
-        return limit - have
-
-    def _add(self, kind: Kind, granules: int) -> None:
-        if self.path is None:
-            self._put(kind, granules, 0)
+    def _grow_to(self, part: Part, granules: int) -> None:
+        have, more = self.granules(part), (granules - self.granules(part)) * GRANULE
+        if more <= 0:
             return
-        extents = extents_of(self.header, self.path)
-        offset, word = 1 + sum(each for _, each in extents), Word.EXTENTS + len(extents)
-        have = self._granules[kind]
         try:
-            os.posix_fallocate(self._fd, offset * GRANULE, granules * GRANULE)
-            os.fsync(self._fd)
-            self._put(kind, granules, offset)
-            self.header[word] = extent_word(len(extents), kind, granules)
-            os.fsync(self._fd)
+            if self._fd >= 0:
+                os.posix_fallocate(self._fd, part.place + have * GRANULE, more)
+                os.fsync(self._fd)
+            self._memory(part).extend(granules * GRANULE, self._fd, part.place)
+            self.header[part] = checked(part, granules)
+            if self._fd >= 0:
+                os.fsync(self._fd)
         except OSError as error:
-            # Or the next one would not be where it is said to be.
-            self.header[word], self._granules[kind] = 0, have
+            self.header[part] = checked(part, have)
             raise Unavailable(
-                f"{self.path} cannot grow by {granules * GRANULE >> 10} KiB: {error.strerror};"
+                f"{self.path} cannot grow by {more >> 10} KiB: {error.strerror};"
                 " make room on its disk"
             ) from None
 
-    def _put(self, kind: Kind, granules: int, offset: int, fd: int = -1) -> None:
-        """Put an extent where it belongs in memory; a copy of it, if it is that of another file."""
-        have, length = self._granules[kind], granules * GRANULE
-        mapping = self.blocks if kind is Kind.BLOCKS else self.rows
-        place = self.shape.place(have) if kind is Kind.BLOCKS else have * GRANULE
-        if self._fd >= 0:
-            mapping.put_file(place, length, self._fd, offset * GRANULE)
-        else:
-            mapping.put_memory(place, length)
-            if fd >= 0:
-                _read(fd, memoryview(mapping)[place : place + length], offset * GRANULE)
-        self._granules[kind] += granules
+    def _memory(self, part: Part) -> Mapping:
+        return self.rows if part is Part.ROWS else self.records
 
     def sync(self) -> None:
-        """Wait until all that was stored is on the disk.
+        """Wait until all stores are on the disk.
 
         Raises:
             Unavailable: the disk fails.
@@ -301,67 +241,64 @@ class Storage:
             except OSError as error:
                 raise Unavailable(f"{self.path} cannot be synced: {error.strerror}") from None
 
-    # ---- Who writes it
+    # ---- The writer
 
     def takeover_requested_by(self) -> int:
         """Return the `process_id` of the server whose process waits to be the writer, or 0."""
-        if self._fd < 0 or query(self._fd, _REQUEST):
+        if self._fd < 0 or query(self._fd, REQUEST):
             return 0
-        return self.header[Word.REQUESTER]
+        return int(self.header[Word.REQUESTER])
 
     def sign(self) -> None:
-        """Write down who writes the file: not before it is known to be sound."""
+        """Note this process as the writer. The file must have been found sound before."""
         if self._fd >= 0:
             self.header[Word.PID] = os.getpid()
             self.header[Word.SERVER] = process_id(os.getppid())
             self._signed = True
 
     def close(self) -> None:
-        """Let another process write the file. Nobody may use the memory any more."""
+        """Let another process write the file. The memory must not be used any more."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             if self._signed:
                 self.header[Word.PID] = 0
-            unlock_and_close(fd, _LOCK)
+            unlock_and_close(fd, WRITER)
         _stores.discard(self)
 
-    def put_in_place(self, draft: Path) -> None:
-        """Let the file `draft` take its place at once, also where another file is."""
-        assert self.path is not None
-        self.sync()
-        draft.replace(self.path)
-        _sync_folder(self.path.parent)
 
+def enlarge(path: Path, capacity: int) -> Shape:
+    """Let the pool in the file at `path` have `capacity` IDs; return its new shape.
 
-class TakeoverRequest:
-    """The wish to be the writer of a file that another process writes.
+    One word of the header changes, so the file is valid at any moment. IDs, sessions and UUID stay.
+    No manager may run.
 
-    The kernel forgets it when this process dies, and whoever has the file sees it at once.
+    Raises:
+        RegistryLocked: a manager has the file.
+        InvalidArgument: a smaller pool, or one that is too large.
+        Unavailable: the disk fails.
+        RegistryCorrupt, RegistryMismatch: as `Storage.open`.
     """
-
-    def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        self._made = False
-
-    def make(self) -> bool:
-        """Make it known; False if another process does so, and comes first."""
-        if not self._made and try_lock(self._fd, _REQUEST):
-            self._made = True
-            word = struct.pack("=Q", process_id(os.getppid()))
-            os.pwrite(self._fd, word, Word.REQUESTER * 8)
-        return self._made
-
-    def close(self) -> None:
-        """Take it back."""
-        unlock_and_close(self._fd, _REQUEST)
+    store = Storage.open(path, None, boot=b"")
+    try:
+        first, present = store.shape.first, store.shape.capacity
+        if not present <= capacity <= min(MAX_CAPACITY, 2**63 - first):
+            raise InvalidArgument(
+                f"a pool of {present} IDs from {first} on cannot become one of {capacity}: it only"
+                " grows, to at most 2**38 IDs and to below 2**63"
+            )
+        store.header[Word.CAPACITY] = checked(Word.CAPACITY, capacity)
+        store.sync()
+        return shape_of(store.header, path)
+    finally:
+        store.close()
 
 
 def _create(path: Path, shape: Shape, boot: bytes, waiting_ms: int) -> None:
-    """Make the file, unless another process is faster; whoever looks sees all of it or nothing."""
+    """Make the file, unless another process is faster. It appears at `path` when it is complete."""
     _make_folder(path.parent)
     draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        _begin(Storage.create(draft, shape, path), boot, waiting_ms)
+        _fill(draft, shape, path, boot, waiting_ms)
         with suppress(FileExistsError):
             os.link(draft, path)
         if path.is_symlink() and not path.exists():
@@ -371,6 +308,29 @@ def _create(path: Path, shape: Shape, boot: bytes, waiting_ms: int) -> None:
         raise error if isinstance(error, Unavailable) else _unusable(path, error) from None
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _fill(draft: Path, shape: Shape, path: Path, boot: bytes, waiting_ms: int) -> None:
+    fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, GRANULE)
+        header = _header_of(fd)
+        fill_header(header, shape)
+        store = Storage(header, shape, fd, path)
+    except BaseException:
+        os.close(fd)
+        raise
+    try:
+        store._begin()
+        if waiting_ms:
+            # As after a power cut: all IDs that may have been issued cool first.
+            store.header[Word.HORIZON] = waiting_ms
+            store._grow_to(Part.RECORDS, shape.granules)
+        else:
+            store.boot = boot
+        store.sync()
+    finally:
+        store.close()
 
 
 def _make_folder(folder: Path) -> None:
@@ -387,41 +347,45 @@ def _make_folder(folder: Path) -> None:
         ) from None
 
 
-def _begin(store: Storage, boot: bytes, waiting_ms: int) -> None:
-    try:
-        if waiting_ms:
-            # As after a power cut: whatever may have been issued cools first.
-            store.header[Word.HORIZON] = waiting_ms
-            store.grow_to(Kind.BLOCKS, store.shape.granules)
-        else:
-            store.boot = boot
-        store.sync()
-    finally:
-        store.close()
+def _check(
+    fd: int, path: Path, wanted: Shape | None = None, locked: bool = False
+) -> tuple[memoryview, Shape]:
+    """Check that an open file is a registry, and has the wanted pool.
 
-
-def _expect(header: memoryview, path: Path, wanted: Shape | None) -> Shape:
+    Returns a copy of its header, and its pool.
+    """
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise InvalidArgument(f"cannot use {path}: it is not a file")
+    if status.st_size < GRANULE:
+        raise RegistryCorrupt(f"{path} is too short for a registry: {status.st_size} bytes")
+    copy = memoryview(bytearray(HEADER_BYTES))
+    _read(fd, copy, 0)
+    header = copy.cast("Q")
     shape = shape_of(header, path)
-    if wanted is not None and replace(wanted, split=shape.split) != shape:
+    if wanted is not None and (wanted.first, wanted.capacity) != (shape.first, shape.capacity):
         raise RegistryMismatch(
-            f"{path} holds a pool with first={shape.first}, capacity={shape.capacity},"
-            f" block={shape.block}, and not first={wanted.first}, capacity={wanted.capacity},"
-            f" block={wanted.block}: change the settings back, or let it grow with"
-            f" 'cidalloc registry upgrade --capacity N {path}'"
+            f"{path} holds a pool with first={shape.first}, capacity={shape.capacity}, and not"
+            f" first={wanted.first}, capacity={wanted.capacity}: change the settings back, or"
+            f" enlarge the pool with 'cidalloc registry upgrade --capacity N {path}'"
         )
-    return shape
+    rows, records = (part.place + (read_checked(header, part) or 0) * GRANULE for part in Part)
+    if status.st_size < records:
+        raise RegistryCorrupt(
+            f"{path} is truncated: {status.st_size} bytes, and at least {records} were in use"
+        )
+    # The length of a part is stored before anything beyond it. While we read, a writer may store
+    # both; the lock tells that there is none.
+    blank = _is_blank(fd, rows, Part.RECORDS.place) and _is_blank(fd, records, status.st_size)
+    if not blank and (locked or not header[Word.PID]):
+        raise RegistryCorrupt(f"{path} is damaged: it has records beyond what it says is in use")
+    return header, shape
 
 
 def _header_of(fd: int) -> memoryview:
     mapping = Mapping(GRANULE)
-    mapping.put_file(0, GRANULE, fd, 0)
-    return memoryview(mapping).cast("Q")
-
-
-def _copy_of(fd: int) -> memoryview:
-    header = memoryview(bytearray(Word.END * 8))
-    _read(fd, header, 0)
-    return header.cast("Q")
+    mapping.extend(GRANULE, fd)
+    return memoryview(mapping)[:HEADER_BYTES].cast("Q")
 
 
 def _read(fd: int, memory: memoryview, offset: int) -> None:
@@ -429,17 +393,17 @@ def _read(fd: int, memory: memoryview, offset: int) -> None:
         memory, offset = memory[n:], offset + n
 
 
-def _is_blank(fd: int, offset: int) -> bool:
-    """Tell whether a file has only zeros from somewhere on; where it has no data is not read."""
+def _is_blank(fd: int, start: int, end: int) -> bool:
+    """Return whether a part of a file has only zeros. Holes are not read."""
     while True:
         try:
-            offset = os.lseek(fd, offset, os.SEEK_DATA)
+            start = os.lseek(fd, start, os.SEEK_DATA)
         except OSError:  # there is no more data
             return True
-        data = os.pread(fd, 1 << 20, offset)
-        if any(data):
-            return False
-        offset += len(data)
+        data = os.pread(fd, min(1 << 20, max(end - start, 0)), start)
+        if not data or any(data):
+            return not data
+        start += len(data)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -473,23 +437,11 @@ def _is_at(fd: int, path: Path) -> bool:
 
 
 def _lock(fd: int, path: Path) -> None:
-    if not try_lock(fd, _LOCK):
+    if not try_lock(fd, WRITER):
         raise RegistryLocked(
             f"process {writer_of(fd)[0]} writes {path}: a registry has one writer at a time; give"
             " each server a state folder or a model name of its own"
         )
-
-
-def writer_of(file: int | Path) -> tuple[int, int]:
-    """Return who writes a file: its process ID, and the `process_id` of its server."""
-    if isinstance(file, Path):
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return writer_of(fd)
-        finally:
-            os.close(fd)
-    pid, server = struct.unpack("=QQ", os.pread(file, 16, Word.PID * 8))
-    return pid, server
 
 
 # A child must not keep a file locked that its parent has let go.

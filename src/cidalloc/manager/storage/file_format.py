@@ -1,9 +1,7 @@
-"""How a registry's file is laid out: its header, its extents, and what lies where.
+"""The layout of a registry's file: a header, the rows of sessions, the records of IDs.
 
-The file is a header and extents, each in whole granules; an extent belongs to the pool's blocks or
-to the sessions, and grows that array by so much. The blocks lie in the file in the order in which
-they are opened, which begins anywhere in the pool, so that the file is as long as what was ever
-used. In memory they lie in the order of their IDs.
+Each part has a fixed place. The file is sparse: only what was used takes space on the disk. Two
+words of the header say how much of the rows and of the records may be used.
 """
 
 from __future__ import annotations
@@ -13,165 +11,174 @@ import secrets
 import struct
 import uuid
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
+import numpy as np
+
 from ...errors import RegistryCorrupt, RegistryMismatch
+from ...protocol import IDs
 
 __all__ = [
     "FORMAT",
     "GRANULE",
+    "HEADER_BYTES",
+    "MAX_CAPACITY",
+    "MAX_ROWS",
     "RECORD",
     "ROW",
-    "Kind",
+    "Part",
     "Shape",
     "Word",
-    "extent_word",
-    "extents_of",
+    "checked",
     "fill_header",
-    "header_sum",
+    "read_checked",
     "shape_of",
 ]
 
 FORMAT = 1
 """The version of the file's format."""
 GRANULE = 1 << 16
-"""Bytes: every part of the file begins at a multiple of it, whatever the page size is."""
+"""Bytes: a part grows by a multiple of it, which is a multiple of any page size."""
 RECORD = 32
-"""Bytes of a block's record."""
+"""Bytes of an ID's record; record 0 belongs to no ID."""
 ROW = 128
-"""Bytes of a session's."""
+"""Bytes of a session's row; row 0 belongs to no session."""
+MAX_ROWS = 1 << 20
+"""Rows that the file has room for."""
+MAX_CAPACITY = 1 << 38
+"""The most IDs in a pool."""
 
 _MAGIC = int.from_bytes(b"CIDALLOC", "little")
-_PER_GRANULE = GRANULE // RECORD
 _ETERNITY_MS = 2**50  # no time in the header is as long
+_MAX_GENERATION = 2**61  # it shares a word with the state of its session
+_VALUE_BITS = 40  # of a checked word; the checksum has the other 24
 
 
 class Word(IntEnum):
-    """What stands where in the header, in words of 64 bits. `SUM` is over those before it."""
+    """The words of the header, each of 64 bits."""
 
     MAGIC = 0
     FORMAT = 1
     UUID = 2  # two words
     SECRET = 4  # two words: the key of the tokens' digests
     FIRST = 6
-    CAPACITY = 7
-    BLOCK = 8
-    SPLIT = 9
-    SUM = 10
-    # From here on they change, each with one store.
-    BOOT = 12  # two words: of which boot the times are
-    GENERATION = 14  # the last one given to a session
-    HORIZON = 15  # milliseconds: no ID is in use for longer without a word to the registry
-    PID = 16  # the writer, and the process that started it
-    SERVER = 17
-    REQUESTER = 18  # the same as SERVER, of who has locked the byte of claims
-    EXTENTS = 128  # granules << 1 | kind, and a checksum above, until a 0
-    END = 1024
+    MODULUS = 7
+    OFFSET = 8
+    SUM = 9  # the checksum of the words before it, which never change
+    # Each of these changes by one store. The first three are `checked`.
+    CAPACITY = 10
+    ROWS = 11  # granules of rows that may be used
+    RECORDS = 12  # granules of records that may be used
+    BOOT = 14  # two words: the boot of the machine whose clock the times are of
+    GENERATION = 16  # of the latest session
+    HORIZON = 17  # milliseconds: no ID is in use for longer unless the registry hears of it
+    PID = 18  # the process that writes the file
+    SERVER = 19  # the `process_id` of the process that started it
+    REQUESTER = 20  # the same of the process that waits for the file
+    END = 21
 
 
-class Kind(IntEnum):
-    """Whose an extent is."""
+HEADER_BYTES = Word.END * 8
 
-    BLOCKS = 0
-    ROWS = 1
+
+class Part(IntEnum):
+    """A part of the file that grows; its value is the header's word with its length."""
+
+    ROWS = Word.ROWS
+    RECORDS = Word.RECORDS
+
+    @property
+    def place(self) -> int:
+        """Where in the file it begins, in bytes."""
+        return GRANULE if self is Part.ROWS else GRANULE + MAX_ROWS * ROW
+
+    @property
+    def record(self) -> int:
+        """Bytes of one row or record."""
+        return ROW if self is Part.ROWS else RECORD
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The pool of a file, and where in it issuing begins: at the block with the number `split`."""
+    """A pool of ``capacity`` IDs from ``first`` on, and the order in which they are issued first.
+
+    The allocator counts IDs from ``first`` on. The registry rotates these numbers: issuing begins
+    at ``first + offset`` and goes round among the first ``modulus`` IDs. A pool that grows keeps
+    its modulus, so no ID gets another number.
+
+    Args:
+        first, capacity: the pool.
+        modulus: the capacity that the pool was made with; the same as ``capacity`` by default.
+        offset: less than ``modulus``.
+    """
 
     first: int
     capacity: int
-    block: int
-    split: int = 0
+    modulus: int = 0
+    offset: int = 0
 
-    @property
-    def count(self) -> int:
-        """Blocks in the pool; they are numbered from 1 on."""
-        return (self.capacity - 1) // self.block + 1
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "modulus", self.modulus or self.capacity)
 
-    @property
-    def start(self) -> int:
-        """The ID that is issued first."""
-        return self.first + (max(self.split, 1) - 1) * self.block
+    def ids(self, numbers: IDs) -> IDs:
+        """Return the IDs that the allocator has under these numbers of its own."""
+        return self._rotated(numbers, self.offset)
+
+    def numbers(self, ids: IDs) -> IDs:
+        """Return the allocator's numbers of these IDs; of none of the pool, one outside it."""
+        return self._rotated(ids, self.modulus - self.offset)
+
+    def _rotated(self, numbers: IDs, by: int) -> IDs:
+        if not self.offset:
+            return numbers
+        places = numbers - np.uint64(self.first)
+        rotated = (places + np.uint64(by)) % np.uint64(self.modulus)
+        return np.where(places < self.modulus, rotated, places) + np.uint64(self.first)
 
     @property
     def granules(self) -> int:
-        """The length of the blocks in memory."""
-        return (self.count + 1) * RECORD // GRANULE + bool((self.count + 1) % _PER_GRANULE)
-
-    @property
-    def upper(self) -> int:
-        """Granules from the split on, which come first in the file."""
-        return self.granules - self.split // _PER_GRANULE
-
-    def place(self, granule: int) -> int:
-        """Return where in memory the file's n-th granule of blocks lies, in bytes."""
-        if granule < self.upper:
-            return self.split * RECORD + granule * GRANULE
-        return (granule - self.upper) * GRANULE
-
-    def ready(self, granules: int) -> int:
-        """Return how many blocks are in the file's first so many granules of blocks."""
-        above = min(self.split + granules * _PER_GRANULE, self.count + 1) - max(self.split, 1)
-        if granules <= self.upper:
-            return max(above, 0)
-        return above + min((granules - self.upper) * _PER_GRANULE, self.split) - 1
-
-    @classmethod
-    def anywhere(cls, first: int, capacity: int, block: int) -> Shape:
-        """Return the shape of a pool that begins at a random place."""
-        shape = cls(first, capacity, block)
-        return replace(shape, split=secrets.randbelow(shape.granules) * _PER_GRANULE)
+        """Granules of all records."""
+        return -(-(self.capacity + 1) * RECORD // GRANULE)
 
 
 def fill_header(header: memoryview, shape: Shape) -> None:
-    """Write what never changes."""
+    """Write all that a new header has."""
     header[Word.MAGIC], header[Word.FORMAT] = _MAGIC, FORMAT
     for word in range(Word.SECRET, Word.SECRET + 2):
         header[word] = secrets.randbits(64)
     header[Word.UUID], header[Word.UUID + 1] = struct.unpack("=QQ", uuid.uuid4().bytes)
-    header[Word.FIRST], header[Word.CAPACITY] = shape.first, shape.capacity
-    header[Word.BLOCK], header[Word.SPLIT] = shape.block, shape.split
-    header[Word.SUM] = header_sum(header)
+    header[Word.FIRST] = shape.first
+    header[Word.MODULUS], header[Word.OFFSET] = shape.modulus, shape.offset
+    header[Word.SUM] = _sum_of(header)
+    header[Word.CAPACITY] = checked(Word.CAPACITY, shape.capacity)
+    for part in Part:
+        header[part] = checked(part, 0)
 
 
-def header_sum(header: memoryview) -> int:
-    """Return the checksum of what never changes."""
+def _sum_of(header: memoryview) -> int:
     digest = hashlib.blake2b(header[: Word.SUM].tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
-def extent_word(n: int, kind: Kind, granules: int) -> int:
-    """Return the header's word for the n-th extent."""
-    word = granules << 1 | kind
-    return word | zlib.crc32(struct.pack("=QQ", n, word)) << 32
+def checked(word: int, value: int) -> int:
+    """Return a value below 2**40 with a checksum, for the header's word of that number."""
+    return value | (zlib.crc32(struct.pack("=QQ", word, value)) & 0xFFFFFF) << _VALUE_BITS
 
 
-def extents_of(header: memoryview, path: Path | None) -> list[tuple[Kind, int]]:
-    """Return the extents of a file in their order: whose, and how many granules.
-
-    Raises:
-        RegistryCorrupt: the list is damaged.
-    """
-    words = header[Word.EXTENTS : Word.END].tolist()
-    found = []
-    for n, word in enumerate(words[: words.index(0)]):
-        kind, granules = Kind(word & 1), (word & 2**32 - 1) >> 1
-        if word != extent_word(n, kind, granules):
-            raise RegistryCorrupt(f"{path}: the list of extents is damaged")
-        found.append((kind, granules))
-    return found
+def read_checked(header: memoryview, word: int) -> int | None:
+    """Return the value of a checked word; None if it is damaged."""
+    value = int(header[word]) & (1 << _VALUE_BITS) - 1
+    return value if header[word] == checked(word, value) else None
 
 
 def shape_of(header: memoryview, path: Path) -> Shape:
-    """Return the pool that a header is of.
+    """Return the pool that a header describes.
 
     Raises:
-        RegistryCorrupt: it is damaged, or no header.
-        RegistryMismatch: it is of another format.
+        RegistryCorrupt: the header is damaged, or the file is something else.
+        RegistryMismatch: the file has another format.
     """
     if header[Word.MAGIC] != _MAGIC:
         raise RegistryCorrupt(f"{path} is not a registry of cidalloc")
@@ -180,17 +187,20 @@ def shape_of(header: memoryview, path: Path) -> Shape:
             f"{path} has the format {header[Word.FORMAT]}, and this version of cidalloc writes"
             f" {FORMAT}: use the version that made it, or a newer one"
         )
-    shape = Shape(*header[Word.FIRST : Word.SUM].tolist())
+    first, modulus, offset = header[Word.FIRST : Word.SUM].tolist()
+    capacity, rows, records = (read_checked(header, word) for word in (Word.CAPACITY, *Part))
     sound = (
-        header[Word.SUM] == header_sum(header)
-        and shape.block in (1, 2, 4, 8, 16, 32, 64)
-        and 0 < shape.capacity <= 2**38
-        and 0 < shape.first <= 2**63 - shape.capacity
-        and shape.split % _PER_GRANULE == 0
-        and shape.split <= shape.count
+        header[Word.SUM] == _sum_of(header)
+        and capacity is not None
+        and 0 <= offset < modulus <= capacity <= MAX_CAPACITY
+        and 0 < first <= 2**63 - capacity
+        and rows is not None
+        and 0 < rows <= MAX_ROWS * ROW // GRANULE
+        and records is not None
+        and 0 < records <= Shape(first, capacity).granules
         and header[Word.HORIZON] < _ETERNITY_MS
-        and header[Word.END - 1] == 0
+        and header[Word.GENERATION] < _MAX_GENERATION
     )
-    if not sound:
+    if not sound or capacity is None:
         raise RegistryCorrupt(f"{path}: its header is damaged")
-    return shape
+    return Shape(first, capacity, modulus, offset)

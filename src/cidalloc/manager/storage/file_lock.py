@@ -1,6 +1,7 @@
-"""Locks on bytes of a file, which the kernel takes back when their process dies.
+"""The writer of a registry's file, and the process that waits to become it.
 
-They belong to the open file and not to the process, so one process cannot have a lock twice either.
+Both lock a byte of the file. The kernel releases such a lock when its process dies. The locks
+belong to the open file and not to the process, so one process cannot have a lock twice either.
 """
 
 from __future__ import annotations
@@ -10,7 +11,23 @@ import os
 import struct
 from pathlib import Path
 
-__all__ = ["process_id", "query", "try_lock", "unlock_and_close"]
+from .file_format import Word
+
+__all__ = [
+    "REQUEST",
+    "WRITER",
+    "TakeoverRequest",
+    "process_id",
+    "query",
+    "try_lock",
+    "unlock_and_close",
+    "writer_of",
+]
+
+WRITER = 0
+"""The byte that the writer locks."""
+REQUEST = 1
+"""The byte that a process locks while it waits to be the writer."""
 
 
 def process_id(pid: int) -> int:
@@ -51,3 +68,38 @@ def query(fd: int, byte: int) -> bool:
     """Tell whether nobody else has locked a byte."""
     answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte))
     return bool(struct.unpack("@hhqqi0q", answer)[0] == fcntl.F_UNLCK)
+
+
+def writer_of(file: int | Path) -> tuple[int, int]:
+    """Return who writes a file: its process ID, and the `process_id` of its server."""
+    if isinstance(file, Path):
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return writer_of(fd)
+        finally:
+            os.close(fd)
+    pid, server = struct.unpack("=QQ", os.pread(file, 16, Word.PID * 8))
+    return pid, server
+
+
+class TakeoverRequest:
+    """A request to become the writer of a file that another process writes.
+
+    It is a lock on a byte of the file, so the kernel withdraws it when this process dies.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._made = False
+
+    def make(self) -> bool:
+        """Make the request. Return False if another process has made one before."""
+        if not self._made and try_lock(self._fd, REQUEST):
+            self._made = True
+            word = struct.pack("=Q", process_id(os.getppid()))
+            os.pwrite(self._fd, word, Word.REQUESTER * 8)
+        return self._made
+
+    def close(self) -> None:
+        """Withdraw the request."""
+        unlock_and_close(self._fd, REQUEST)

@@ -1,0 +1,74 @@
+"""Looking into a registry: its status, and a copy of one in a file."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..errors import RegistryCorrupt
+from .registry import Registry
+from .settings import Settings
+from .storage.file import Storage
+from .storage.file_format import Word
+
+__all__ = ["SHOWN", "look", "status_of"]
+
+SHOWN = 100
+"""The most sessions in a status."""
+
+_LOOKS = 50  # tries to copy a file that changes meanwhile
+
+
+def status_of(registry: Registry, now: int, sessions: int = SHOWN) -> dict[str, Any]:
+    """Return the state of a registry at the time ``now``, with at most so many sessions."""
+    pool, table = registry.tick(now), registry.sessions
+    pool.acquire_many(0, now=registry.now)  # so that it knows the time
+    cooling = pool.cooling
+    return {
+        "pool": {"first": pool.first, "capacity": pool.capacity, "block": pool.block},
+        "held": pool.active,
+        "cooling": cooling,
+        "free": pool.capacity - pool.active - cooling,
+        "inactive": pool.inactive,
+        "peak": pool.peak,
+        "high_water": pool.high_water,
+        "anonymous": registry.anonymous,
+        "sessions": [
+            {
+                "label": each.label,
+                "held": pool.held_count(each.number),
+                "age_s": (registry.now - each.opened_at) / 1000,
+                "expires_in_s": (each.expires - registry.now) / 1000,
+            }
+            for each in islice(table.named.values(), sessions)
+        ],
+        "sessions_total": len(table.named),
+        "sessions_expired": registry.expired,
+        "acquired": registry.acquired,
+        "released": {how: registry.released[how] for how in ("ended", "cooled", "expired")},
+        "uptime_s": (registry.now - registry.opened_at) / 1000,
+        "registry": str(registry.uuid),
+        "file": str(registry.store.path) if registry.store.path else None,
+    }
+
+
+def look(path: Path, now: int, boot: bytes) -> Registry:
+    """Return a copy in memory of the registry in a file. The file is only read.
+
+    A manager may write the file meanwhile. If the copy is inconsistent, another one is made. A
+    large file at a busy manager never rests, so later copies may have IDs that were copied at
+    another time than their session.
+    """
+    for attempt in range(_LOOKS):
+        store = Storage.look(path)
+        busy = store.header[Word.PID] != 0
+        if busy:
+            store.header[Word.GENERATION] |= 2**32 - 1  # sessions may be opened meanwhile
+        settings = Settings(first=store.shape.first, capacity=store.shape.capacity)
+        try:
+            return Registry(settings, now, store, boot, busy and attempt >= _LOOKS // 10)
+        except RegistryCorrupt:
+            if attempt == _LOOKS - 1 or not busy:
+                raise
+    raise AssertionError("not reached")

@@ -1,0 +1,95 @@
+"""Recovery: a new pool and a new table of sessions over what is in a storage.
+
+The storage may be new, or what a process left behind that was killed, or what is on the disk after
+a power cut, of which any store since the last sync may be missing.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+from .._alloc import Allocator
+from ..errors import RegistryCorrupt
+from ..protocol import MAX_COOLDOWN_MS
+from .sessions import Session, Sessions
+from .settings import Settings
+from .storage.file import Storage
+from .storage.file_format import Part, Shape, Word
+
+__all__ = ["recover", "shape_for", "storage_in_memory", "waiting_for"]
+
+_SMALL = 2**24  # with fewer IDs, a random place to begin at is likely to meet IDs in use
+
+
+def shape_for(settings: Settings) -> Shape:
+    """Return the pool for the settings. Without a known past it begins at a random place."""
+    if settings.fresh or settings.capacity < _SMALL:
+        return Shape(settings.first, settings.capacity)
+    offset = secrets.randbelow(settings.capacity)
+    return Shape(settings.first, settings.capacity, offset=offset)
+
+
+def waiting_for(settings: Settings) -> int:
+    """Return for how many milliseconds a new registry issues nothing."""
+    if settings.fresh or settings.capacity >= _SMALL:
+        return 0
+    return settings.max_ttl_ms + settings.grace_ms
+
+
+def storage_in_memory(settings: Settings, boot: bytes) -> Storage:
+    """Return a new storage in memory. If its IDs may be in use, all of them cool first."""
+    store = Storage.memory(shape_for(settings))
+    if waiting := waiting_for(settings):
+        # As after a power cut: the storage is of no boot.
+        store.grow(Part.RECORDS, store.shape.capacity)
+        store.header[Word.HORIZON] = waiting
+    else:
+        store.boot = boot
+    return store
+
+
+def recover(
+    store: Storage, settings: Settings, now: int, boot: bytes, live_snapshot: bool
+) -> tuple[Allocator, Sessions, list[Session]]:
+    """Return the pool and the sessions in a storage, and the sessions to end first of all.
+
+    Args:
+        store: the storage.
+        settings: what the operator chose.
+        now: the time.
+        boot: 16 bytes that identify this boot of the machine.
+        live_snapshot: the storage is a copy that was taken while another process wrote it.
+
+    Raises:
+        RegistryCorrupt: the records are damaged. Then nothing was written.
+    """
+    generation, horizon = store.header[Word.GENERATION], store.header[Word.HORIZON]
+    after_power_loss = store.boot != boot
+    if after_power_loss:
+        # The times are of another clock, and the last stores may be lost. Generations leap, so that
+        # none comes twice. All IDs that sessions may have had cool for long enough.
+        generation = (generation | 2**32 - 1) + 1
+    shape = store.shape
+    try:
+        owners = Sessions.owners(store, generation, after_power_loss)
+        pool = Allocator(
+            shape.capacity,
+            shape.first,
+            1,  # each ID is a block of its own: none has to wait for others
+            buffer=store.records,
+            ready=store.ready_ids,
+            holders=owners,
+            latest=now + max(MAX_COOLDOWN_MS, horizon),
+            reuse_at=now + max(horizon, settings.cooldown_ms) if after_power_loss else None,
+            live_snapshot=live_snapshot,
+        )
+    except RegistryCorrupt as error:
+        raise RegistryCorrupt(f"{store.path}: {error}") from None
+    store.header[Word.GENERATION] = generation
+    sessions = Sessions(store, pool)
+    store.sign()
+    ending = sessions.recover(owners, now, settings.grace_ms)
+    if after_power_loss:
+        store.sync()
+        store.boot = boot
+    return pool, sessions, ending

@@ -1,0 +1,270 @@
+"""The table of sessions. Each session is an owner of IDs in the pool, with a lease to renew.
+
+A session has a row, which may be in a file: which sessions may hold IDs survives the process. Its
+lease does not: a new process gives each session its whole time again.
+
+The first word of a row has the generation of its session and one of three states. Opening a
+session stores this word last. The end of a session stores ENDING first; then its IDs are released;
+then FREE is stored. If the process dies in between, no ID goes to the next session of the row, and
+no session that has lost some of its IDs is open.
+"""
+
+from __future__ import annotations
+
+import heapq
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+
+from .._alloc import Allocator
+from ..errors import RegistryCorrupt
+from .storage.file import Storage
+from .storage.file_format import Part, Word
+
+__all__ = ["Session", "Sessions"]
+
+FREE, OPEN, ENDING = range(3)
+_ROW = np.dtype("u8, u8, V16, i8, i8, i8, u8, V64")
+# A row after its first word: seq, digest, ttl, cooldown, opened_at, anonymous, label.
+_REST = struct.Struct("=Q16sqqqQ64s")
+_BYTES, _WORDS = 128, 16  # of a row
+_SEQ, _COOLDOWN, _OPENED_AT = 1, 5, 6  # words of a row; the first has generation and state
+_LONGEST_MS = 2**40  # no time in a row is as long
+
+
+class Session:
+    """An open session. Times are milliseconds.
+
+    Attributes:
+        number: of its row, and of its owner in the pool; 0 after its end.
+        generation: a number that no other session of the registry has.
+        expires: when its lease ends.
+        seq: of the last change that was applied.
+        digest: stands for its token; empty for a session that holds anonymous IDs.
+        ttl: for how long a renewal lasts.
+        cooldown: for how long its IDs cool if it expires.
+        opened_at: when it was opened.
+        label: its name in the status.
+    """
+
+    __slots__ = (
+        "cooldown",
+        "digest",
+        "expires",
+        "generation",
+        "label",
+        "number",
+        "opened_at",
+        "seq",
+        "ttl",
+    )
+
+    def __init__(
+        self,
+        number: int,
+        generation: int,
+        expires: int,
+        *,
+        digest: bytes,
+        ttl: int,
+        cooldown: int,
+        opened_at: int,
+        label: str,
+        seq: int = 0,
+    ) -> None:
+        self.number = number
+        self.generation = generation
+        self.expires = expires
+        self.digest = digest
+        self.ttl = ttl
+        self.cooldown = cooldown
+        self.opened_at = opened_at
+        self.label = label
+        self.seq = seq
+
+    @property
+    def anonymous(self) -> bool:
+        """Whether it holds the IDs that were acquired without a session."""
+        return not self.digest
+
+
+class Sessions:
+    """The sessions that own IDs of a pool.
+
+    Args:
+        store: where the rows are.
+        pool: the pool; its ticks are milliseconds.
+    """
+
+    def __init__(self, store: Storage, pool: Allocator) -> None:
+        self.named: dict[bytes, Session] = {}  # by digest
+        self.anonymous: dict[int, Session] = {}  # by number, the oldest first
+        self._store = store
+        self._pool = pool
+        self._rows = memoryview(store.rows).cast("B")
+        self._words = self._rows.cast("Q")
+        self._used = 1  # rows that were ever used, including row 0
+        self._free: list[int] = []  # of these, the free ones
+        # A renewal does not change the heap: a session that comes up too early is put back.
+        self._leases: list[tuple[int, int, Session]] = []
+
+    @staticmethod
+    def owners(store: Storage, generation: int, after_power_loss: bool) -> bytes:
+        """Return a byte for each row: whether its session may hold IDs. Only reads.
+
+        Args:
+            store: where the rows are.
+            generation: no session has a later one.
+            after_power_loss: only sessions that hold anonymous IDs may.
+
+        Raises:
+            RegistryCorrupt: a row that no registry writes.
+        """
+        table = np.frombuffer(memoryview(store.rows), _ROW, store.ready_rows)
+        life, _, digest, ttl, cooldown, _, anonymous, _ = (table[name] for name in _ROW.names or ())
+        used = (life & 3) != FREE
+        used[0] = False
+        sound = ((life & 3) <= ENDING) & (life >> 2 <= generation) & (anonymous <= 1)
+        for time in (ttl, cooldown):
+            sound &= (time >= 0) & (time < _LONGEST_MS)
+        if damaged := np.flatnonzero(used & ~sound).tolist():
+            raise RegistryCorrupt(f"the record of session {damaged[0]} is damaged")
+        digests = digest[used & (anonymous == 0)].tolist()
+        if len(set(digests)) < len(digests):
+            raise RegistryCorrupt("the records of two sessions have the same token")
+        if after_power_loss:
+            used &= anonymous == 1
+        found: bytes = used.tobytes()
+        return found
+
+    def recover(self, owners: bytes, now: int, grace: int) -> list[Session]:
+        """Take over the rows of an earlier process; free those of no owner.
+
+        Each open session gets its whole time again.
+
+        Returns:
+            The sessions that the earlier process was about to end: call `end` for each.
+        """
+        ending = []
+        used = np.flatnonzero(
+            np.frombuffer(self._rows, _ROW, self._store.ready_rows)["f0"]
+        ).tolist()
+        self._used = max(used, default=0) + 1
+        for number in used:
+            life = self._words[number * _WORDS]
+            if not owners[number]:
+                self._words[number * _WORDS] = life & ~3
+                continue
+            seq, digest, ttl, cooldown, opened_at, anonymous, label = _REST.unpack_from(
+                self._rows, number * _BYTES + 8
+            )
+            if opened_at > now:  # by the clock of another boot
+                opened_at = self._words[number * _WORDS + _OPENED_AT] = now
+            session = Session(
+                number,
+                life >> 2,
+                now + ttl + grace,
+                digest=b"" if anonymous else digest,
+                ttl=ttl,
+                cooldown=cooldown,
+                opened_at=opened_at,
+                label=label.rstrip(b"\0").decode("utf-8", "replace"),
+                seq=seq,
+            )
+            self._add(session)
+            if life & 3 == ENDING:
+                ending.append(session)
+        taken = {session.number for session in self}
+        self._free = [each for each in range(self._used - 1, 0, -1) if each not in taken]
+        return ending
+
+    def open(
+        self, digest: bytes, now: int, expires: int, *, ttl: int, cooldown: int, label: str
+    ) -> Session:
+        """Open a session. `Session` explains the arguments.
+
+        The digest has 16 bytes, or none for anonymous IDs; the label at most 64 in UTF-8.
+
+        Raises:
+            Unavailable: there is no row for it, since the disk is full.
+        """
+        self._store.header[Word.GENERATION] += 1
+        generation = self._store.header[Word.GENERATION]
+        if self._free:
+            number = self._free.pop()
+        else:
+            if self._used == self._store.ready_rows:
+                self._store.grow(Part.ROWS, 1)
+            number, self._used = self._used, self._used + 1
+        values = (0, digest, ttl, cooldown, now, not digest, label.encode())
+        _REST.pack_into(self._rows, number * _BYTES + 8, *values)
+        self._words[number * _WORDS] = generation << 2 | OPEN
+        session = Session(
+            number,
+            generation,
+            expires,
+            digest=digest,
+            ttl=ttl,
+            cooldown=cooldown,
+            opened_at=now,
+            label=label,
+        )
+        self._add(session)
+        return session
+
+    def _add(self, session: Session) -> None:
+        if session.digest:
+            self.named[session.digest] = session
+        else:
+            self.anonymous[session.number] = session
+        if len(self._leases) > 2 * len(self) + 1000:  # most are of sessions that have ended
+            self._leases = [(each.expires, id(each), each) for each in self]
+            heapq.heapify(self._leases)
+        else:
+            heapq.heappush(self._leases, (session.expires, id(session), session))
+
+    def due(self, now: int) -> Session | None:
+        """Return a session whose lease has ended, or None. It is returned again until `end`."""
+        leases = self._leases
+        while leases and leases[0][0] < now:
+            session = leases[0][-1]
+            if not session.number:
+                heapq.heappop(leases)
+            elif session.expires < now:
+                return session
+            else:
+                heapq.heapreplace(leases, (session.expires, id(session), session))
+        return None
+
+    def end(self, session: Session, reuse_at: int) -> int:
+        """End a session: all its IDs cool until `reuse_at`. Return how many IDs these are."""
+        place, life = session.number * _WORDS, session.generation << 2
+        self._words[place] = life | ENDING
+        released = self._pool.release_owner(session.number, reuse_at)
+        self._words[place] = life | FREE
+        self._free.append(session.number)
+        if session.digest:
+            del self.named[session.digest]
+        else:
+            del self.anonymous[session.number]
+        session.number = 0
+        return released
+
+    def raise_cooldown(self, session: Session, cooldown: int) -> None:
+        """Let the IDs cool for at least so long if the session expires."""
+        session.cooldown = max(session.cooldown, cooldown)
+        self._words[session.number * _WORDS + _COOLDOWN] = session.cooldown
+
+    def set_seq(self, session: Session, seq: int) -> None:
+        """Note the last change that was applied."""
+        session.seq = self._words[session.number * _WORDS + _SEQ] = seq
+
+    def __iter__(self) -> Iterator[Session]:
+        """Iterate over all sessions; those with a token come first."""
+        yield from self.named.values()
+        yield from self.anonymous.values()
+
+    def __len__(self) -> int:
+        """Return how many sessions are open, including those of anonymous IDs."""
+        return len(self.named) + len(self.anonymous)
