@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID
@@ -19,6 +17,7 @@ import numpy as np
 
 from .._alloc import Allocator
 from ..errors import (
+    CidError,
     Duplicate,
     Exhausted,
     InvalidArgument,
@@ -293,13 +292,15 @@ class Registry:
             )
         cooldown = self.settings.cooldown_ms if ended else self.settings.cooldown(cooldown_ms)
         numbers = self.store.shape.numbers(ids)
-        with self._naming_ids():
+        try:
             if session is None:
                 self._release_anonymous(numbers, cooldown)
             else:
                 self._reckon(cooldown)
                 self.pool.release_many(numbers, session.number, self.now + cooldown)
                 self.sessions.set_seq(session, seq)
+        except (NotHeld, NotOwner, Duplicate) as error:
+            raise self._naming_id(error) from None
         self.released["ended" if ended else "cooled"] += len(ids)
         return len(ids)
 
@@ -431,14 +432,9 @@ class Registry:
             part = np.array([owner == each for each in owners])
             self.pool.release_many(numbers[part], owner, self.now + cooldown)
 
-    @contextmanager
-    def _naming_ids(self) -> Iterator[None]:
-        """Let errors of the pool name IDs in place of the allocator's numbers."""
-        try:
-            yield
-        except (NotHeld, NotOwner, Duplicate) as error:
-            if error.cid is None:
-                raise
-            cid = self.store.shape.ids(np.array([error.cid], np.uint64))[0]
-            text = str(error).replace(f"ID {error.cid}", f"ID {cid}", 1)
-            raise type(error)(text) from None
+    def _naming_id(self, error: CidError) -> CidError:
+        """Return an error of the pool with the ID in place of the allocator's number of it."""
+        if error.cid is None:
+            return error
+        cid = self.store.shape.ids(np.array([error.cid], np.uint64))[0]
+        return type(error)(str(error).replace(f"ID {error.cid}", f"ID {cid}", 1))

@@ -133,6 +133,11 @@ class Shape:
     def _rotated(self, numbers: IDs, by: int) -> IDs:
         if not self.offset:
             return numbers
+        if len(numbers) == 1:  # the usual case; an array operation takes longer than all of this
+            place = int(numbers[0]) - self.first
+            if not 0 <= place < self.modulus:
+                return numbers
+            return np.array([(place + by) % self.modulus + self.first], np.uint64)
         places = numbers - np.uint64(self.first)
         rotated = (places + np.uint64(by)) % np.uint64(self.modulus)
         return np.where(places < self.modulus, rotated, places) + np.uint64(self.first)
