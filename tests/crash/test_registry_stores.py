@@ -19,11 +19,12 @@ from crash_model import (
     UNENDED,
     Facts,
     facts_of,
+    facts_of_pool,
     judge,
     judge_reboot,
 )
 from sparse import Content
-from stepped_child import MIDDLE, NOW, SCENARIOS, SIX
+from stepped_child import MIDDLE, NOW, POOLS, SCENARIOS, SIX, WIDE
 from tracee import TRAPS, Snapshot, Tracee
 
 from cidalloc.manager.storage.file_format import Word
@@ -58,6 +59,27 @@ def test_after_every_store(name: str, tracee: Tracee, tmp_path: Path) -> None:
             state = facts(snapshot)
             judge(state, was, will, scenario.under_way)
             judge_reboot(snapshot.put(copy, before), shape, state)
+        except Exception as error:
+            raise AssertionError(f"after store {number} of {len(found) - 1}") from error
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_after_every_store_to_a_pool_of_wide_blocks(
+    name: str, tracee: Tracee, tmp_path: Path
+) -> None:
+    """The registry's blocks have one ID each; those of other pools in a file may have more."""
+    before, found = tracee.snapshots(f"pool: {name}", tmp_path / "it")
+    print(name, len(found), "snapshots")
+    assert len(found) >= 3
+
+    def facts(snapshot: Snapshot) -> Facts:
+        return facts_of_pool(snapshot.put(tmp_path / "copy", before).read_bytes(), WIDE, TIMES)
+
+    was, will = facts(found[0]), facts(found[-1])
+    under_way = dict.fromkeys(was.holds.keys() - will.holds.keys(), NOW + ENDED)
+    for number, snapshot in enumerate(found):
+        try:
+            judge(facts(snapshot), was, will, under_way)
         except Exception as error:
             raise AssertionError(f"after store {number} of {len(found) - 1}") from error
 

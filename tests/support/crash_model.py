@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cidalloc import Allocator
 from cidalloc.errors import Exhausted
 from cidalloc.manager.registry import Registry
 from cidalloc.manager.sessions import Session as Holder
@@ -105,6 +106,26 @@ def facts_of(path: Path, shape: Shape, now: int, times: list[int], boot: bytes =
         return facts
     finally:
         registry.close()
+
+
+def facts_of_pool(memory: bytes, shape: tuple[int, int, int], times: list[int]) -> Facts:
+    """The same of a pool alone, whose owners 1 and 2 may hold IDs."""
+    pool = Allocator(*shape, buffer=bytearray(memory), holders=b"\0\1\1")
+    pool._check()
+    facts = Facts()
+    for owner in (1, 2):
+        for cid in pool.held_by(owner).tolist():
+            assert cid not in facts.holds, "an ID with two holders"
+            facts.holds[cid] = owner
+    for time in times:
+        try:
+            while True:
+                cid = pool.acquire(3, time)
+                assert cid not in facts.holds, "a held ID was issued"
+                facts.first.setdefault(cid, time)
+        except Exhausted:
+            pool._check()
+    return facts
 
 
 def _all_free(registry: Registry, session: Holder) -> list[int]:

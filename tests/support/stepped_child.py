@@ -7,6 +7,7 @@ again.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from crash_model import BOOT, ENDED, NEXT_BOOT, TTL, UNENDED, reopen, settings, token
 
+from cidalloc import Allocator
 from cidalloc.errors import CidError
 from cidalloc.manager.registry import Registry
 from cidalloc.manager.storage.file_format import Shape
@@ -191,8 +193,44 @@ SCENARIOS: dict[str, Scenario] = {
 }
 
 
+WIDE = (192, 1, 64)
+"""A pool of three blocks of 64 IDs, which a file has without a registry."""
+
+POOLS: dict[str, tuple[Callable[[Allocator], object], Callable[[Allocator], object]]] = {
+    "acquire a new one": (lambda p: p.acquire(1), lambda p: p.acquire(1)),
+    "acquire from a new block": (lambda p: p.acquire_many(64, 1), lambda p: p.acquire(1)),
+    "acquire one of a used block": (
+        lambda p: (p.acquire_many(192, 1), p.release_many(range(65, 129), 1)),
+        lambda p: p.acquire(2, NOW),
+    ),
+    "acquire many": (lambda p: p.acquire(2), lambda p: p.acquire_many(100, 1)),
+    "release one": (lambda p: p.acquire_many(3, 1), lambda p: p.release(2, 1, NOW + ENDED)),
+    "release many": (
+        lambda p: p.acquire_many(100, 1),
+        lambda p: p.release_many(range(1, 100, 3), 1, NOW + ENDED),
+    ),
+    "release whole blocks": (
+        lambda p: (p.acquire_many(64, 2), p.acquire_many(100, 1)),
+        lambda p: p.release_owner(1, NOW + ENDED),
+    ),
+}
+"""What is done to a pool before, and what is looked at."""
+
+
 def steps(name: str, path: Path) -> Iterator[None]:
     """Do it, with a pause before, one after, and one when all is over."""
+    kind, _, what = name.partition(": ")
+    if kind == "pool":
+        prepare, act = POOLS[what]
+        path.write_bytes(bytes(Allocator.buffer_size(WIDE[0], WIDE[2])))
+        with path.open("r+b") as file:
+            pool = Allocator(*WIDE, buffer=mmap.mmap(file.fileno(), 0))
+        prepare(pool)
+        yield
+        act(pool)
+        yield
+        yield
+        return
     scenario = SCENARIOS.get(name)
     if scenario:
         world = World(path, scenario.shape)
