@@ -1,7 +1,7 @@
-"""The service: everything that the manager model does, without Triton.
+"""The service: all that the manager model does, without Triton.
 
-Decodes a request, applies it to the registry, and returns the tensors of the answer. It owns the
-clock, and the turns that threads take.
+It decodes a request, applies it to the registry, and returns the tensors of the answer. It has the
+clock and the lock.
 """
 
 from __future__ import annotations
@@ -72,24 +72,24 @@ class Service:
         }
 
     def start(self) -> None:
-        """Start the thread that looks after the registry while no requests come."""
+        """Start the thread that calls `poll` while no requests come."""
         threading.Thread(target=self._look_after, name="cidalloc", daemon=True).start()
 
     def close(self) -> None:
-        """Stop that thread, and let another process have the registry."""
+        """Stop that thread and let go of the registry, so that another process can have it."""
         self._stopped.set()
         with self._lock:
             self._holder.close()
 
     def poll(self) -> None:
-        """See whether another process wants the registry, or lets us have it; let time pass."""
+        """Hand the registry over, or take it over, if it is time to; let time pass in it."""
         with self._lock:
             self._holder.poll()
 
     def figures(self) -> dict[str, Any] | None:
-        """Return what STATUS says, without sessions; None while another process has the registry.
+        """Return the status without its sessions, or None while another process has the registry.
 
-        It counts as no request.
+        This does not count as a request.
         """
         with self._lock:
             try:
@@ -104,11 +104,11 @@ class Service:
 
         Args:
             code: the tensor ``CODE``.
-            ids: the tensor ``CORRELATION_ID``, or None if it was left out.
+            ids: the tensor ``CORRELATION_ID``; None if the request has none.
             parameters: the request's parameters as a JSON object.
 
         Returns:
-            The tensors of the answer, or the error to send in their place.
+            The tensors of the answer, or the error to send.
         """
         with self._lock:
             try:
@@ -118,7 +118,7 @@ class Service:
             except CidError as error:
                 failure = error
             except Exception as error:
-                # The text of a stranger's exception may carry paths: it stays in the server's log.
+                # The text of an unknown exception may have paths: it stays in the server's log.
                 _log.exception("a request failed in an unexpected way")
                 failure = InternalError(f"unexpected {type(error).__name__} in the manager")
             self._errors[failure.code.name] += 1
@@ -146,7 +146,7 @@ class Service:
             try:
                 self.poll()
             except Exception:
-                _log.exception("could not look after the registry")
+                _log.exception("cannot look after the registry")
 
 
 _NOTHING: IDs = np.empty((1, 0), np.uint64)

@@ -1,4 +1,4 @@
-"""What an operator may choose: the settings of a registry, and their bounds."""
+"""The settings of a registry: their defaults and bounds."""
 
 from __future__ import annotations
 
@@ -15,37 +15,35 @@ _DAY_MS = 86_400_000
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What an operator may choose. Times are milliseconds.
+    """The settings of a registry. Times are milliseconds.
 
     Args:
-        first: the lowest ID of the pool. The default pool, 2³⁰ … 2³¹-1, fits every type that a
-            model's CORRID control may have, and stays clear of the small numbers that
-            unmanaged clients pick by hand.
-        capacity: how many IDs the pool has.
-        cooldown_ms: the least time for which an ID that was given back is not issued again: late
-            and duplicated packets of its former user must have died out.
-        unended_cooldown_ms: the same for an ID that comes back without a word on END or on a time
-            that would do: long enough for most models to forget an idle sequence.
-        max_cooldown_ms: the longest time that a client may ask for. After a power cut all that was
-            in use cools for the longest that anybody has asked for, so this bounds that, too.
+        first: the lowest ID of the pool. The default pool, 2³⁰ … 2³¹-1, fits every data type of
+            CORRID, and has none of the small numbers that clients without a manager choose.
+        capacity: the number of IDs in the pool.
+        cooldown_ms: the shortest time between the release of an ID and its next use. Late and
+            duplicated packets of its former user must have died out.
+        unended_cooldown_ms: the same for an ID that is released without ``ended`` and without a
+            cooldown. Most models must have forgotten an idle sequence.
+        max_cooldown_ms: the longest cooldown that a client may ask for. After a power cut all IDs
+            that were in use cool for the longest time that any client asked for, at most this.
         min_ttl_ms, max_ttl_ms: the times to live that a session may ask for.
-        grace_ms: for how much longer than that a session that is silent is kept.
-        max_count: the most IDs that one request may take or give back.
-        max_sessions: the most sessions that are open at once.
+        grace_ms: for how much longer a silent session is kept.
+        max_count: the most IDs that one request may acquire or release.
+        max_sessions: the most open sessions.
         max_held: the most IDs that one session may hold.
         max_anonymous: the most IDs that may be held without a session.
-        anonymous_age_ms: after how long an ID that is held without a session is taken back; it may
-            be an eighth later.
-        state: the folder of the registry's file, which outlives the process; empty for a registry
-            in memory alone.
-        fresh: there is no past: no ID of this pool was ever issued. Issuing then begins at
-            ``first``. Otherwise a registry without a file does not know which IDs are still in
-            use: it begins at a random place, or if the pool is too small for that, waits for as
-            long as a session may live. A file that exists already knows better, and this is
-            ignored.
+        anonymous_age_ms: the time after which an ID that is held without a session is released; it
+            may be an eighth later.
+        state: the folder of the registry's file. If it is empty, the registry is in memory and ends
+            with its process.
+        fresh: no ID of this pool was ever issued, so issuing begins at ``first``. Otherwise a new
+            registry does not know which IDs are in use. It begins at a random place of its pool, or
+            waits for as long as a session may live, if the pool is small. With an existing file,
+            which knows its past, this setting has no effect.
 
     Raises:
-        InvalidArgument: a value out of its bounds; the message names it.
+        InvalidArgument: a value is out of its bounds; the message names it.
     """
 
     first: int = 2**30

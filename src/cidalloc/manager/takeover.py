@@ -1,10 +1,11 @@
-"""Which process has the registry's file: from the one that is asked to go to the one that comes.
+"""The takeover of the registry's file by a new process of the same server.
 
-On a reload, Triton starts the new process while the old one still serves, and ends the old one only
-when the new one's ``initialize`` has returned, or much later. So a new process does not wait: if
-the file is locked by a process of its own server, or of a server that is gone, it makes its wish
-known and answers UNAVAILABLE until it has the file. The old one sees the wish, lets go, and answers
-UNAVAILABLE from then on. A process of another server that lives is no reason to wait, but an error.
+On a reload, Triton starts the new process while the old one still serves. It ends the old one only
+after the new one's ``initialize`` has returned, or much later. So the new process does not block.
+If a process of its own server has the file, or one of a server that has ended, it requests the file
+and answers UNAVAILABLE until it has it. The old process sees the request, lets go of the file, and
+answers UNAVAILABLE from then on. If a process of another running server has the file, that is an
+error.
 """
 
 from __future__ import annotations
@@ -26,34 +27,35 @@ __all__ = ["RegistryHolder", "boot_id", "server_pid"]
 _log = logging.getLogger("cidalloc.manager.takeover")
 
 OWNER_POLL_S = 0.1
-"""How often `RegistryHolder.poll` is to be called, in seconds, by a process that has the file."""
+"""Seconds between two calls of `RegistryHolder.poll` in a process that has the file."""
 WAITING_POLL_S = 0.005
-"""The same for one that waits for it."""
+"""The same in a process that waits for the file."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_UNSEEN_MS = 5_000  # a process that was left over by a killed server has ended by then
-_TAKE_BACK_MS = 3_000  # the file was free for so long: whoever wanted it is gone
+_UNSEEN_MS = 5_000  # the manager of a killed server has ended by then
+_TAKE_BACK_MS = 3_000  # if the file was free for so long, the process that requested it is gone
 
 
 def boot_id() -> bytes:
-    """Return the 16 bytes that tell this boot of the machine from others.
+    """Return 16 bytes that identify this boot of the machine.
 
     Raises:
-        InvalidArgument: they cannot be read.
+        InvalidArgument: the kernel does not let them be read.
     """
     try:
         return bytes.fromhex(_BOOT_ID.read_text().replace("-", ""))
     except (OSError, ValueError) as error:
         raise InvalidArgument(
-            f"cannot read {_BOOT_ID}, which tells whether the machine was started anew: {error};"
+            f"cannot read {_BOOT_ID}, which identifies this boot of the machine: {error};"
             " let the server read it, or keep no file: 'cidalloc model -o --no-state DIR'"
         ) from None
 
 
 def server_pid() -> int:
-    """Return the process ID of the server that started this process; it may have ended since.
+    """Return the process ID of the server that started this process.
 
-    Then the parent is another process, but Triton has told its process ID in the fifth argument
-    (`StubLauncher` in https://github.com/triton-inference-server/python_backend).
+    The server may have ended since. Then the parent is another process, but the fifth argument has
+    the server's process ID (`StubLauncher` in
+    https://github.com/triton-inference-server/python_backend).
     """
     parent = os.getppid()
     program, *words = Path("/proc/self/cmdline").read_text(errors="replace").split("\0")
@@ -64,15 +66,16 @@ def server_pid() -> int:
 
 
 class RegistryHolder:
-    """The registry, for as long as this process has it.
+    """The registry, while this process has it.
 
     Args:
-        settings: what the operator chose; ``state`` is where the file is.
+        settings: what the operator chose; ``state`` is the folder of the file.
         name: the file's name in that folder, without its suffix.
         clock: returns the time in milliseconds.
         server: the `process_id` of our server; of the parent process if it is left out.
 
-    Raises what `Storage.open` does; `RegistryLocked` only if the other one is no predecessor.
+    Raises what `Storage.open` does, and `RegistryLocked` only if a running process of another
+    server has the file.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class RegistryHolder:
         self._registry: Registry | None = None
         self._takeover_request: TakeoverRequest | None = None
         self._let_go_at: int | None = None
-        self._unseen_since: int | None = None  # whoever has the file cannot be seen from here
+        self._unseen_since: int | None = None  # the process with the file is not visible here
         self._trouble = "the registry is still with the process before"
         if self._path is None:
             self._registry = Registry(settings, clock())
@@ -99,7 +102,7 @@ class RegistryHolder:
             if alive and writer != self._server:
                 raise
             self._unseen_since = None if alive else clock()
-            # What is wrong with us must show now, while the old one still has the file.
+            # An error of ours must show now, while the old process still has the file.
             Storage.expect(self._path, shape_for(settings))
             self._takeover_request = TakeoverRequest(self._path)
             self.poll()
@@ -114,11 +117,11 @@ class RegistryHolder:
 
         Raises:
             Unavailable: another process has it, or is about to.
-            RegistryLocked: one that cannot be seen from here has it, and does not end.
+            RegistryLocked: a process that is not visible here has it, and does not end.
         """
         now = self._clock()
         if self._let_go_at is not None and now - self._let_go_at >= _TAKE_BACK_MS:
-            # We are still asked: whoever wanted it may have died, and Triton stayed with us.
+            # Requests still come: the process that wanted it may have died, and we serve on.
             self._let_go_at = now
             self._try_take()
         if self._registry is None:
@@ -131,13 +134,13 @@ class RegistryHolder:
         return self._registry
 
     def poll(self) -> None:
-        """Look whether the file is to be let go, or can be had; else let time pass in it."""
+        """Take the file, or let go of it, if it is time to; else let time pass in the registry."""
         if self._takeover_request is not None:
-            # Of several that wait, only the one whose turn it is may take it.
+            # Of several processes that wait, the one with the request may take it.
             if self._takeover_request.make():
                 self._try_take()
         elif self._registry is not None:
-            requester = self._registry.store.takeover_requested_by()  # of none, if it is in memory
+            requester = self._registry.store.takeover_requested_by()
             if requester and requester == self._server:
                 _log.info("handing %s over to a newer process", self._path)
                 self._registry.close()
@@ -166,7 +169,7 @@ class RegistryHolder:
                 _log.error("cannot take over the registry: %s", error)
             self._trouble = str(error)
             if self._takeover_request is not None and not isinstance(error, Unavailable):
-                # It will not get better by waiting, and the old one may have the file again.
+                # Waiting does not help, and the old process may take the file back.
                 self._takeover_request.close()
                 self._takeover_request, self._let_go_at = None, self._clock()
 
