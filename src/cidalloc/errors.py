@@ -8,14 +8,14 @@
     │   ├── Duplicate
     │   ├── InvalidArgument
     │   └── UnknownOperation
-    ├── UnknownError (LookupError)         what the call names is not there
+    ├── UnknownError (LookupError)         the ID or session does not exist
     │   ├── NotHeld
     │   └── SessionUnknown
-    ├── NotOwner (PermissionError)         it is there, and somebody else's
-    ├── CapacityError (RuntimeError)       the manager or the pool has no more to give
+    ├── NotOwner (PermissionError)         another client holds the ID
+    ├── CapacityError (RuntimeError)       the pool or the manager has reached a limit
     │   ├── Exhausted
     │   └── LimitExceeded
-    ├── StateError (RuntimeError)          too late: the world has moved on
+    ├── StateError (RuntimeError)          the call comes too late
     │   ├── Repeated
     │   ├── SessionExpired
     │   ├── SequenceLost
@@ -68,11 +68,11 @@ __all__ = [
 
 
 class CidError(Exception):
-    """Any error of cidalloc. The message is for a person, ``code`` for a program."""
+    """Any error of cidalloc. People read the message; programs use ``code``."""
 
     code: ClassVar[Code]
     answered = False
-    """The manager itself said so: the operation was not done. Otherwise it may have been."""
+    """True if the manager sent this error: it has not done the operation. Otherwise it may have."""
     cid: int | None = None
     """The refused ID of the pool; None if the error is about something else."""
     position: int | None = None
@@ -80,7 +80,7 @@ class CidError(Exception):
 
 
 class RequestError(CidError, ValueError):
-    """The call is wrong in itself: repeating it cannot help."""
+    """The call itself is wrong: repeating it cannot help."""
 
 
 class OutOfRange(RequestError):
@@ -90,13 +90,13 @@ class OutOfRange(RequestError):
 
 
 class Duplicate(RequestError):
-    """The same ID stands twice in one call."""
+    """The same ID is given twice in one call."""
 
     code = Code.DUPLICATE
 
 
 class InvalidArgument(RequestError):
-    """A value, type or shape that the operation does not take."""
+    """A value, type or shape that the operation does not accept."""
 
     code = Code.INVALID_ARGUMENT
 
@@ -108,33 +108,33 @@ class UnknownOperation(RequestError):
 
 
 class UnknownError(CidError, LookupError):
-    """What the call names is not there."""
+    """The ID or session of the call does not exist."""
 
 
 class NotHeld(UnknownError):
-    """Nobody holds this ID."""
+    """The ID is not held."""
 
     code = Code.NOT_HELD
 
 
 class SessionUnknown(UnknownError):
-    """The manager does not know this session, or knows it no more."""
+    """The manager does not know this session: it was closed, has expired, or never was."""
 
     code = Code.SESSION_UNKNOWN
 
 
 class NotOwner(CidError, PermissionError):
-    """Somebody else holds this ID."""
+    """Another client holds this ID."""
 
     code = Code.NOT_OWNER
 
 
 class CapacityError(CidError, RuntimeError):
-    """The pool or the manager has no more to give."""
+    """The pool or the manager has reached a limit."""
 
 
 class Exhausted(CapacityError):
-    """No ID may be issued now."""
+    """No ID can be issued now."""
 
     code = Code.EXHAUSTED
 
@@ -146,11 +146,11 @@ class LimitExceeded(CapacityError):
 
 
 class StateError(CidError, RuntimeError):
-    """Too late: the world has moved on."""
+    """The call comes too late: the state has changed."""
 
 
 class Repeated(StateError):
-    """This change was applied before."""
+    """This change was applied already, or comes after a later one."""
 
     code = Code.REPEATED
 
@@ -162,7 +162,7 @@ class SessionExpired(StateError):
 
 
 class SequenceLost(StateError):
-    """The server has forgotten the sequence, or may have."""
+    """The server has forgotten the sequence, or may have forgotten it."""
 
     code = Code.SEQUENCE_LOST
 
@@ -178,7 +178,7 @@ class RegistryError(CidError, OSError):
 
 
 class RegistryLocked(RegistryError):
-    """Another process writes the registry."""
+    """Another process writes the registry's file."""
 
     code = Code.REGISTRY_LOCKED
 
@@ -196,19 +196,19 @@ class RegistryMismatch(RegistryError):
 
 
 class Unavailable(CidError, ConnectionError):
-    """Not reachable, not healthy, or handing over: trying again may help."""
+    """The server or manager does not answer now: trying again may help."""
 
     code = Code.UNAVAILABLE
 
 
 class ProtocolError(CidError, RuntimeError):
-    """The other side's answer is not of this protocol."""
+    """The answer does not follow the protocol."""
 
     code = Code.PROTOCOL
 
 
 class InternalError(CidError, RuntimeError):
-    """A fault in cidalloc itself: please report it."""
+    """A fault in cidalloc: please report it."""
 
     code = Code.INTERNAL
 

@@ -1,7 +1,7 @@
-"""The wire: requests and replies of the manager as tensors, parameters and error texts.
+"""The protocol: requests and answers of the manager as tensors, parameters and error texts.
 
-Both sides use this one description; it knows numpy, but neither tritonclient nor Triton.
-`docs/protocol.md` is the same for people who write a client in another language.
+Client and manager share this module. It uses numpy, but neither tritonclient nor Triton.
+`docs/protocol.md` describes the same for clients in other languages.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ __all__ = [
 ]
 
 MODEL = "cidmgr"
-"""The manager's usual model name."""
+"""The manager's model name by default."""
 CODE = "CODE"
 """Input, INT8 [1, 1]: the `Operation`."""
 CORRELATION_ID = "CORRELATION_ID"
-"""Input, UINT64 [1, n], optional: the IDs that the operation is about."""
+"""Input, UINT64 [1, n], optional: the IDs of the operation."""
 OUTPUT = "OUTPUT"
-"""Output, UINT64 [1, n]: the IDs issued, or a single number."""
+"""Output, UINT64 [1, n]: the issued IDs, or a number."""
 DETAIL = "DETAIL"
-"""Output, BYTES [1, 1]: text of the operations that answer with text; else empty."""
+"""Output, BYTES [1, 1]: the text of operations that return text; otherwise empty."""
 
 PROTOCOL = 1
-"""The version of the protocol, which OPEN answers."""
+"""The version of the protocol, which the answer to OPEN has."""
 TOKEN_BYTES = 16
-"""What a session's token has; it travels as twice as many hexadecimal digits."""
+"""Bytes of a session's token; requests have it as hexadecimal digits."""
 MAX_COOLDOWN_MS = 7 * 86_400_000
-"""The longest cooldown that can be asked for. It also keeps times far from overflow."""
+"""The longest cooldown that a client can ask for. It also keeps times far from overflow."""
 
 IDs = npt.NDArray[np.uint64]
 Parameter = int | bool | str | float
@@ -63,7 +63,7 @@ _UINT64 = np.dtype(np.uint64)
 
 @dataclass(slots=True)
 class Request:
-    """One operation with what it needs; `encode` and `decode` are each other's inverse."""
+    """An operation with its IDs and parameters. `encode` and `decode` are inverse."""
 
     operation: Operation
     ids: IDs = field(default_factory=lambda: _NO_IDS)
@@ -72,8 +72,8 @@ class Request:
     def encode(self) -> dict[str, npt.NDArray[Any]]:
         """Return the input tensors by name.
 
-        ``CORRELATION_ID`` is always there, if need be empty: Triton puts requests that leave
-        an optional input out into batches of their own.
+        ``CORRELATION_ID`` is always among them, empty if there are no IDs: Triton batches requests
+        with and without an optional input separately.
         """
         return {
             CODE: np.array([[self.operation]], np.int8),
@@ -84,11 +84,11 @@ class Request:
     def decode(
         cls, code: npt.NDArray[Any], ids: npt.NDArray[Any] | None, parameters: str
     ) -> Request:
-        """Return the request that these tensors, and parameters as JSON, stand for.
+        """Return the request with these tensors, and with parameters as JSON.
 
         Raises:
-            InvalidArgument: a batch of more than one, or something of another type or shape.
-            UnknownOperation: ``CODE`` is no operation.
+            InvalidArgument: a batch of more than one, or another type or shape.
+            UnknownOperation: no operation has this ``CODE``.
         """
         if code.shape != (1, 1):
             raise InvalidArgument(
@@ -120,10 +120,10 @@ class Request:
         return cls(operation, ids, read)
 
     def integer(self, name: str, default: int, low: int, high: int | None = None) -> int:
-        """Return the integer parameter ``name``, at least ``low``; ``default`` if it is absent.
+        """Return the integer parameter ``name``; ``default`` if it is absent.
 
         Raises:
-            InvalidArgument: it is of another type, too small, or above ``high``.
+            InvalidArgument: it has another type, is less than ``low`` or more than ``high``.
         """
         value = self.parameters.get(name, default)
         if type(value) is not int:
@@ -138,7 +138,7 @@ class Request:
         """Return the text parameter ``name``; None if it is absent.
 
         Raises:
-            InvalidArgument: it is of another type.
+            InvalidArgument: it has another type.
         """
         value = self.parameters.get(name)
         if value is not None and type(value) is not str:
@@ -147,10 +147,10 @@ class Request:
 
     @property
     def token(self) -> bytes | None:
-        """The token of the session that the request is of, or None.
+        """The token of the request's session, or None.
 
         Raises:
-            InvalidArgument: it is none; the message does not show it.
+            InvalidArgument: it is not a token; the message does not show it.
         """
         text = self.text("session")
         if text is None:
@@ -165,7 +165,7 @@ class Request:
         """Return the boolean parameter ``name``; False if it is absent.
 
         Raises:
-            InvalidArgument: it is of another type.
+            InvalidArgument: it has another type.
         """
         value = self.parameters.get(name, False)
         if type(value) is not bool:
@@ -180,12 +180,12 @@ _ERROR = re.compile(r"\[CIDALLOC (\d{1,9}) [A-Z_]+\] ?(.*)", re.DOTALL)
 
 
 def error_text(error: CidError) -> str:
-    """Return the text that carries ``error`` through Triton: ``[CIDALLOC 2 NOT_HELD] words``."""
+    """Return the text that Triton sends for ``error``: ``[CIDALLOC 2 NOT_HELD] words``."""
     return f"[CIDALLOC {error.code.value} {error.code.name}] {error}"
 
 
 def parse_error(text: str) -> CidError | None:
-    """Return the error that stands anywhere in ``text``, or None if none does."""
+    """Return the error of cidalloc anywhere in ``text``, or None."""
     found = _ERROR.search(text)
     if not found:
         return None
@@ -195,11 +195,11 @@ def parse_error(text: str) -> CidError | None:
 
 
 def as_ids(ids: Iterable[int] | npt.NDArray[Any]) -> IDs:
-    """Return ``ids`` as the array that travels.
+    """Return ``ids`` as an array of uint64, shape [n].
 
     Raises:
-        OutOfRange: an integer that is negative, or larger than 64 bits.
-        InvalidArgument: something else than integers in one dimension.
+        OutOfRange: an integer is negative, or has more than 64 bits.
+        InvalidArgument: these are not integers in one dimension.
     """
     try:
         array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
