@@ -49,7 +49,7 @@ def _flock(kind: int, byte: int) -> bytes:
 
 
 def try_lock(fd: int, byte: int) -> bool:
-    """Lock a byte; False if somebody else has."""
+    """Lock a byte. Return False if another process has locked it."""
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK, byte))
     except BlockingIOError:
@@ -65,7 +65,7 @@ def unlock_and_close(fd: int, byte: int) -> None:
 
 
 def query(fd: int, byte: int) -> bool:
-    """Tell whether nobody else has locked a byte."""
+    """Return whether no other process has locked a byte."""
     answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte))
     return bool(struct.unpack("@hhqqi0q", answer)[0] == fcntl.F_UNLCK)
 
