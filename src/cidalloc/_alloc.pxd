@@ -75,12 +75,9 @@ cdef struct Pool:
     uint64_t base       # the first ID of blocks[0], if it had any
     uint64_t limit      # capacity and those
     uint64_t count      # blocks
-    uint64_t start      # the block that was opened first, from 0
-    uint64_t ready      # blocks that may be opened by now, of all; in the order of opening
-    uint64_t room       # IDs in those
+    uint64_t ready      # blocks that may be opened so far: 1 to ready
     uint64_t mapped     # bytes of blocks to give back; 0 if they live in the caller's memory
-    uint64_t opened     # blocks ever opened
-    uint64_t high_water  # IDs in them
+    uint64_t opened     # blocks ever opened: 1 to opened
     uint64_t issued     # IDs issued at least once
     uint64_t peak       # the most IDs that were held at once
     int64_t below       # how many fewer are held now
@@ -100,17 +97,18 @@ cdef struct Counts:
 cdef inline uint64_t pool_held(const Pool *pool) noexcept nogil:
     return pool.peak - pool.below
 
+# How many IDs the first n blocks have: the pool's last one may be short.
+cdef inline uint64_t pool_ids(const Pool *pool, uint64_t n) noexcept nogil:
+    return min(n << pool.shift, pool.capacity)
+
 # The bytes that a pool of `capacity` IDs in blocks of 2**shift needs for its blocks.
 cdef uint64_t pool_size(uint64_t capacity, uint32_t shift) noexcept nogil
 
 # Make an empty pool. Its blocks live in `memory`, 8-byte aligned and all zero, or if that is NULL
 # in some of its own. INTERNAL if memory cannot be had, INVALID_ARGUMENT if it was not zero where
 # a look was taken and `used` does not allow for it: pool_free() then, too.
-cdef int pool_init(Pool *pool, uint64_t capacity, uint64_t first, uint32_t shift, uint64_t start,
+cdef int pool_init(Pool *pool, uint64_t capacity, uint64_t first, uint32_t shift,
                    void *memory, bint used=*) noexcept nogil
-
-# Let `ready` blocks in all be opened, in the order of opening; after pool_init() all may be.
-cdef void pool_set_ready(Pool *pool, uint64_t ready) noexcept nogil
 
 # What an earlier pool left in memory, and who may still hold an ID of it.
 cdef struct Past:

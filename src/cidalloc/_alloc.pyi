@@ -17,7 +17,6 @@ class Allocator:
         first: SupportsIndex = 1,
         block: SupportsIndex | None = None,
         *,
-        start: SupportsIndex | None = None,
         buffer: Buffer | None = None,
         ready: SupportsIndex | None = None,
         holders: Buffer | None = None,

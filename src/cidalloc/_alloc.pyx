@@ -148,7 +148,6 @@ cdef class Allocator:
         first: the lowest ID, at least 1; the highest is below 2**63.
         block: IDs in a block: 1, 2, 4, 8, 16, 32 or 64. By default 1 if the pool has fewer than
             2**16 IDs, so that all of them can be held, and 64 otherwise.
-        start: the ID whose block is issued first; those above follow, then those below.
         buffer: memory to keep the blocks in, such as a bytearray or an mmap: writable, contiguous,
             8-byte aligned, at least `buffer_size(capacity, block)` bytes, all zero. The pool holds
             on to it; nobody else may write to it.
@@ -166,24 +165,23 @@ cdef class Allocator:
     Raises `RegistryCorrupt` for a buffer that no pool leaves behind, and does not write to it then.
     """
 
-    def __cinit__(self, capacity=(1 << 30) - 1, first=1, block=None, *, start=None, buffer=None,
-                  ready=None, holders=None, latest=INT64_MAX, reuse_at=None, live_snapshot=False):
+    def __cinit__(self, capacity=(1 << 30) - 1, first=1, block=None, *, buffer=None, ready=None,
+                  holders=None, latest=INT64_MAX, reuse_at=None, live_snapshot=False):
         cdef int64_t n = as_capacity(capacity)
         cdef uint32_t shift = as_shift(block, n)
         cdef int64_t low = as_int(first, 1, INT64_MAX - (n - 1), "first")
-        cdef int64_t at = low if start is None else as_int(start, low, low + (n - 1), "start")
         if buffer is not None:
             view_memory(buffer, &self.memory, pool_size(n, shift))
         cdef bint used = holders is not None
         if used and buffer is None:
             raise error_for(INVALID_ARGUMENT, "holders goes with a buffer that was used")
-        cdef int code = pool_init(&self.pool, n, low, shift, at, self.memory.buf, used)
+        cdef int code = pool_init(&self.pool, n, low, shift, self.memory.buf, used)
         if code == INVALID_ARGUMENT:
             raise error_for(code, "buffer must be all zero: another pool may have used this one")
         if code:
             raise MemoryError("no address space for the pool; a smaller capacity needs less")
         if ready is not None:
-            pool_set_ready(&self.pool, as_int(ready, 0, self.pool.count, "ready"))
+            self.pool.ready = as_int(ready, 0, self.pool.count, "ready")
         if used:
             recover(&self.pool, holders, as_time(latest, "latest"), reuse_at, live_snapshot)
         pthread_mutex_init(&self.busy, NULL)
@@ -434,7 +432,8 @@ cdef class Allocator:
     @property
     def high_water(self):
         """IDs in the blocks that were ever opened."""
-        return alive(self).high_water
+        cdef Pool *pool = alive(self)
+        return pool_ids(pool, pool.opened)
 
     @property
     def opened(self):
@@ -452,7 +451,7 @@ cdef class Allocator:
     @ready.setter
     def ready(self, blocks):
         cdef int64_t value = as_int(blocks, alive(self).ready, alive(self).count, "ready")
-        pool_set_ready(alive(self), value)
+        alive(self).ready = value
 
     @property
     def next_due(self):

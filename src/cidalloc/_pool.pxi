@@ -88,7 +88,7 @@ cdef Counts pool_count(Pool *pool) noexcept nogil:
     for i in range(BUCKETS):
         queued += pool.queue[i].ids
     return [queued - count_due(pool, UINT64_MAX) + idle.ids - idle.ready,
-            pool.high_water - pool_held(pool) - queued - idle.ids]
+            pool_ids(pool, pool.opened) - pool_held(pool) - queued - idle.ids]
 
 
 # ---- Acquire
@@ -96,12 +96,6 @@ cdef Counts pool_count(Pool *pool) noexcept nogil:
 cdef inline void see(Pool *pool, int64_t now) noexcept nogil:
     if now > pool.now:
         pool.now = now
-
-
-cdef inline uint64_t nth_block(const Pool *pool, uint64_t n) noexcept nogil:
-    # The block that is opened as the n-th, from 0.
-    cdef uint64_t place = pool.start + n
-    return 1 + (place if place < pool.count else place - pool.count)
 
 
 cdef inline uint64_t room_of(const Pool *pool, uint64_t at) noexcept nogil:
@@ -114,13 +108,12 @@ cdef uint64_t unqueued_block(Pool *pool) noexcept nogil:
     cdef uint64_t at = take_idle(pool)
     cdef Block *block
     if not at and pool.opened < pool.ready:
-        at = nth_block(pool, pool.opened)
+        at = pool.opened + 1
         block = &pool.blocks[at]
         block.end = room_of(pool, at)
         keep_order()    # by this one the block is known to be in use
         block.reuse_at = pool.last
-        pool.opened += 1
-        pool.high_water += block.end
+        pool.opened = at
     return at
 
 
@@ -187,7 +180,7 @@ cdef inline int pool_acquire(Pool *pool, uint32_t owner, int64_t now, uint64_t *
 
 cdef bint can_issue(Pool *pool, const Block *current, uint64_t n) noexcept nogil:
     # Cheapest first: only near the end of the pool is anything counted.
-    cdef uint64_t total = pool.room - pool.high_water
+    cdef uint64_t total = pool_ids(pool, pool.ready) - pool_ids(pool, pool.opened)
     if current.used:
         total += current.end - current.bump
     if total < n:

@@ -57,30 +57,20 @@ cdef inline bint is_blank(const Block *block) noexcept nogil:
     return memcmp(block, &blank, sizeof(Block)) == 0
 
 
-cdef void pool_set_ready(Pool *pool, uint64_t ready) noexcept nogil:
-    cdef uint64_t whole = ready << pool.shift
-    pool.ready = ready
-    if ready + pool.start >= pool.count:    # the last block is among them, and may be a short one
-        whole -= (pool.count << pool.shift) - pool.capacity
-    pool.room = whole
-
-
-cdef int pool_init(Pool *pool, uint64_t capacity, uint64_t first, uint32_t shift, uint64_t start,
+cdef int pool_init(Pool *pool, uint64_t capacity, uint64_t first, uint32_t shift,
                    void *memory, bint used=False) noexcept nogil:
     cdef uint64_t width = <uint64_t>1 << shift
     memset(pool, 0, sizeof(Pool))
     pool.first, pool.capacity, pool.shift, pool.mask = first, capacity, shift, width - 1
     pool.base, pool.limit = first - width, capacity + width
-    pool.count = ((capacity - 1) >> shift) + 1
-    pool.start = (start - first) >> shift
+    pool.count = pool.ready = ((capacity - 1) >> shift) + 1
     pool.now = pool.last = INT64_MIN
     pool.mapped = 0 if memory != NULL else pool_size(capacity, shift)
     pool.blocks = <Block *>(memory if memory != NULL else map_zeros(pool.mapped))
     pool.owners = <Owner *>map_zeros(MAX_OWNERS * sizeof(Owner))
     if pool.blocks == NULL or pool.owners == NULL:
         return INTERNAL
-    pool_set_ready(pool, pool.count)
-    if not used and not (is_blank(pool.blocks) and is_blank(&pool.blocks[pool.start + 1])):
+    if not used and not (is_blank(pool.blocks) and is_blank(&pool.blocks[1])):
         return INVALID_ARGUMENT
     return OK
 

@@ -26,24 +26,23 @@ cdef inline bint is_known(uint32_t owner, const Past *past) noexcept nogil:
 
 
 cdef int pool_recover(Pool *pool, const Past *past, uint64_t *at) noexcept nogil:
-    cdef uint64_t n, opened = 0
+    cdef uint64_t i, opened = 0
     # Look first, so that nothing is written to memory that is none of ours.
     at[0] = 0
     if not is_blank(pool.blocks):
         return REGISTRY_CORRUPT
-    for n in range(pool.ready):
-        at[0] = nth_block(pool, n)
-        if not pool.blocks[at[0]].end and not past.after_power_loss:
-            if not is_blank(&pool.blocks[at[0]]):
+    for i in range(1, pool.ready + 1):
+        at[0] = i
+        if not pool.blocks[i].end and not past.after_power_loss:
+            if not is_blank(&pool.blocks[i]):
                 return REGISTRY_CORRUPT
-        elif not is_sound(pool, at[0], past) or (n > opened and not past.live_snapshot):
+        elif not is_sound(pool, i, past) or (i > opened + 1 and not past.live_snapshot):
             return REGISTRY_CORRUPT
         else:
-            opened = n + 1
+            opened = i
     pool.opened = opened
-    for n in range(opened):
-        at[0] = nth_block(pool, n)
-        take_over(pool, at[0], past)
+    for i in range(1, opened + 1):
+        take_over(pool, i, past)
     pool.peak = pool.peak - pool.below
     pool.below = 0
     return OK
@@ -72,7 +71,6 @@ cdef inline void take_over(Pool *pool, uint64_t at, const Past *past) noexcept n
     if block.bump > block.seen:
         block.seen = block.bump
     pool.issued += block.seen
-    pool.high_water += block.end
     if not above:
         enqueue(pool, at)
         return
