@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Buffer, disjoint_base
 
-__pyx_capi__: dict[str, object]  # the C functions, for whoever cimports them
+__pyx_capi__: dict[str, object]  # the C functions for other Cython modules
 
 @disjoint_base
 class Allocator:

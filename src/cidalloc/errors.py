@@ -74,7 +74,7 @@ class CidError(Exception):
     answered = False
     """The manager itself said so: the operation was not done. Otherwise it may have been."""
     position: int | None = None
-    """Where in a call with several IDs the refused one stands, from 0; None if that is not known."""
+    """Where in a call with several IDs the refused one stands, from 0; None if it is unknown."""
 
 
 class RequestError(CidError, ValueError):
