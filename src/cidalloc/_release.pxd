@@ -53,6 +53,14 @@ cdef inline uint64_t run_length(const uint64_t *cids, uint64_t n) noexcept nogil
     return 1 if wrong else n
 
 
+cdef inline uint64_t held_run(const Block *block, uint64_t offset, const uint64_t *cids,
+                              uint64_t n) noexcept nogil:
+    # Return how many of the n IDs can be released at once; the first one, at `offset`, is held.
+    cdef uint64_t some = run_length(cids, n)
+    cdef uint64_t free_ones = bits(some, offset) & ~block.used
+    return low_bit(free_ones) - (offset & 63) if free_ones else some
+
+
 cdef inline bint undo(Pool *pool, const Change *log, uint64_t raised, const uint64_t *runs,
                       uint64_t steps, uint64_t refused) noexcept nogil:
     # Undo the steps of a bulk release. Returns whether one of them released the ID at offset
@@ -77,7 +85,7 @@ cdef inline int pool_release_many(Pool *pool, const uint64_t *cids, uint64_t n, 
     # Bits are cleared until an ID is refused; then they are set again from the log. Lists and
     # counters change only after the last bit, in the order in which the blocks became empty.
     # Another thread may write to `cids` at the same time, so the log alone tells what was done.
-    cdef uint64_t i = 0, j, some, mask, cid, offset = 0, steps = 0, raised = 0, gone = 0
+    cdef uint64_t i = 0, j, some, cid, offset = 0, steps = 0, raised = 0, gone = 0
     cdef Owner *own = &pool.owners[owner]
     cdef Block *block = NULL
     cdef int code = OK
@@ -96,10 +104,7 @@ cdef inline int pool_release_many(Pool *pool, const uint64_t *cids, uint64_t n, 
         if block == NULL or block.owner != owner:
             code = not_found(pool, cid) if block == NULL else NOT_OWNER
             break
-        some = run_length(cids + i, min(n - i, block.end - (offset & pool.mask)))
-        mask = bits(some, offset) & ~block.used
-        if mask:
-            some = low_bit(mask) - (offset & 63)
+        some = held_run(block, offset, cids + i, min(n - i, block.end - (offset & pool.mask)))
         if reuse_at > block.reuse_at:
             log[raised].reuse_at, log[raised].raised = block.reuse_at, block - pool.blocks
             raised += 1
