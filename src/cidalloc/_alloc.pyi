@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Buffer, disjoint_base
 
-__pyx_capi__: dict[str, object]  # the C functions, for whoever cimports them
+__pyx_capi__: dict[str, object]  # the C functions for other Cython modules
 
 @disjoint_base
 class Allocator:
@@ -17,7 +17,6 @@ class Allocator:
         first: SupportsIndex = 1,
         block: SupportsIndex | None = None,
         *,
-        start: SupportsIndex | None = None,
         buffer: Buffer | None = None,
         ready: SupportsIndex | None = None,
         holders: Buffer | None = None,

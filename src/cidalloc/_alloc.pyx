@@ -1,35 +1,25 @@
 # cython: language_level=3, binding=False, embedsignature=True, embedsignature.format=clinic
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 # cython: autotestdict=False
-"""The allocator core: the Python face of the C functions, which _pool.pxi holds."""
+"""The allocator as a Python class: arguments, exceptions, threads and forks around the C pool."""
 
-from libc.stdint cimport INT64_MAX
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_CheckBuffer
+from cpython.sequence cimport PySequence_Check
+from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
 
 import os
 
 import numpy as np
 
-from .errors import error_for
+from ._core.acquire cimport see
+from ._core.args cimport (FITS, as_capacity, as_cid, as_int, as_owner, as_shift, as_time, is_zero,
+                          read_int, small_int, view_ids, view_memory)
+from ._core.audit cimport audit
+from ._core.guard cimport guard_enter, guard_init, guard_leave, guard_wait
+from ._core.intrinsics cimport unlikely
+from ._core.messages cimport error, exhausted, refusal
 
-include "_queue.pxi"
-include "_pool.pxi"
-include "_recover.pxi"
-include "_args.pxi"
-include "_audit.pxi"
-
-
-cdef extern from "<pthread.h>" nogil:
-    int pthread_mutex_init(pthread_mutex_t *mutex, const void *attributes)
-    int pthread_mutex_lock(pthread_mutex_t *mutex)
-    int pthread_mutex_trylock(pthread_mutex_t *mutex)
-    int pthread_mutex_unlock(pthread_mutex_t *mutex)
-
-cdef enum:
-    # IDs from which on a call lets go of the GIL. Fewer are issued in about a microsecond, as long
-    # as it takes to let go; and to get the GIL back may take until the other thread's turn ends.
-    LARGE = 4096
-
-cdef int forks = 0      # that lie between this process and the first one
+cdef int forks = 0      # between the first process and this one
 
 
 def _forked():
@@ -40,14 +30,14 @@ def _forked():
 os.register_at_fork(after_in_child=_forked)
 
 
-# A pool belongs to whoever has the GIL, or to the one call that let go of it. That call locks
-# `busy` and changes the pool's stamp, so the one test that every call makes anyway finds out both:
-# a fork, and a call under way. It unlocks `busy` before it asks for the GIL, which it may never get
-# back when Python ends; the next call puts the stamp right. As any Python code may let another
-# thread in, nothing of Python stands between alive() and the work.
+cdef int wait(Allocator self) except -1:
+    # Not inline: in the body of every method it costs 35 instructions a call pair.
+    return guard_wait(&self.guard, forks)
+
 
 cdef inline Pool *alive(Allocator self) except NULL:
-    if unlikely(self.forks != forks):
+    # Return the pool. No Python code may run between this call and the use of the pool.
+    if unlikely(self.guard.forks != forks):
         wait(self)
     return &self.pool
 
@@ -56,63 +46,10 @@ cdef Pool *pool_of(Allocator self) except NULL:
     return alive(self)
 
 
-cdef int wait(Allocator self) except -1:
-    while self.forks != forks:
-        if ~self.forks != forks:
-            raise error_for(FORKED,
-                            "this pool belongs to the parent process; make one after the fork")
-        if pthread_mutex_trylock(&self.busy) == 0:
-            self.forks = forks
-            pthread_mutex_unlock(&self.busy)
-        else:
-            self.waiting += 1
-            with nogil:
-                pthread_mutex_lock(&self.busy)
-                pthread_mutex_unlock(&self.busy)
-            self.waiting -= 1
-    return 0
-
-
-cdef inline bint begin(Allocator self, uint64_t work) noexcept:
-    # Tell whether to let go of the GIL; not while others wait, or they might do so for ever.
-    if work < LARGE or self.waiting:
-        return False
-    pthread_mutex_lock(&self.busy)      # who may still have it needs no GIL to unlock it
-    self.forks = ~self.forks
-    return True
-
-
-cdef object exhausted(Pool *pool, object what):
-    cdef int64_t due = 0
-    cdef bint queued = pool_next_due(pool, &due)
-    cdef Counts n = pool_count(pool)
-    cdef uint64_t held = pool_held(pool)
-    when = f"the next is due at {due}" if queued else "none is due"
-    pinned, remedy = "", "a larger pool"
-    if n.pinned:
-        pinned = f" and {n.pinned} are pinned by others in their block of {1 << pool.shift}"
-        remedy = "a larger pool or narrower blocks (block=1 pins none)"
-    return error_for(EXHAUSTED, (
-        f"cannot issue {what}: of {pool.capacity} IDs {held} are held, {n.cooling} cool{pinned}; "
-        f"{when}. Release some, wait, or use {remedy}"))
-
-
-cdef object refusal(const Pool *pool, int code, object cid, object position=None):
-    where = "" if position is None else f" at position {position}"
-    high = pool.first + pool.capacity - 1
-    error = error_for(code, {
-        OUT_OF_RANGE: f"the ID{where} is outside the pool: {pool.first} to {high}",
-        NOT_HELD: f"nobody holds ID {cid}{where}: it was released or never issued",
-        NOT_OWNER: f"ID {cid}{where} belongs to another owner, who alone releases it",
-        DUPLICATE: f"ID {cid}{where} stands twice in this call",
-    }[code])
-    error.cid, error.position = cid or None, position
-    return error
-
-
 cdef int recover(
     Pool *pool, object holders, int64_t latest, object reuse_at, bint live_snapshot
 ) except -1:
+    # Take over the blocks in the pool's memory. Raises `RegistryCorrupt`.
     cdef const uint8_t[::1] holds = holders
     cdef uint64_t at = 0
     cdef Past past
@@ -123,71 +60,87 @@ cdef int recover(
     past.after_power_loss = reuse_at is not None
     past.reuse_at = as_time(reuse_at, "reuse_at") if past.after_power_loss else 0
     if pool_recover(pool, &past, &at):
-        raise error_for(REGISTRY_CORRUPT,
-                        f"the record of ID {pool.base + (at << pool.shift)} is damaged"
-                        if at else "the records of IDs are damaged")
+        raise error(REGISTRY_CORRUPT,
+                    f"the record of ID {pool.base + (at << pool.shift)} is damaged"
+                    if at else "the records of IDs are damaged")
     return 0
 
 
+cdef object ids_array(object ids):
+    # Convert any other form of IDs to a uint64 array. A number that does not fit becomes 0, which
+    # is in no pool.
+    if not PyObject_CheckBuffer(ids):
+        if not PySequence_Check(ids):
+            raise error(INVALID_ARGUMENT, "ids must be an array or a sequence of ints, "
+                                          f"not {type(ids).__name__}")
+        return np.array([max(as_cid(cid, i), 0) for i, cid in enumerate(ids)], np.uint64)
+    array = np.asarray(ids)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise error(INVALID_ARGUMENT, "ids must be a one-dimensional array of integers, "
+                                      f"not {array.ndim}-dimensional {array.dtype}")
+    if array.dtype.kind == "i":
+        array = np.where(array < 0, 0, array)
+    return np.require(array, np.uint64, "CA")
+
+
 cdef class Allocator:
-    """A pool of integer IDs, each held by one owner at a time and reused when it has cooled.
+    """A pool of integer IDs, each held by one owner at a time and reused after its cooldown.
 
-    IDs belong to blocks. A block serves one owner at a time, and is used again when all of its IDs
-    are free and the latest of their `reuse_at` has come. Of the free blocks the one due first goes
-    first; a never-used one is opened only when none is due. Wide blocks are fast and small; blocks
-    of 1 waste nothing and keep the order exact for every single ID.
+    IDs are grouped in blocks. A block serves one owner at a time. It is reused when all of its IDs
+    are free and the latest of their `reuse_at` has come. The free block that is due first is reused
+    first; a new block is opened only if none is due. Wide blocks are fast and small. Blocks of one
+    ID waste none, and every single ID is reused in the exact order.
 
-    Times are integers of any unit and origin. Owners are integers below 2**24; 0 is nobody in
-    particular, and an owner like any other. Methods are safe to call from several threads; a call
-    for thousands of IDs lets other threads run, and those that use the same pool wait for it. After
-    a fork the child's copy raises `Forked`. A wrong type or value raises `InvalidArgument`.
+    Times are integers of any unit and origin. Owners are integers below 2**24; 0, the default, is
+    an owner like any other. Methods may be called from several threads: a call for thousands of IDs
+    releases the GIL, and other calls on the same pool wait for it. After a fork, methods raise
+    `Forked` in the child. A wrong type or value raises `InvalidArgument`.
 
     Args:
-        capacity: IDs in the pool, at most 2**38. Memory is only reserved: 32 bytes come into use
-            for each block that does, and 32 for each owner.
-        first: the lowest ID, at least 1; the highest is below 2**63.
-        block: IDs in a block: 1, 2, 4, 8, 16, 32 or 64. By default 1 if the pool has fewer than
-            2**16 IDs, so that all of them can be held, and 64 otherwise.
-        start: the ID whose block is issued first; those above follow, then those below.
-        buffer: memory to keep the blocks in, such as a bytearray or an mmap: writable, contiguous,
-            8-byte aligned, at least `buffer_size(capacity, block)` bytes, all zero. The pool holds
-            on to it; nobody else may write to it.
-        ready: blocks that may be opened so far, as `ready` below; all of them if it is left out.
-        holders: the buffer is not zero, but what an earlier pool of the same shape left in it,
-            whose process may have died at any instruction. Bytes with one for each owner, not 0 if
-            that one may still hold IDs.
-        latest: with `holders`, a `reuse_at` beyond this is damage.
-        reuse_at: with `holders`, some of the last stores may be missing, too, as after a power cut:
-            only who holds what is believed, of the owners in `holders`, and every other ID of the
-            ready blocks cools until this time.
-        live_snapshot: with `holders`, the buffer is a copy, taken while the earlier pool was
-            in use. IDs of owners that are not in `holders` are then free, and no damage.
+        capacity: number of IDs, 1 to 2**38. The memory is only reserved: 32 bytes are used for each
+            opened block, and 32 for each owner.
+        first: the lowest ID, at least 1; the highest must be below 2**63.
+        block: IDs in a block: 1, 2, 4, 8, 16, 32 or 64. The default is 1 for fewer than 2**16 IDs,
+            so that all of them can be held, and 64 otherwise.
+        buffer: memory for the blocks, such as a bytearray or an mmap: writable, contiguous, 8-byte
+            aligned, at least `buffer_size(capacity, block)` bytes, all zero. The pool keeps a
+            reference to it; only the pool may write to it.
+        ready: number of blocks that may be opened so far, see the attribute; by default all.
+        holders: take over the blocks that an earlier pool of the same shape left in `buffer`; its
+            process may have died at any instruction. Bytes, one for each owner: not 0 if that
+            owner may hold IDs.
+        latest: with `holders`: a block with a later `reuse_at` is damaged.
+        reuse_at: with `holders`: the last stores may be missing, as after a power cut. IDs of the
+            owners in `holders` stay held; every other ID of the ready blocks cools until this time.
+        live_snapshot: with `holders`: `buffer` is a copy, taken while the earlier pool was in use.
+            Without this, a held ID is damage if its owner is not in `holders`; with it, such an ID
+            is free.
 
-    Raises `RegistryCorrupt` for a buffer that no pool leaves behind, and does not write to it then.
+    Raises `InvalidArgument`, also for a buffer that is not zero; `RegistryCorrupt`, before anything
+    is written, for a buffer that no pool leaves behind; `MemoryError` without address space.
+    Constant time; with `holders` linear in the ready blocks.
     """
 
-    def __cinit__(self, capacity=(1 << 30) - 1, first=1, block=None, *, start=None, buffer=None,
-                  ready=None, holders=None, latest=INT64_MAX, reuse_at=None, live_snapshot=False):
+    def __cinit__(self, capacity=(1 << 30) - 1, first=1, block=None, *, buffer=None, ready=None,
+                  holders=None, latest=INT64_MAX, reuse_at=None, live_snapshot=False):
         cdef int64_t n = as_capacity(capacity)
         cdef uint32_t shift = as_shift(block, n)
         cdef int64_t low = as_int(first, 1, INT64_MAX - (n - 1), "first")
-        cdef int64_t at = low if start is None else as_int(start, low, low + (n - 1), "start")
         if buffer is not None:
             view_memory(buffer, &self.memory, pool_size(n, shift))
         cdef bint used = holders is not None
         if used and buffer is None:
-            raise error_for(INVALID_ARGUMENT, "holders goes with a buffer that was used")
-        cdef int code = pool_init(&self.pool, n, low, shift, at, self.memory.buf, used)
+            raise error(INVALID_ARGUMENT, "holders needs a buffer: the memory of an earlier pool")
+        cdef int code = pool_init(&self.pool, n, low, shift, self.memory.buf, used)
         if code == INVALID_ARGUMENT:
-            raise error_for(code, "buffer must be all zero: another pool may have used this one")
+            raise error(code, "buffer must be all zero: this one was used before")
         if code:
-            raise MemoryError("no address space for the pool; a smaller capacity needs less")
+            raise MemoryError("not enough address space for the pool: use a smaller capacity")
         if ready is not None:
-            pool_set_ready(&self.pool, as_int(ready, 0, self.pool.count, "ready"))
+            self.pool.ready = as_int(ready, 0, self.pool.count, "ready")
         if used:
             recover(&self.pool, holders, as_time(latest, "latest"), reuse_at, live_snapshot)
-        pthread_mutex_init(&self.busy, NULL)
-        self.forks = forks
+        guard_init(&self.guard, forks)
 
     def __dealloc__(self):
         pool_free(&self.pool)
@@ -195,24 +148,24 @@ cdef class Allocator:
 
     @staticmethod
     def buffer_size(capacity, block=None):
-        """Return how many bytes a `buffer` for such a pool has to have."""
+        """Return the number of bytes that the `buffer` of such a pool needs. Constant time."""
         cdef int64_t n = as_capacity(capacity)
         return pool_size(n, as_shift(block, n))
 
     def acquire(self, owner=0, now=0):
-        """Issue one ID.
+        """Issue one ID, an int.
 
         Args:
-            owner: who will hold it.
-            now: the time, in ticks; one before the latest seen counts as that one.
+            owner: the owner that will hold it.
+            now: the time, in ticks. A time before the latest one seen counts as the latest.
 
-        Raises `Exhausted`. Constant time, amortised.
+        Raises `Exhausted`. Amortised constant time.
         """
         cdef uint32_t own
         cdef int64_t tick
         cdef uint64_t cid = 0
         cdef int code
-        if owner is zero and now is zero:
+        if is_zero(owner) and is_zero(now):
             code = pool_acquire(alive(self), 0, 0, &cid)
         else:
             own, tick = as_owner(owner), as_time(now, "now")
@@ -222,16 +175,16 @@ cdef class Allocator:
         return <int64_t>cid
 
     def acquire_many(self, n, owner=0, now=0, out=None):
-        """Issue `n` IDs, or none, as an array of uint64.
+        """Issue `n` IDs, or none, as a uint64 array of shape (n,).
 
         Args:
-            n: how many.
-            owner: who will hold them.
-            now: the time, in ticks; one before the latest seen counts as that one.
-            out: a writable contiguous uint64 array of length `n`, to be filled and returned.
+            n: number of IDs.
+            owner: the owner that will hold them.
+            now: the time, in ticks. A time before the latest one seen counts as the latest.
+            out: a writable contiguous uint64 array of length `n`, to fill and return.
 
-        Raises `Exhausted`. Time in proportion to `n`; when the pool is nearly used up, also to the
-        blocks that cool.
+        Raises `Exhausted`. O(n); if the pool is nearly exhausted, also linear in its cooling and
+        idle blocks.
         """
         cdef uint64_t many = as_int(n, 0, INT64_MAX, "n")
         cdef uint32_t own = as_owner(owner)
@@ -239,20 +192,20 @@ cdef class Allocator:
         cdef Py_buffer view
         cdef int code
         cdef Pool *pool = alive(self)
-        if many > pool.capacity - pool_held(pool):    # it may be too many for an array, too
+        if many > pool.capacity - pool_held(pool):    # or too many for an array
             see(pool, tick)
             raise exhausted(pool, f"{many} IDs")
         ids = np.empty(many, np.uint64) if out is None else out
         if not view_ids(ids, &view, PyBUF_WRITABLE):
-            raise error_for(INVALID_ARGUMENT, "out must be a writable contiguous uint64 array")
+            raise error(INVALID_ARGUMENT, "out must be a writable contiguous uint64 array")
         try:
             if <uint64_t>view.shape[0] != many:
-                raise error_for(INVALID_ARGUMENT, f"out has {view.shape[0]} elements, not {many}")
+                raise error(INVALID_ARGUMENT, f"out has {view.shape[0]} elements, but n is {many}")
             alive(self)
-            if begin(self, many):
+            if guard_enter(&self.guard, many):
                 with nogil:
                     code = pool_acquire_many(pool, many, own, tick, <uint64_t *>view.buf)
-                    pthread_mutex_unlock(&self.busy)
+                    guard_leave(&self.guard)
             else:
                 code = pool_acquire_many(pool, many, own, tick, <uint64_t *>view.buf)
         finally:
@@ -262,11 +215,11 @@ cdef class Allocator:
         return ids
 
     def release(self, cid, owner=0, reuse_at=0):
-        """Take back one ID.
+        """Release one ID.
 
         Args:
             cid: the ID.
-            owner: who holds it.
+            owner: the owner that holds it.
             reuse_at: the time, in ticks, from which it may be issued again.
 
         Raises `OutOfRange`, `NotHeld`, `NotOwner`. Constant time.
@@ -277,7 +230,7 @@ cdef class Allocator:
         cdef uint32_t own
         cdef int64_t tick
         cdef int code
-        if owner is zero and reuse_at is zero:
+        if is_zero(owner) and is_zero(reuse_at):
             code = pool_release(alive(self), number, 0, 0)
         else:
             own, tick = as_owner(owner), as_time(reuse_at, "reuse_at")
@@ -286,14 +239,16 @@ cdef class Allocator:
             raise refusal(&self.pool, code, number)
 
     def release_many(self, ids, owner=0, reuse_at=0):
-        """Take back IDs, all or none.
+        """Release IDs, all or none.
 
         Args:
-            ids: an array of any integer type or a sequence of ints; contiguous uint64 is fastest.
-            owner: who holds them.
+            ids: a one-dimensional array of any integer type, or a sequence of ints. A contiguous
+                uint64 array is fastest.
+            owner: the owner that holds them.
             reuse_at: the time, in ticks, from which they may be issued again.
 
-        Raises `OutOfRange`, `NotHeld`, `NotOwner`, `Duplicate`. Time in proportion to their number.
+        Raises `OutOfRange`, `NotHeld`, `NotOwner` or `Duplicate`, with the index of the first wrong
+        ID as `position`; `MemoryError` without memory for a log of the call. O(n).
         """
         cdef uint32_t own = as_owner(owner)
         cdef int64_t tick = as_time(reuse_at, "reuse_at")
@@ -302,45 +257,45 @@ cdef class Allocator:
         cdef int code
         cdef Pool *pool
         if not view_ids(ids, &view, 0) and not view_ids(ids_array(ids), &view, 0):
-            raise error_for(INVALID_ARGUMENT, "IDs come as an array of integers")
+            raise error(INVALID_ARGUMENT, "ids must be an array of integers")
         cdef const uint64_t *cids = <const uint64_t *>view.buf
         try:
             pool = alive(self)
-            if begin(self, view.shape[0]):
+            if guard_enter(&self.guard, view.shape[0]):
                 with nogil:
                     code = pool_release_many(pool, cids, view.shape[0], own, tick, &at)
-                    pthread_mutex_unlock(&self.busy)
+                    guard_leave(&self.guard)
             else:
                 code = pool_release_many(pool, cids, view.shape[0], own, tick, &at)
             if code == INTERNAL:
-                raise MemoryError("no memory to release IDs")
+                raise MemoryError("not enough memory to release the IDs")
             if code:
                 raise refusal(pool, code, cids[at], at)
         finally:
             PyBuffer_Release(&view)
 
     def release_owner(self, owner, reuse_at=0):
-        """Take back all IDs of one owner; return how many.
+        """Release all IDs of an owner; return their number.
 
         Args:
-            owner: who holds them.
+            owner: the owner that holds them.
             reuse_at: the time, in ticks, from which they may be issued again.
 
-        Time in proportion to the owner's blocks.
+        Linear in the owner's blocks.
         """
         cdef uint32_t own = as_owner(owner)
         cdef int64_t tick = as_time(reuse_at, "reuse_at")
         cdef uint64_t n
         cdef Pool *pool = alive(self)
-        if not begin(self, pool.owners[own].held >> pool.shift):
+        if not guard_enter(&self.guard, pool.owners[own].held >> pool.shift):
             return pool_release_owner(pool, own, tick)
         with nogil:
             n = pool_release_owner(pool, own, tick)
-            pthread_mutex_unlock(&self.busy)
+            guard_leave(&self.guard)
         return n
 
     def owner_of(self, cid):
-        """Return who holds an ID; raises `OutOfRange` and `NotHeld`. Constant time."""
+        """Return the owner of an ID. Raises `OutOfRange`, `NotHeld`. Constant time."""
         cdef int64_t number = as_cid(cid)
         cdef uint32_t owner = 0
         cdef int code = pool_owner_of(alive(self), number, &owner)
@@ -349,7 +304,7 @@ cdef class Allocator:
         return owner
 
     def held_by(self, owner):
-        """Return the IDs that `owner` holds, in no particular order. Time as their number."""
+        """Return the IDs of an owner, unordered, as a uint64 array of shape (n,). O(n)."""
         cdef uint32_t own = as_owner(owner)
         cdef Py_buffer view
         cdef Pool *pool
@@ -359,11 +314,11 @@ cdef class Allocator:
             try:
                 pool = alive(self)
                 if pool.owners[own].held != <uint64_t>view.shape[0]:
-                    continue    # another thread was here
-                if begin(self, view.shape[0]):
+                    continue    # another thread used the pool meanwhile
+                if guard_enter(&self.guard, view.shape[0]):
                     with nogil:
                         pool_held_by(pool, own, <uint64_t *>view.buf)
-                        pthread_mutex_unlock(&self.busy)
+                        guard_leave(&self.guard)
                 else:
                     pool_held_by(pool, own, <uint64_t *>view.buf)
                 return ids
@@ -371,12 +326,12 @@ cdef class Allocator:
                 PyBuffer_Release(&view)
 
     def held_count(self, owner):
-        """Return how many IDs `owner` holds. Constant time."""
+        """Return the number of IDs that an owner holds. Constant time."""
         cdef uint32_t own = as_owner(owner)
         return alive(self).owners[own].held
 
     def __contains__(self, cid):
-        """Tell whether anybody holds `cid`; False for whatever is no ID of this pool."""
+        """Return whether `cid` is held; False for any object that is not an ID. Constant time."""
         cdef int64_t value = 0
         cdef uint32_t owner = 0
         cdef int kind = read_int(cid, &value)
@@ -384,12 +339,12 @@ cdef class Allocator:
         return kind == FITS and pool_owner_of(pool, value, &owner) == OK
 
     def __len__(self):
-        """Return how many IDs are held."""
+        """Return the number of held IDs. Constant time."""
         return pool_held(alive(self))
 
     @property
     def capacity(self):
-        """IDs in the pool."""
+        """Number of IDs in the pool."""
         return alive(self).capacity
 
     @property
@@ -399,81 +354,82 @@ cdef class Allocator:
 
     @property
     def block(self):
-        """IDs in a block."""
+        """Number of IDs in a block."""
         return 1 << alive(self).shift
 
     @property
     def active(self):
-        """IDs that are held."""
+        """Number of held IDs."""
         return pool_held(alive(self))
 
     @property
     def inactive(self):
-        """IDs that were issued at least once and are not held."""
+        """Number of IDs that were issued at least once and are not held now."""
         cdef Pool *pool = alive(self)
         return pool.issued - pool_held(pool)
 
     @property
     def cooling(self):
-        """IDs that nobody holds and whose time has not come, as of the latest `now` seen.
+        """Number of IDs that are not held and not due, as of the latest `now` seen.
 
-        Time in proportion to the blocks that come due at about this time, and to idle owners.
+        Linear in the queued blocks with a `reuse_at` close to `now`, and in the idle blocks.
         """
         return pool_count(alive(self)).cooling
 
     @property
     def pinned(self):
-        """IDs that nobody holds, in blocks where another one is held. Time as `cooling`."""
+        """Number of IDs that are not held, in a block with a held ID. Time as `cooling`."""
         return pool_count(alive(self)).pinned
 
     @property
     def peak(self):
-        """The most IDs that were held at once."""
+        """Highest number of IDs that were held at once."""
         return alive(self).peak
 
     @property
     def high_water(self):
-        """IDs in the blocks that were ever opened."""
-        return alive(self).high_water
+        """Number of IDs in the blocks that were ever opened."""
+        cdef Pool *pool = alive(self)
+        return pool_ids(pool, pool.opened)
 
     @property
     def opened(self):
-        """Blocks that were ever opened."""
+        """Number of blocks that were ever opened, in the order of their IDs."""
         return alive(self).opened
 
     @property
     def ready(self):
-        """Blocks that may be opened so far, of all; it can only be raised.
+        """Number of blocks that may be opened so far. It can only be raised.
 
-        Memory that is still to come, as that of a file which grows, is not touched before.
+        The pool does not touch the memory of later blocks, so a file can grow before it is raised.
         """
         return alive(self).ready
 
     @ready.setter
     def ready(self, blocks):
         cdef int64_t value = as_int(blocks, alive(self).ready, alive(self).count, "ready")
-        pool_set_ready(alive(self), value)
+        alive(self).ready = value
 
     @property
     def next_due(self):
-        """The time at which the first free block is or was due; None if no block is free."""
+        """Time at which the first queued block is or was due; None if no block is queued."""
         cdef int64_t due = 0
         return due if pool_next_due(alive(self), &due) else None
 
     def __repr__(self):
-        """Describe the pool and how full it is."""
+        """Return the arguments of the pool and its number of held IDs."""
         cdef Pool *pool = alive(self)
         cdef uint64_t held = pool_held(pool)
         return (f"Allocator(capacity={pool.capacity}, first={pool.first}, "
                 f"block={1 << pool.shift}): {held} held")
 
     def __reduce__(self):
-        """Refuse to be copied: two pools would issue the same IDs."""
+        """Raise TypeError: a copy would issue the same IDs."""
         raise TypeError("an Allocator cannot be pickled or copied: both would issue the same IDs")
 
     def _check(self):
-        """Audit every structure; raises AssertionError. Time in proportion to the blocks opened.
+        """Check every invariant; raises AssertionError. Linear in the opened blocks.
 
-        No other thread may use the pool meanwhile.
+        No other thread may use the pool at the same time.
         """
         audit(alive(self))

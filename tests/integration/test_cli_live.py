@@ -63,7 +63,7 @@ def test_acquire_and_release(triton: TritonServer) -> None:
         assert run("release", url, *ids, "--ended").returncode == 0
         again = run("release", url, ids[0])
         assert again.returncode == 1
-        assert again.stderr.startswith(f"error: NOT_HELD: nobody holds ID {ids[0]}")
+        assert again.stderr.startswith(f"error: NOT_HELD: ID {ids[0]} is not held")
         both = run("release", url, ids[0], "--ended", "--cooldown", "1")
         assert both.stderr.startswith("error: INVALID_ARGUMENT: ")
 

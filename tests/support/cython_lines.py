@@ -12,7 +12,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-SOURCES = Path(__file__).parent.parent.parent / "src" / "cidalloc"
+FOLDER = Path(__file__).parent.parent.parent / "src" / "cidalloc"
+SOURCES = {path.name: path for kind in ("*.pyx", "*.pxd") for path in FOLDER.rglob(kind)}
 
 
 def counts(folder: Path) -> dict[str, dict[int, int]]:
@@ -23,8 +24,8 @@ def counts(folder: Path) -> dict[str, dict[int, int]]:
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         for file in json.loads(text)["files"]:
             name = Path(file["file"]).name
-            if Path(name).suffix in (".pyx", ".pxi", ".pxd"):
-                lines, code = found[name], statements(SOURCES / name)
+            if name in SOURCES:
+                lines, code = found[name], statements(SOURCES[name])
                 for line in file["lines"]:
                     number = line["line_number"]
                     if number in code:

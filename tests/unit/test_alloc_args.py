@@ -178,7 +178,7 @@ def test_an_argument_of_another_type_is_refused(wrong: Any) -> None:
     assert len(pool) == 1
     if wrong is not None:
         with pytest.raises(errors.InvalidArgument):
-            Allocator(start=wrong)
+            Allocator(ready=wrong)
 
 
 def test_an_argument_out_of_bounds_is_refused() -> None:
@@ -207,8 +207,8 @@ def test_an_argument_out_of_bounds_is_refused() -> None:
         lambda: Allocator(1, 1, 0),
         lambda: Allocator(1, 1, 3),
         lambda: Allocator(1, 1, 128),
-        lambda: Allocator(10, 5, start=4),
-        lambda: Allocator(10, 5, start=15),
+        lambda: Allocator(10, ready=-1),
+        lambda: Allocator(10, ready=11),
     ]
     for call in calls:
         with pytest.raises(errors.InvalidArgument):

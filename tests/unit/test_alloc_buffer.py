@@ -113,14 +113,13 @@ def test_unfit_memory_is_refused(buffer: Any) -> None:
         Allocator(65, buffer=buffer)
 
 
-@pytest.mark.parametrize("start", [None, 65, 128])
-def test_memory_that_a_pool_has_used_is_refused(start: int | None) -> None:
+def test_memory_that_a_pool_has_used_is_refused() -> None:
     buffer = bytearray(Allocator.buffer_size(128))
-    pool = Allocator(128, buffer=buffer, start=start)
+    pool = Allocator(128, buffer=buffer)
     pool.release(pool.acquire())
     del pool
     with pytest.raises(errors.InvalidArgument, match="zero"):
-        Allocator(128, buffer=buffer, start=start)
+        Allocator(128, buffer=buffer)
     assert Allocator(64, buffer=bytearray(len(buffer))).acquire() == 1
 
 

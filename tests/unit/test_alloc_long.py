@@ -29,9 +29,8 @@ class History:
         self.chance = random.Random(capacity * width)
         self.draw = self.chance.random
         first = self.chance.choice([1, 2**31, 2**63 - 2**38])
-        start = first + self.chance.randrange(capacity)
-        self.pool = Allocator(capacity, first, width, start=start)
-        self.model = Model(capacity, first, width, start)
+        self.pool = Allocator(capacity, first, width)
+        self.model = Model(capacity, first, width)
         self.held: dict[int, list[int]] = {owner: [] for owner in OWNERS}
         self.now = self.chance.choice([-(10**6), 0, 2**60])
 

@@ -36,10 +36,9 @@ class Block:
 class Model:
     """What the pool must do: every choice of an ID is forced, but for which idle block is taken."""
 
-    def __init__(self, capacity: int, first: int, width: int, start: int) -> None:
+    def __init__(self, capacity: int, first: int, width: int) -> None:
         self.capacity, self.first, self.width = capacity, first, width
         self.count = -(-capacity // width)
-        self.start = (start - first) // width
         self.blocks: dict[int, Block] = {}
         self.queue: list[tuple[int, int, Block]] = []  # a heap of key, order of coming, block
         self.current: dict[int, Block] = {}
@@ -65,7 +64,7 @@ class Model:
         if idle := [block for block in self.current.values() if block.idle]:
             return idle
         if len(self.blocks) < self.count:
-            return [self.block_of((self.start + len(self.blocks)) % self.count)]
+            return [self.block_of(len(self.blocks))]
         return []
 
     def next_id(self, block: Block, owner: int) -> int:
@@ -178,14 +177,12 @@ class Histories(RuleBasedStateMachine):
     @initialize(
         shape=st.one_of(small, small, large),
         first=st.sampled_from([1, 2, 10_000, 2**31, 2**63 - 2**38]),
-        start=st.one_of(st.none(), st.floats(0, 1)),
         now=st.sampled_from([0, 0, -1000, 2**40, LOWEST, HIGHEST - 10_000]),
     )
-    def make(self, shape: tuple[int, int], first: int, start: float | None, now: int) -> None:
+    def make(self, shape: tuple[int, int], first: int, now: int) -> None:
         capacity, block = shape
-        at = None if start is None else first + int(start * (capacity - 1))
-        self.pool = Allocator(capacity, first, block, start=at)
-        self.model = Model(capacity, first, block, first if at is None else at)
+        self.pool = Allocator(capacity, first, block)
+        self.model = Model(capacity, first, block)
         self.now = now
 
     def seen(self, now: int) -> int:

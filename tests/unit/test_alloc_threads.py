@@ -230,7 +230,7 @@ def test_a_refused_large_call_leaves_the_pool_free() -> None:
     pool.release_many(ids, reuse_at=100)
     with pytest.raises(errors.NotHeld):
         pool.release_many(ids)
-    with pytest.raises(errors.Exhausted, match="10000 cool"):
+    with pytest.raises(errors.Exhausted, match="10000 are cooling"):
         pool.acquire_many(9_000, now=50)
     assert pool.acquire(now=100) == 1
     pool._check()

@@ -48,11 +48,14 @@ def test_what_is_installed() -> None:
         "cidalloc/_alloc.pyi",
         "cidalloc/manager/storage/_mapping.pyi",
         "cidalloc/triton_model/_parent_watch.pyi",
-        "cidalloc/_alloc.pxd",
         "cidalloc/triton_model/config.pbtxt",
         "cidalloc/devserver/demo/models/simple_sequence/1/model.py",
     ):
         assert wanted in names
+    for path in (ROOT / "src").rglob("*.pxd"):
+        assert str(path.relative_to(ROOT / "src")) in names, (
+            "others cimport it, or what it cimports"
+        )
     assert metadata("cidalloc")["License-Expression"] == "Apache-2.0"
 
 
@@ -60,6 +63,8 @@ def test_every_file_says_what_it_is_for() -> None:
     source = ROOT / "src" / "cidalloc"
     for path in [*source.rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
         assert path.read_text().startswith('"""'), f"{path.name} does not begin with its purpose"
+    for path in source.rglob("*.pxd"):
+        assert path.read_text().startswith("# "), f"{path.name} does not begin with its purpose"
 
 
 @pytest.mark.skipif(not (ROOT / "Makefile").exists(), reason="a source distribution has none")

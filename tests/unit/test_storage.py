@@ -167,15 +167,15 @@ def test_an_error_names_the_id(path: Path) -> None:
     assert ids.tolist() == [30, 31, 32]
     anonymous = registry.acquire(1, 0)
     wrong = {
-        "nobody holds ID 40 at position 1": [30, 40],
-        "ID 31 stands twice|ID 31 at position 2 stands twice": [30, 31, 31],
-        "ID 33 at position 1 belongs to another owner": [30, int(anonymous[0])],
-        "the ID at position 0 is outside the pool: 10 to 59": [60],
+        "ID 40 at position 1 is not held": [30, 40],
+        "ID 31 at position 2 is a duplicate": [30, 31, 31],
+        "ID 33 at position 1 is held by another owner": [30, int(anonymous[0])],
+        "the ID at position 0 is outside the pool, whose IDs are 10 to 59": [60],
     }
     for words, each in wrong.items():
         with pytest.raises(CidError, match=words):
             registry.release(np.array(each, np.uint64), 0, token=bytes(16), seq=2)
-    for words, each in {"ID 31 belongs to a session": [31], "nobody holds ID 45": [45]}.items():
+    for words, each in {"ID 31 is held by a session": [31], "ID 45 is not held": [45]}.items():
         with pytest.raises(CidError, match=words):
             registry.release(np.array(each, np.uint64), 0)
     assert registry.held(bytes(16), 0).tolist() == ids.tolist()

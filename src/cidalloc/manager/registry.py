@@ -424,9 +424,9 @@ class Registry:
         for number, owner in zip(numbers.tolist(), owners, strict=True):
             if owner not in self.sessions.anonymous:
                 cid = int(self.store.shape.ids(np.array([number], np.uint64))[0])
-                raise NotOwner(f"ID {cid} belongs to a session, which alone releases it")
+                raise NotOwner(f"ID {cid} is held by a session: only that session can release it")
         if len(set(owners)) > 1 and len(np.unique(numbers)) < len(numbers):
-            raise Duplicate("an ID stands twice in this call")
+            raise Duplicate("an ID is given twice in this call")
         self._reckon(cooldown)
         for owner in set(owners):
             part = np.array([owner == each for each in owners])

@@ -51,7 +51,7 @@ def run(bint given):
     cdef int step = 0
     cdef void *memory = calloc(1, pool_size(100, 0)) if given else NULL
     with nogil:
-        code = pool_init(&pool, 100, 1, 0, 1, memory)
+        code = pool_init(&pool, 100, 1, 0, memory)
         if code == OK:
             step = life(&pool)
         pool_free(&pool)
