@@ -60,9 +60,12 @@ cdef int recover(
     past.after_power_loss = reuse_at is not None
     past.reuse_at = as_time(reuse_at, "reuse_at") if past.after_power_loss else 0
     if pool_recover(pool, &past, &at):
-        raise error(REGISTRY_CORRUPT,
-                    f"the record of ID {pool.base + (at << pool.shift)} is damaged"
-                    if at else "the records of IDs are damaged")
+        found = error(REGISTRY_CORRUPT, "the records of IDs are damaged")
+        if at:
+            cid = pool.base + (at << pool.shift)
+            found = error(REGISTRY_CORRUPT, f"the record of ID {cid} is damaged")
+            found.cid = cid
+        raise found
     return 0
 
 

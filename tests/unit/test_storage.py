@@ -468,6 +468,13 @@ def test_sessions_that_were_overwritten_by_zeros(used: Path) -> None:
     refused(used, RegistryCorrupt, "record of ID 10 is damaged")
 
 
+def test_damage_names_the_id(path: Path) -> None:
+    shape = Shape(10, 50, offset=20)
+    Storage.open(path, shape, boot=BOOT).close()
+    poke(path, Part.RECORDS.place + 3 * 32, b"\xff" * 32)
+    refused(path, RegistryCorrupt, "the record of ID 32 is damaged")
+
+
 def test_after_a_reboot_a_refusal_writes_nothing_either(used: Path) -> None:
     poke(used, Part.RECORDS.place, b"\xff" * 4096)
     before = content(used)

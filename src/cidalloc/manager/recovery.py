@@ -84,7 +84,7 @@ def recover(
             live_snapshot=live_snapshot,
         )
     except RegistryCorrupt as error:
-        raise RegistryCorrupt(f"{store.path}: {error}") from None
+        raise RegistryCorrupt(f"{store.path}: {shape.with_id(error)}") from None
     store.header[Word.GENERATION] = generation
     sessions = Sessions(store, pool)
     store.sign()

@@ -17,7 +17,6 @@ import numpy as np
 
 from .._alloc import Allocator
 from ..errors import (
-    CidError,
     Duplicate,
     Exhausted,
     InvalidArgument,
@@ -300,7 +299,7 @@ class Registry:
                 self.pool.release_many(numbers, session.number, self.now + cooldown)
                 self.sessions.set_seq(session, seq)
         except (NotHeld, NotOwner, Duplicate) as error:
-            raise self._naming_id(error) from None
+            raise self.store.shape.with_id(error) from None
         self.released["ended" if ended else "cooled"] += len(ids)
         return len(ids)
 
@@ -431,10 +430,3 @@ class Registry:
         for owner in set(owners):
             part = np.array([owner == each for each in owners])
             self.pool.release_many(numbers[part], owner, self.now + cooldown)
-
-    def _naming_id(self, error: CidError) -> CidError:
-        """Return an error of the pool with the ID in place of the allocator's number of it."""
-        if error.cid is None:
-            return error
-        cid = self.store.shape.ids(np.array([error.cid], np.uint64))[0]
-        return type(error)(str(error).replace(f"ID {error.cid}", f"ID {cid}", 1))

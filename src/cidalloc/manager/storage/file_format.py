@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...errors import RegistryCorrupt, RegistryMismatch
+from ...errors import CidError, RegistryCorrupt, RegistryMismatch
 from ...protocol import IDs
 
 __all__ = [
@@ -141,6 +141,13 @@ class Shape:
         places = numbers - np.uint64(self.first)
         rotated = (places + np.uint64(by)) % np.uint64(self.modulus)
         return np.where(places < self.modulus, rotated, places) + np.uint64(self.first)
+
+    def with_id(self, error: CidError) -> CidError:
+        """Return an error of the allocator with the ID in place of the allocator's number."""
+        if error.cid is None:
+            return error
+        cid = self.ids(np.array([error.cid], np.uint64))[0]
+        return type(error)(str(error).replace(f"ID {error.cid}", f"ID {cid}", 1))
 
     @property
     def granules(self) -> int:
