@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command import run, run_process
 
 from cidalloc import __version__
 from cidalloc.devserver.triton_server import TritonServer
@@ -20,13 +21,22 @@ from cidalloc.triton_model.config import settings_from
 HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "cidalloc", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-
-
 def test_version() -> None:
     assert run("--version").stdout == f"cidalloc {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"), [(["--version"], 0), (["--nonesuch"], 2), (["stress", "-p", "0"], 1)]
+)
+def test_a_process_says_the_same(arguments: list[str], status: int) -> None:
+    """What the other tests run within this process, run as a person runs it."""
+    here, there = run(*arguments), run_process(*arguments)
+    assert (there.returncode, there.stdout, there.stderr.splitlines()[-1:]) == (
+        status,
+        here.stdout,
+        here.stderr.splitlines()[-1:],
+    )
+    assert here.returncode == status
 
 
 @pytest.mark.parametrize("command", [[], ["demo"], ["stress"], ["model"], ["serve"]])

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_cli import run
+from command import run
 
 from cidalloc.client import Client
 from cidalloc.devserver import demo

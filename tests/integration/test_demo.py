@@ -15,6 +15,7 @@ import pytest
 import tritonclient.grpc
 from anonymous import Anonymous
 from click.testing import CliRunner
+from command import run, run_process
 
 from cidalloc import cli
 from cidalloc.client import Client
@@ -46,14 +47,9 @@ Removing managed Correlation ID: {{}}
 """
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "cidalloc", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
-
-
 @pytest.mark.server
 def test_the_demo_prints_what_it_printed_in_2019() -> None:
-    done = run("demo")
+    done = run_process("demo")
     assert done.returncode == 0, done.stderr
     assert done.stdout == OUTPUT.format(1, 2, "streaming : non-streaming", 2, 1)
 

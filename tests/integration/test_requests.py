@@ -36,6 +36,7 @@ from cidalloc.triton_model import export
 WAYS = ["grpc", "http"]
 IN_TIME_S = 0.5  # a request ends by its timeout and at most that; some more for a busy machine
 BUSY_S = 1.0
+CANCEL_S = 0.2  # within so many seconds the server has seen that a request was cancelled
 SETTINGS = Settings(first=1, capacity=100_000, max_sessions=1000, fresh=True)
 SUPPORT = Path(slow_models.__file__).parent
 
@@ -484,12 +485,14 @@ def test_a_short_limit_cancels_no_request(timeout: float) -> None:
     """Who waits gives up, and the request ends by itself."""
     with FakeTriton(SETTINGS) as fake, Client(fake.url, timeout=timeout) as cids:
         cids.acquire()
-        fake.delay_s = 0.6
+        fake.delay_s = 5.0
         began = time.monotonic()
         with pytest.raises(errors.Unavailable):
             cids.acquire_many(2000)
         assert time.monotonic() - began < timeout + BUSY_S
         fake.delay_s = 0.0
+        time.sleep(CANCEL_S)
+        fake.answer_now()
         wait_for(lambda: settled(fake))
         assert fake.cancelled == 0
 
@@ -521,8 +524,8 @@ def test_an_exception_out_of_a_handler(what: str, error: type[BaseException]) ->
     with FakeTriton(SETTINGS) as fake, Client(fake.url) as cids:
         sequence = cids.sequence("model")
         sequence.infer(one("grpc"))
-        fake.delay_s = 0.8
-        with pytest.raises(error), alarm(0.3, error):
+        fake.delay_s = 5.0
+        with pytest.raises(error), alarm(0.15, error):
             if what == "acquire":
                 cids.acquire_many(2000)
             elif what == "infer":
@@ -530,6 +533,11 @@ def test_an_exception_out_of_a_handler(what: str, error: type[BaseException]) ->
             else:
                 cids.close()
         fake.delay_s = 0.0
+        if what == "infer":  # gRPC itself cancels the call that blocks the main thread
+            wait_for(lambda: fake.cancelled == 1)
+        else:
+            time.sleep(CANCEL_S)
+        fake.answer_now()
         gc.collect()
         if what != "close":
             assert len(cids.acquire_many(3000)) == 3000
@@ -537,7 +545,6 @@ def test_an_exception_out_of_a_handler(what: str, error: type[BaseException]) ->
             sequence.close()
             assert sequence.state == "closed, recycled" if what == "acquire" else "closed, cooling"
         wait_for(lambda: settled(fake))
-        # gRPC itself cancels the call that blocks the main thread.
         assert fake.cancelled == (1 if what == "infer" else 0)
 
 
@@ -595,10 +602,11 @@ def test_a_stream_whose_connection_ends_by_age() -> None:
     with FakeTriton(SETTINGS, *age) as fake, Client(fake.url) as cids:
         sequence = cids.sequence("model", streaming=True)
         sequence.infer(one("grpc"))
-        fake.delay_s = 3.0
+        fake.delay_s = 5.0
         with pytest.raises(errors.Unavailable, match=r"stream to .* broke"):
             sequence.infer(one("grpc"))
         fake.delay_s = 0.0
+        fake.answer_now()
         sequence.close()
         with cids.sequence("model", streaming=True) as another:
             another.infer(one("grpc"), end=True)
