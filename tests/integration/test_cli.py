@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import run, run_process
+from servers import Server
 
 from cidalloc import __version__
-from cidalloc.devserver.triton_server import TritonServer
 from cidalloc.errors import Unavailable
 from cidalloc.manager.settings import Settings
 from cidalloc.triton_model.config import settings_from
@@ -205,11 +205,11 @@ def test_a_server_whose_python_lacks_the_package(
         value = f'value {{ string_value: "{bare}" }}'
         config.write(f'parameters {{ key: "EXECUTION_ENV_PATH" {value} }}\n')
     with pytest.raises(Unavailable, match="does not have cidalloc: install it there, or put a"):
-        with TritonServer(models):
+        with Server(models):
             pass
     export("-o", "--vendor")
     for option in ("--first=7", "--vendor"):  # that it is vendored stays
-        with TritonServer(models) as server:
+        with Server(models) as server:
             assert run("probe", server.grpc_url).returncode == 0
         export("-o", option)
     copy = models / "cidmgr" / "1" / "cidalloc"
@@ -217,7 +217,7 @@ def test_a_server_whose_python_lacks_the_package(
     module.rename(copy / re.sub("cpython-3[0-9]+", "cpython-399", module.name))
     words = f"for Python 3.99, and this server has {HERE}: run .* --python {HERE} DIR"
     with pytest.raises(Unavailable, match=words):
-        with TritonServer(models):
+        with Server(models):
             pass
     export("-o", "--no-vendor")
     left = {each.name for each in (models / "cidmgr" / "1").iterdir()}

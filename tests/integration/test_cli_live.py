@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 from command import run
+from servers import Server
 
 from cidalloc.client import Client
 from cidalloc.devserver import demo
@@ -39,7 +40,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
         folder / "models", Settings(first=1000, capacity=100, fresh=True, state=str(state))
     )
     options = ["--model-control-mode=explicit", "--load-model=*"]
-    with TritonServer(folder / "models", arguments=options) as server:
+    with Server(folder / "models", arguments=options) as server:
         yield server
 
 
@@ -224,7 +225,7 @@ def test_top_in_a_terminal(opened: Opened, triton: TritonServer, key: str) -> No
 
 @pytest.mark.server
 def test_top_outlives_the_server(opened: Opened, few: Path) -> None:
-    with TritonServer(few) as server:
+    with Server(few) as server:
         terminal = opened("top", server.grpc_url, "--interval", "0.2", "--timeout", "1")
         terminal.until("a restart forgets")
     terminal.until("no answer")

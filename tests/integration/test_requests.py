@@ -24,6 +24,7 @@ import tritonclient.grpc
 import tritonclient.http
 from fake_triton import FakeTriton
 from proxy import Proxy
+from servers import Server
 from slow_models import count_up, total
 
 from cidalloc import errors
@@ -36,7 +37,7 @@ from cidalloc.triton_model import export
 WAYS = ["grpc", "http"]
 IN_TIME_S = 0.5  # a request ends by its timeout and at most that; some more for a busy machine
 BUSY_S = 1.0
-CANCEL_S = 0.2  # within so many seconds the server has seen that a request was cancelled
+CANCEL_S = 0.1  # within so many seconds the server has seen that a request was cancelled
 SETTINGS = Settings(first=1, capacity=100_000, max_sessions=1000, fresh=True)
 SUPPORT = Path(slow_models.__file__).parent
 
@@ -53,12 +54,12 @@ def server(tmp_path_factory: pytest.TempPathFactory, log: Path) -> Iterator[Trit
     export(folder)
     for way in WAYS:
         export(folder, Settings(first=1, capacity=100, fresh=True), name=f"hundred_{way}")
-    slow_models.write(folder, "four_slots", slots=4, delay_s=0.01)
+    slow_models.write(folder, "four_slots", slots=4, delay_s=0.005)
     slow_models.write(folder, "slow", slots=16, delay_s=0.2, log=log)
     slow_models.write(folder, "stuck", slots=8, delay_s=3.0)
     slow_models.write(folder, "quick", slots=256)
     slow_models.write(folder, "decoupled", decoupled=True)
-    with TritonServer(folder) as server:
+    with Server(folder) as server:
         yield server
 
 
@@ -446,7 +447,7 @@ def test_closing_a_client_cancels_no_request_of_another_thread(streaming: bool) 
         fake.delay_s = 0.5
         blocked = pool.submit(first.infer, one("grpc"))
         future = second.async_infer(one("grpc"))
-        wait_for(lambda: fake.begun >= 4)
+        wait_for(lambda: fake.inferences == 2)
         fake.delay_s = 0.0
         cids.close()
         assert isinstance(future.exception(0), errors.SequenceLost)
@@ -502,18 +503,24 @@ class Alarm(Exception):
 
 
 @contextlib.contextmanager
-def alarm(seconds: float, error: type[BaseException]) -> Iterator[None]:
-    """Raise an error out of a signal handler after so many seconds."""
+def alarm(when: Callable[[], bool], error: type[BaseException]) -> Iterator[None]:
+    """Raise an error out of a signal handler of the main thread as soon as something is true."""
 
     def ring(*_: object) -> None:
         raise error
 
+    def watch() -> None:
+        wait_for(when)
+        time.sleep(0.05)  # the call waits for its answer
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        watcher.join()
         signal.signal(signal.SIGALRM, before)
 
 
@@ -524,8 +531,8 @@ def test_an_exception_out_of_a_handler(what: str, error: type[BaseException]) ->
     with FakeTriton(SETTINGS) as fake, Client(fake.url) as cids:
         sequence = cids.sequence("model")
         sequence.infer(one("grpc"))
-        fake.delay_s = 5.0
-        with pytest.raises(error), alarm(0.15, error):
+        fake.delay_s, begun = 5.0, fake.begun
+        with pytest.raises(error), alarm(lambda: fake.begun > begun, error):
             if what == "acquire":
                 cids.acquire_many(2000)
             elif what == "infer":
@@ -633,12 +640,12 @@ def refuse(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
 @pytest.mark.parametrize("way", WAYS)
 def test_a_refused_keeper(server: TritonServer, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     refused = refuse(monkeypatch, "cidalloc-client")
-    with Client(url_of(server, way), ttl=1.5) as cids:
+    with Client(url_of(server, way), ttl=1.0) as cids:
         with pytest.raises(errors.Unavailable, match="can't start new thread"):
             cids.acquire()
         assert cids.held().tolist() == []
         with cids.sequence("quick") as sequence:
-            for _ in range(6):
+            for _ in range(4):
                 sequence.infer(one(way))
                 time.sleep(0.5)
         assert cids._session.epoch == 0

@@ -25,11 +25,12 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         cancelled: how many requests ended because their client gave them up.
         answered: how many ended with an answer.
         begun: how many have arrived.
+        inferences: how many of those were for the model, and not for the manager.
     """
 
     def __init__(self, settings: Settings, *options: tuple[str, int]) -> None:
         self.delay_s = 0.0
-        self.begun = self.cancelled = self.answered = 0
+        self.begun = self.cancelled = self.answered = self.inferences = 0
         self.service = Service(settings)
         self._go = threading.Condition()
         self._lock = threading.Lock()
@@ -50,6 +51,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.close()
 
     def ModelInfer(self, request: Any, context: Any) -> Any:
+        if request.model_name != protocol.MODEL:
+            self._note("inferences")
         over = self._begin(context)
         try:
             return (
@@ -63,6 +66,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     def ModelStreamInfer(self, requests: Any, context: Any) -> Any:
         for request in requests:
             self._note("begun")
+            self._note("inferences")
             self._wait()
             self._note("answered")
             yield service_pb2.ModelStreamInferResponse(infer_response=_echo(request))

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from servers import Server
 
-from cidalloc.devserver.triton_server import TritonServer
 from cidalloc.errors import InvalidArgument, Unavailable
 from cidalloc.manager.settings import Settings
 from cidalloc.triton_model import config, export, settings_from
@@ -147,6 +147,6 @@ def test_triton_shows_what_is_wrong(tmp_path: Path, old: str, new: str, words: s
     config = folder / "config.pbtxt"
     assert old in config.read_text()
     config.write_text(config.read_text().replace(old, new))
-    with pytest.raises(Unavailable) as caught, TritonServer(tmp_path):
+    with pytest.raises(Unavailable) as caught, Server(tmp_path):
         pass
     assert words in str(caught.value)
