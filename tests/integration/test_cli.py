@@ -171,7 +171,7 @@ def test_what_was_chosen_before_must_be_readable(tmp_path: Path) -> None:
         (["--min-ttl", "1h"], 1, "min_ttl_ms=3600000 is more than max_ttl_ms"),
         (["--cooldown", "2m", "--max-cooldown", "1m"], 1, "cooldown_ms=120000 is more than"),
         (["--batch-size", "0"], 1, "batch_size=0"),
-        (["--python", "3.10"], 1, "--python goes with --vendor"),
+        (["--python", "3.10"], 1, "--python needs --vendor"),
         (["--vendor", "--python", "2.7"], 1, "the server has 2.7: run this command with"),
     ],
 )
@@ -180,6 +180,23 @@ def test_what_cannot_be_chosen(tmp_path: Path, options: list[str], status: int, 
     assert done.returncode == status
     assert words in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_python_of_a_model_that_is_vendored(tmp_path: Path) -> None:
+    """A model that was vendored before stays so, and its copy is for the Python that is named."""
+    copy = tmp_path / "cidmgr" / "1" / "cidalloc"
+    assert run("model", str(tmp_path), "--no-state", "--vendor").returncode == 0
+    done = run("model", str(tmp_path), "-o", "--python", HERE)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert copy.is_dir()
+    other = run("model", str(tmp_path), "-o", "--python", "2.7")
+    assert other.returncode == 1
+    assert "the server has 2.7: run this command with" in other.stderr
+    for more in ("--no-vendor", "--reset"):
+        refused = run("model", str(tmp_path), "-o", more, "--python", HERE)
+        assert refused.returncode == 1
+        assert "--python needs --vendor" in refused.stderr
+    assert copy.is_dir()
 
 
 @pytest.mark.server

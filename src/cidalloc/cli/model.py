@@ -157,8 +157,6 @@ def model(
 
     if state and no_state:
         raise InvalidArgument("--state and --no-state exclude each other")
-    if version and not vendor:
-        raise InvalidArgument("--python goes with --vendor")
     there = (repository / name).exists()
     before = _read(repository / name) if there and overwrite and not reset else None
     chosen = {key: value for key, value in settings.items() if said(key) or before is None}
@@ -171,6 +169,10 @@ def model(
         batch_size = batch_size if said("batch_size") else before.batch_size
         modver = modver if said("modver") else before.version
         vendor = vendor if said("vendor") else before.vendored
+    if version and not vendor:
+        raise InvalidArgument(
+            "--python needs --vendor: it checks the Python version of the copy that --vendor makes"
+        )
     folder = Path(values.state)
     if values.state and repository.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise InvalidArgument(
