@@ -140,7 +140,7 @@ def test_what_is_not_said_again_keeps_its_value(tmp_path: Path) -> None:
     ]:
         done = run("model", str(place.parent), "-o", *more)
         assert done.returncode == 0, done.stderr
-        assert "Kept from before: first=10, capacity=500" in done.stdout.replace("fresh=True, ", "")
+        assert "Kept settings: first=10, capacity=500" in done.stdout.replace("fresh=True, ", "")
         assert chosen(place) == (before := before | changed)
         assert sorted(path.name for path in place.iterdir()) == ["3", "config.pbtxt"]
     assert run("model", str(place.parent), "--reset", "--no-state").returncode == 0
@@ -156,7 +156,7 @@ def test_what_was_chosen_before_must_be_readable(tmp_path: Path) -> None:
         config.write_text(damaged)
         done = run("model", str(tmp_path), "-o", "--first", "5")
         assert done.returncode == 1
-        assert done.stderr.startswith("error: INVALID_ARGUMENT: cannot read what was chosen before")
+        assert done.stderr.startswith("error: INVALID_ARGUMENT: cannot read the existing settings")
         assert "--reset" in done.stderr
         assert config.read_text() == damaged
     assert run("model", str(tmp_path), "--reset", "--no-state").returncode == 0
@@ -166,7 +166,7 @@ def test_what_was_chosen_before_must_be_readable(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "status", "words"),
     [
-        (["--cooldown", "soon"], 2, "'soon' is no time"),
+        (["--cooldown", "soon"], 2, "'soon' is not a time"),
         (["--capacity", "0"], 1, "error: INVALID_ARGUMENT: capacity=0 is not"),
         (["--min-ttl", "1h"], 1, "min_ttl_ms=3600000 is more than max_ttl_ms"),
         (["--cooldown", "2m", "--max-cooldown", "1m"], 1, "cooldown_ms=120000 is more than"),
@@ -232,7 +232,7 @@ def test_a_server_whose_python_lacks_the_package(
     copy = models / "cidmgr" / "1" / "cidalloc"
     (module,) = copy.glob("_alloc.cpython-*.so")
     module.rename(copy / re.sub("cpython-3[0-9]+", "cpython-399", module.name))
-    words = f"for Python 3.99, and this server has {HERE}: run .* --python {HERE} DIR"
+    words = f"for Python 3.99, but this server has {HERE}: run .* --python {HERE} DIR"
     with pytest.raises(Unavailable, match=words):
         with Server(models):
             pass

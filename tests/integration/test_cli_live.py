@@ -126,7 +126,7 @@ def test_doctor_finds_a_pool_that_does_not_fit(triton: TritonServer) -> None:
     assert done.returncode == 1
     assert "FAIL  narrow_sequence takes IDs up to 2147483647" in done.stdout
     none = run("doctor", triton.grpc_url, "--target", "nonesuch")
-    assert "configuration of nonesuch cannot be had" in none.stdout
+    assert "configuration of nonesuch cannot be read" in none.stdout
 
 
 @pytest.mark.server
