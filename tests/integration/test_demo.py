@@ -136,7 +136,7 @@ def test_stress_as_it_is_shown(triton: TritonServer) -> None:
         "failed": "0",
         "sequences run": "4",
         "wrong sums": "0",
-        "IDs with two holders at once": "0",
+        "IDs shared by two sequences": "0",
         "IDs still held afterwards": "0",
     }
 

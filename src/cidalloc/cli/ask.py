@@ -118,6 +118,8 @@ def acquire(url: str, model: str, timeout: float, count: int) -> None:
     The ID is held without a session, so the manager cannot see when the script dies. It takes the
     ID back after a day (setting anonymous_age_ms). Release the ID with 'cidalloc release'. In
     programs, use the client: its IDs are released soon after the program dies.
+
+    URL is host:port, or starts with grpc://, grpcs://, http:// or https://.
     """
     with Manager(url, model, timeout) as manager:
         ids, _ = manager.ask(Operation.NEW, count=count)
@@ -149,7 +151,12 @@ def acquire(url: str, model: str, timeout: float, count: int) -> None:
 def release(
     url: str, model: str, timeout: float, cid: tuple[int, ...], ended: bool, cooldown: float | None
 ) -> None:
-    """Release IDs that 'cidalloc acquire' printed. If one of them is wrong, none is released."""
+    """Release IDs that 'cidalloc acquire' printed.
+
+    If one of the IDs is not held, the command releases none of them.
+
+    URL is host:port, or starts with grpc://, grpcs://, http:// or https://.
+    """
     if ended and cooldown is not None:
         raise InvalidArgument("--ended and --cooldown cannot be combined: give one of them")
     parameters: dict[str, Parameter] = {"ended": ended}
@@ -169,6 +176,8 @@ def probe(url: str, model: str, timeout: float) -> None:
 
     The probe is a real inference. Before version 26.01, Triton reports a Python model as ready even
     if its process is dead.
+
+    URL is host:port, or starts with grpc://, grpcs://, http:// or https://.
     """
     began = time.monotonic()
     with Manager(url, model, timeout) as manager:

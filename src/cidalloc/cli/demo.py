@@ -163,7 +163,7 @@ def stress(parents: int, each: int, url: str | None) -> None:
         ("failed", len(outcome.failures)),
         ("sequences run", len(outcome.holds)),
         ("wrong sums", outcome.wrong_sums),
-        ("IDs with two holders at once", len(outcome.shared)),
+        ("IDs shared by two sequences", len(outcome.shared)),
         ("IDs still held afterwards", outcome.still_held),
     ):
         click.echo(f"{name:30}{value:>6}")

@@ -45,6 +45,8 @@ def doctor(url: str, model: str, timeout: float, targets: tuple[str, ...], as_js
     nothing on the server. To check whether clients may load models, it requests to load a model
     that does not exist. The exit status is 1 if a finding is a FAIL. A --target is a FAIL if its
     configuration cannot be read, or if the client refuses the model.
+
+    URL is host:port, or starts with grpc://, grpcs://, http:// or https://.
     """
     with Manager(url, model, timeout) as manager:
         findings = examine(_gather(manager, url, targets))

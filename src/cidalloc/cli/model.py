@@ -106,7 +106,7 @@ def _settings_options(command: Command) -> Command:
 @click.option(
     "--state",
     type=click.Path(path_type=Path, file_okay=False),
-    help=f"Folder for the file in which the manager remembers held IDs."
+    help=f"Folder for the file in which the manager stores held IDs."
     f" [default: {default_state_folder()}]",
 )
 @click.option("--no-state", is_flag=True, help="Keep no file. A restart forgets all held IDs.")
@@ -120,8 +120,8 @@ def _settings_options(command: Command) -> Command:
     "--python",
     "version",
     metavar="X.Y",
-    help="Python version of the server. With --vendor, the command checks that it has the same"
-    " version.",
+    help="Python version of the server, for --vendor. The command fails if it runs in another"
+    " version of Python.",
 )
 @_settings_options
 @click.option(
@@ -153,8 +153,8 @@ def model(
 ) -> None:
     """Write the manager model into the Triton model repository DIR.
 
-    Times are written like 500ms, 90s, 2m, 1h or 1d. The options are written to the model's
-    config.pbtxt. You may edit that file later; the manager checks it when it loads.
+    Write times like 500ms, 90s, 2m, 1h or 1d. The options are stored in the model's config.pbtxt.
+    You may edit this file later; the manager checks it when it loads.
     """
 
     def said(option: str) -> bool:

@@ -26,7 +26,7 @@ _FILE = click.argument("file", type=click.Path(path_type=Path))
 
 @click.group(short_help="Show, check or enlarge a manager's file.")
 def registry() -> None:
-    """Show, check or enlarge the file in which a manager remembers held IDs."""
+    """Show, check or enlarge the file in which a manager stores held IDs."""
 
 
 @registry.command()

@@ -211,8 +211,8 @@ def _server(facts: Facts) -> Iterator[Finding]:
         return
     version = (int(numbers[1]), int(numbers[2]))
     yield Finding("ok", f"Triton {facts.server}")
-    for mended, level, what, todo in _FAULTS:
-        if version < mended:
+    for fixed, level, what, todo in _FAULTS:
+        if version < fixed:
             yield Finding(level, what, todo)
 
 

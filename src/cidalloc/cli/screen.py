@@ -30,7 +30,7 @@ def duration(seconds: float) -> str:
 
 
 def rates_between(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> Rates | None:
-    """Return the rates between two statuses; None if the manager started anew in between."""
+    """Return the rates between two statuses; None if the manager restarted in between."""
     if before is None or before.get("registry") != now.get("registry"):
         return None
     took = now["uptime_s"] - before["uptime_s"]
@@ -85,7 +85,7 @@ def _facts(status: Mapping[str, Any], rates: Rates | None) -> Table:
     row("held", f"{held:,}, including the ID caches of clients{more}")
     row("cooling", f"{cooling:,}")
     row("free", f"{status['free']:,} ({status['free'] / capacity:.1%})")
-    row("peak", f"{status['peak']:,} held at once")
+    row("peak", f"{status['peak']:,} held at the same time")
     row("sessions", f"{status['sessions_total']:,} open, {status['sessions_expired']:,} expired")
     if rates is not None:
         row("rates", ", ".join(f"{rate:,.0f} {name}/s" for name, rate in rates.items()))

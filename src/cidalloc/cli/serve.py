@@ -70,7 +70,7 @@ def started(server: AbstractContextManager[TritonServer]) -> Iterator[TritonServ
 @click.option(
     "--state",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Folder for the file in which the manager remembers held IDs.  [default: no file]",
+    help="Folder for the file in which the manager stores held IDs.  [default: no file]",
 )
 @click.argument("flags", nargs=-1)
 def serve(

@@ -39,6 +39,8 @@ def top(url: str, model: str, timeout: float, interval: float) -> None:
 
     Press q or Ctrl-C to quit. While the manager does not answer, the last status stays on the
     screen. If the output is not a terminal, or TERM is dumb, the status is printed once.
+
+    URL is host:port, or starts with grpc://, grpcs://, http:// or https://.
     """
     console = Console(highlight=False)
     with Manager(url, model, timeout) as manager:
