@@ -1,7 +1,7 @@
 """Two sequences side by side on the model simple_sequence, request by request, over gRPC.
 
-As tritonclient's example of this name, but nobody picks an ID: the lines marked with "# cidalloc"
-are all that differs.
+This is tritonclient's example of the same name, with managed IDs. Only the lines marked with
+"# cidalloc" differ.
 
     python examples/simple_grpc_sequence_client.py -u localhost:8001
 """

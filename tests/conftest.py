@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from anonymous import Anonymous
 from loopback import Loopback
+from servers import Server
 
 from cidalloc.client import Client
 from cidalloc.client.sync.transport import connect
@@ -121,7 +122,7 @@ def few(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def triton(repository: Path) -> Iterator[TritonServer]:
     """The real server. Without it these tests fail; they are never skipped."""
-    server = TritonServer(repository)
+    server = Server(repository)
     try:
         server.start(timeout=110)  # it loads many models, maybe on a busy machine
         yield server

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command import run, run_process
+from servers import Server
 
 from cidalloc import __version__
-from cidalloc.devserver.triton_server import TritonServer
 from cidalloc.errors import Unavailable
 from cidalloc.manager.settings import Settings
 from cidalloc.triton_model.config import settings_from
@@ -20,13 +21,22 @@ from cidalloc.triton_model.config import settings_from
 HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "cidalloc", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-
-
 def test_version() -> None:
     assert run("--version").stdout == f"cidalloc {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"), [(["--version"], 0), (["--nonesuch"], 2), (["stress", "-p", "0"], 1)]
+)
+def test_a_process_says_the_same(arguments: list[str], status: int) -> None:
+    """What the other tests run within this process, run as a person runs it."""
+    here, there = run(*arguments), run_process(*arguments)
+    assert (there.returncode, there.stdout, there.stderr.splitlines()[-1:]) == (
+        status,
+        here.stdout,
+        here.stderr.splitlines()[-1:],
+    )
+    assert here.returncode == status
 
 
 @pytest.mark.parametrize("command", [[], ["demo"], ["stress"], ["model"], ["serve"]])
@@ -130,7 +140,7 @@ def test_what_is_not_said_again_keeps_its_value(tmp_path: Path) -> None:
     ]:
         done = run("model", str(place.parent), "-o", *more)
         assert done.returncode == 0, done.stderr
-        assert "Kept from before: first=10, capacity=500" in done.stdout.replace("fresh=True, ", "")
+        assert "Kept settings: first=10, capacity=500" in done.stdout.replace("fresh=True, ", "")
         assert chosen(place) == (before := before | changed)
         assert sorted(path.name for path in place.iterdir()) == ["3", "config.pbtxt"]
     assert run("model", str(place.parent), "--reset", "--no-state").returncode == 0
@@ -146,7 +156,7 @@ def test_what_was_chosen_before_must_be_readable(tmp_path: Path) -> None:
         config.write_text(damaged)
         done = run("model", str(tmp_path), "-o", "--first", "5")
         assert done.returncode == 1
-        assert done.stderr.startswith("error: INVALID_ARGUMENT: cannot read what was chosen before")
+        assert done.stderr.startswith("error: INVALID_ARGUMENT: cannot read the existing settings")
         assert "--reset" in done.stderr
         assert config.read_text() == damaged
     assert run("model", str(tmp_path), "--reset", "--no-state").returncode == 0
@@ -156,12 +166,12 @@ def test_what_was_chosen_before_must_be_readable(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "status", "words"),
     [
-        (["--cooldown", "soon"], 2, "'soon' is no time"),
+        (["--cooldown", "soon"], 2, "'soon' is not a time"),
         (["--capacity", "0"], 1, "error: INVALID_ARGUMENT: capacity=0 is not"),
         (["--min-ttl", "1h"], 1, "min_ttl_ms=3600000 is more than max_ttl_ms"),
         (["--cooldown", "2m", "--max-cooldown", "1m"], 1, "cooldown_ms=120000 is more than"),
         (["--batch-size", "0"], 1, "batch_size=0"),
-        (["--python", "3.10"], 1, "--python goes with --vendor"),
+        (["--python", "3.10"], 1, "--python needs --vendor"),
         (["--vendor", "--python", "2.7"], 1, "the server has 2.7: run this command with"),
     ],
 )
@@ -170,6 +180,23 @@ def test_what_cannot_be_chosen(tmp_path: Path, options: list[str], status: int, 
     assert done.returncode == status
     assert words in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_python_of_a_model_that_is_vendored(tmp_path: Path) -> None:
+    """A model that was vendored before stays so, and its copy is for the Python that is named."""
+    copy = tmp_path / "cidmgr" / "1" / "cidalloc"
+    assert run("model", str(tmp_path), "--no-state", "--vendor").returncode == 0
+    done = run("model", str(tmp_path), "-o", "--python", HERE)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert copy.is_dir()
+    other = run("model", str(tmp_path), "-o", "--python", "2.7")
+    assert other.returncode == 1
+    assert "the server has 2.7: run this command with" in other.stderr
+    for more in ("--no-vendor", "--reset"):
+        refused = run("model", str(tmp_path), "-o", more, "--python", HERE)
+        assert refused.returncode == 1
+        assert "--python needs --vendor" in refused.stderr
+    assert copy.is_dir()
 
 
 @pytest.mark.server
@@ -195,19 +222,19 @@ def test_a_server_whose_python_lacks_the_package(
         value = f'value {{ string_value: "{bare}" }}'
         config.write(f'parameters {{ key: "EXECUTION_ENV_PATH" {value} }}\n')
     with pytest.raises(Unavailable, match="does not have cidalloc: install it there, or put a"):
-        with TritonServer(models):
+        with Server(models):
             pass
     export("-o", "--vendor")
     for option in ("--first=7", "--vendor"):  # that it is vendored stays
-        with TritonServer(models) as server:
+        with Server(models) as server:
             assert run("probe", server.grpc_url).returncode == 0
         export("-o", option)
     copy = models / "cidmgr" / "1" / "cidalloc"
     (module,) = copy.glob("_alloc.cpython-*.so")
     module.rename(copy / re.sub("cpython-3[0-9]+", "cpython-399", module.name))
-    words = f"for Python 3.99, and this server has {HERE}: run .* --python {HERE} DIR"
+    words = f"for Python 3.99, but this server has {HERE}: run .* --python {HERE} DIR"
     with pytest.raises(Unavailable, match=words):
-        with TritonServer(models):
+        with Server(models):
             pass
     export("-o", "--no-vendor")
     left = {each.name for each in (models / "cidmgr" / "1").iterdir()}

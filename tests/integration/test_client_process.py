@@ -15,6 +15,7 @@ import pytest
 import tritonclient.grpc
 from anonymous import Anonymous
 from conftest import QUICK
+from servers import Server
 
 from cidalloc import errors
 from cidalloc.client import Client
@@ -116,13 +117,13 @@ def executions(triton: TritonServer) -> int:
 @pytest.mark.server
 def test_a_server_that_is_away_for_a_while_costs_no_sequence(few: Path) -> None:
     """Stopped and continued: what was idle meanwhile and still lives there goes on."""
-    with TritonServer(few) as server:
+    with Server(few) as server:
         with Client(server.grpc_url, ttl=30.0, timeout=1.0) as cids:
             with cids.sequence("patient_sequence", timeout=20.0) as sequence:
                 sequence.infer(number(1))
                 os.kill(server.pid, signal.SIGSTOP)
                 try:
-                    time.sleep(5.0)
+                    time.sleep(2.0)
                     with pytest.raises((errors.Unavailable, errors.SessionExpired)):
                         cids.acquire_many(5000)
                 finally:

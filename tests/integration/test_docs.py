@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from anonymous import Anonymous
+from servers import Server
 
 from cidalloc import errors
 from cidalloc.client import Client
@@ -148,7 +149,7 @@ def test_the_flags_of_the_server_and_healing_the_manager_alone(tmp_path: Path) -
     (heal,) = [each for each in blocks(ROOT / "docs" / "operations.md", "sh") if "/unload" in each]
     state = tmp_path / "state"
     export(tmp_path / "models", Settings(first=1, capacity=99, state=str(state), fresh=True))
-    with TritonServer(tmp_path / "models", arguments=arguments) as server:
+    with Server(tmp_path / "models", arguments=arguments) as server:
         with Client(server.grpc_url, timeout=3) as cids:
             cid = cids.acquire()
             os.kill(writer_of(state / "cidmgr.cidalloc")[0], signal.SIGKILL)

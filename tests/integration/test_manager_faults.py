@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.http
+from servers import Server
 
 from cidalloc import protocol
 from cidalloc.client import Client
@@ -46,7 +47,7 @@ class Place:
 
     def server(self) -> TritonServer:
         arguments = ["--model-control-mode=explicit", "--load-model=cidmgr"]
-        return TritonServer(self.repository, arguments=arguments)
+        return Server(self.repository, arguments=arguments)
 
     def stub(self) -> int:
         """Return the process that has the file."""

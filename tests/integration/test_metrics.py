@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tritonclient.grpc
+from servers import Server
 
 from cidalloc.client import Client
 from cidalloc.devserver.triton_server import TritonServer
@@ -124,7 +125,7 @@ def test_on_the_server(tmp_path: Path) -> None:
     state.mkdir()
     folder = export(models, Settings(first=1, capacity=5000, fresh=True, state=str(state)))
     options = ["--model-control-mode=explicit", "--load-model=*"]
-    with TritonServer(models, arguments=options) as server:
+    with Server(models, arguments=options) as server:
         with Client(server.grpc_url) as cids:
             ids = cids.acquire_many(500)
             found = wait_until(server, lambda found: found.get(HELD) == cids.status()["held"])
@@ -152,7 +153,7 @@ def test_on_the_server(tmp_path: Path) -> None:
 def test_a_server_without_metrics(tmp_path: Path) -> None:
     export(tmp_path, Settings(first=1, capacity=5000, fresh=True))
     log = tmp_path / "log"
-    with TritonServer(tmp_path, log=log, arguments=["--allow-metrics=false"]) as server:
+    with Server(tmp_path, log=log, arguments=["--allow-metrics=false"]) as server:
         with Client(server.grpc_url) as cids:
             cids.acquire()
             time.sleep(SETTLED + 2)  # by then it has tried

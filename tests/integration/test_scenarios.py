@@ -21,6 +21,7 @@ import pytest
 import tritonclient.grpc
 import tritonclient.http
 from loopback import AsyncLoopback, Loopback
+from servers import Server
 from tritonclient.utils import InferenceServerException
 
 from cidalloc import errors
@@ -466,7 +467,7 @@ def test_a_task_that_is_cancelled(triton: TritonServer) -> None:
 @pytest.fixture
 def brittle(few: Path) -> Iterator[TritonServer]:
     """A server that a test may stop and kill."""
-    with TritonServer(few) as server:
+    with Server(few) as server:
         yield server
         kill(server)
 

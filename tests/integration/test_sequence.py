@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.http
+from servers import Server
 from tritonclient.utils import InferenceServerException
 
 from cidalloc import errors
@@ -452,7 +453,7 @@ def test_what_waits_in_line_may_be_cancelled(triton: TritonServer) -> None:
 @pytest.fixture
 def frozen(few: Path) -> Iterator[tuple[Client, TritonServer]]:
     """A server that a test may stop and kill."""
-    with TritonServer(few) as server, Client(server.grpc_url, timeout=1.0) as client:
+    with Server(few) as server, Client(server.grpc_url, timeout=1.0) as client:
         yield client, server
         with contextlib.suppress(ProcessLookupError):
             os.kill(server.pid, signal.SIGKILL)

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command import run, run_all
+from servers import Server
 
-from cidalloc.devserver.triton_server import TritonServer
 from cidalloc.manager.settings import Settings
 from cidalloc.triton_model import export
 
@@ -35,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def url(folder: Path) -> Iterator[str]:
     export(folder / "models", Settings(first=1, capacity=999, fresh=True))
-    with TritonServer(folder / "models") as server:
+    with Server(folder / "models") as server:
         yield server.grpc_url
 
 
@@ -65,19 +66,14 @@ def commands(url: str, folder: Path) -> list[list[str]]:
     ]
 
 
-def start(command: list[str], more: dict[str, str], **how: int) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "COLUMNS": "100", **more}
-    return subprocess.Popen(
-        [sys.executable, "-m", "cidalloc", *command], env=environment, stderr=subprocess.PIPE, **how
-    )
+WIDE = {"COLUMNS": "100"}
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_every_command_everywhere(commands: list[list[str]], place: str) -> None:
-    running = [(each, start(each, PLACES[place], stdout=subprocess.PIPE)) for each in commands]
-    for command, process in running:
-        shown, words = process.communicate(timeout=60)
-        assert process.returncode == 0, (command, words)
+    ended = run_all(commands, {**WIDE, **PLACES[place]})
+    for command, (status, shown, words) in zip(commands, ended, strict=True):
+        assert status == 0, (command, words)
         assert shown and not words, (command, words)
         if place == "NO_COLOR":
             assert b"\x1b[3" not in shown, command
@@ -85,41 +81,44 @@ def test_every_command_everywhere(commands: list[list[str]], place: str) -> None
             assert b" -> " in shown or command[1] == "--help", shown
 
 
-@pytest.mark.parametrize("strange", ["127.0.0.1:1", "→", "\udcff"])
-def test_errors_that_a_terminal_cannot_show(strange: str) -> None:
-    for more in PLACES.values():
-        process = start(["status", strange], more, stdout=subprocess.PIPE)
-        shown, words = process.communicate(timeout=60)
-        assert (process.returncode, shown) == (1, b""), words
+@pytest.mark.parametrize("place", PLACES)
+def test_errors_that_a_terminal_cannot_show(place: str) -> None:
+    commands = [["status", strange] for strange in ("127.0.0.1:1", "→", "\udcff")]
+    for status, shown, words in run_all(commands, {**WIDE, **PLACES[place]}):
+        assert (status, shown) == (1, b""), words
         assert words.startswith(b"error: ") and words.count(b"\n") == 1, words
 
 
 def test_a_full_disk(commands: list[list[str]]) -> None:
     with open("/dev/full", "w") as full:
-        running = [(each, start(each, {}, stdout=full.fileno())) for each in commands]
-        for command, process in running:
-            _, words = process.communicate(timeout=60)
-            assert process.returncode == 1, (command, words)
-            expected = b"error: UNAVAILABLE: [Errno 28] No space left on device\n"
-            assert words == expected, (command, words)
+        ended = run_all(commands, WIDE, full.fileno())
+    for command, (status, _, words) in zip(commands, ended, strict=True):
+        assert status == 1, (command, words)
+        expected = b"error: UNAVAILABLE: [Errno 28] No space left on device\n"
+        assert words == expected, (command, words)
 
 
 def test_a_pipe_that_ends(commands: list[list[str]]) -> None:
     """As into `head`, which does not read what is too much."""
-    for command in commands:
-        reading, writing = os.pipe()
-        os.close(reading)
-        process = start(command, {}, stdout=writing)
-        os.close(writing)
-        _, words = process.communicate(timeout=60)
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = run_all(commands, WIDE, writing)
+    os.close(writing)
+    for command, (status, _, words) in zip(commands, ended, strict=True):
         assert words == b"", (command, words)
-        assert process.returncode in (1, 120), command
+        assert status in (1, 120), command
 
 
 @pytest.mark.parametrize("command", ["top", "status", "doctor"])
 def test_a_dumb_terminal(url: str, command: str) -> None:
     ours, theirs = pty.openpty()
-    process = start([command, url], {"TERM": "dumb"}, stdout=theirs, stdin=theirs)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cidalloc", command, url],
+        env={**os.environ, **WIDE, "TERM": "dumb"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+    )
     os.close(theirs)
     _, words = process.communicate(timeout=60)
     assert (process.returncode, words) == (0, b"")
@@ -131,7 +130,6 @@ def test_a_dumb_terminal(url: str, command: str) -> None:
 def test_the_model_of_a_pool_whose_numbers_are_too_long(tmp_path: Path) -> None:
     command = ["model", str(tmp_path), "--no-state", "--first", str(2**53), "--capacity"]
     for capacity, warned in (("1", False), ("2", True)):
-        process = start([*command, capacity, "--reset"], {}, stdout=subprocess.PIPE)
-        _, words = process.communicate(timeout=60)
-        assert process.returncode == 0, words
-        assert (b"warning: the pool ends at 9007199254740993" in words) == warned
+        done = run(*command, capacity, "--reset")
+        assert done.returncode == 0, done.stderr
+        assert ("warning: the pool ends at 9007199254740993" in done.stderr) == warned

@@ -32,13 +32,13 @@ import history
 import tritonclient.http
 from chaos_client import IDLE_S, TTL_S
 from proxy import Proxy
+from servers import Server
 from tritonclient.utils import InferenceServerException
 
 from cidalloc.client import Client
 from cidalloc.client.sync.transport import connect
 from cidalloc.codes import Operation
 from cidalloc.devserver import demo
-from cidalloc.devserver.triton_server import TritonServer
 from cidalloc.errors import CidError, Unavailable
 from cidalloc.manager.settings import Settings
 from cidalloc.manager.storage.file_lock import writer_of
@@ -145,10 +145,10 @@ class Chaos:
         self.server.stop()
         self._cleanup.close()
 
-    def _serve(self) -> TritonServer:
+    def _serve(self) -> Server:
         options = ["--model-control-mode=explicit", "--load-model=*"]
         log = self.logs / f"triton{next(self._names)}.log"
-        server = TritonServer(self._models, arguments=options, log=log)
+        server = Server(self._models, arguments=options, log=log)
         server.start()
         return server
 

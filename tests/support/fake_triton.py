@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,12 +25,14 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         cancelled: how many requests ended because their client gave them up.
         answered: how many ended with an answer.
         begun: how many have arrived.
+        inferences: how many of those were for the model, and not for the manager.
     """
 
     def __init__(self, settings: Settings, *options: tuple[str, int]) -> None:
         self.delay_s = 0.0
-        self.begun = self.cancelled = self.answered = 0
+        self.begun = self.cancelled = self.answered = self.inferences = 0
         self.service = Service(settings)
+        self._go = threading.Condition()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(64)
         self._server = grpc.server(self._pool, options=options)
@@ -50,6 +51,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.close()
 
     def ModelInfer(self, request: Any, context: Any) -> Any:
+        if request.model_name != protocol.MODEL:
+            self._note("inferences")
         over = self._begin(context)
         try:
             return (
@@ -63,7 +66,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     def ModelStreamInfer(self, requests: Any, context: Any) -> Any:
         for request in requests:
             self._note("begun")
-            time.sleep(self.delay_s)
+            self._note("inferences")
+            self._wait()
             self._note("answered")
             yield service_pb2.ModelStreamInferResponse(infer_response=_echo(request))
 
@@ -78,8 +82,18 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self._note("begun")
         # Called when the request is over, however it ends.
         context.add_callback(lambda: None if over.is_set() else self._note("cancelled"))
-        time.sleep(self.delay_s)
+        self._wait()
         return over
+
+    def answer_now(self) -> None:
+        """End the delay of the requests that are here."""
+        with self._go:
+            self._go.notify_all()
+
+    def _wait(self) -> None:
+        if self.delay_s:
+            with self._go:
+                self._go.wait(self.delay_s)
 
     def _end(self, over: threading.Event) -> None:
         over.set()

@@ -47,7 +47,7 @@ def test_nothing_to_complain_of() -> None:
 @pytest.mark.parametrize(
     ("seen", "level", "words"),
     [
-        (facts({"file": None}), "warn", "in memory alone"),
+        (facts({"file": None}), "warn", "only in memory"),
         (facts({"held": 799}), "ok", "79.9% of the 1,000 IDs"),
         (facts({"held": 700, "cooling": 100}), "warn", "80.0% of the 1,000 IDs"),
         (facts({"held": 950}), "FAIL", "95.0% of the 1,000 IDs"),
@@ -58,16 +58,16 @@ def test_nothing_to_complain_of() -> None:
         (
             facts(config={"dynamic_batching": {"max_queue_delay_microseconds": "100"}}),
             "warn",
-            "every request waits for others",
+            "every request waits for other requests",
         ),
-        (facts(server="2.51.0"), "note", "a string, sent to a model"),
-        (facts(server="2.54.0"), "warn", "cancels at the wrong moment"),
-        (facts(server="2.54.0"), "note", "keeps the server from ever ending"),
-        (facts(server="2.58.0"), "note", "is ready when its Python process is dead"),
+        (facts(server="2.51.0"), "note", "a string as sequence_id can crash"),
+        (facts(server="2.54.0"), "warn", "cancels a gRPC request at the wrong moment"),
+        (facts(server="2.54.0"), "note", "does not exit while a gRPC stream is open"),
+        (facts(server="2.58.0"), "note", "as ready even if its Python process is dead"),
         (facts(may_load=True), "warn", "can load models"),
         (facts(shared_memory=True), "note", "register shared memory"),
-        (facts(index_error="restricted"), "note", "cannot be had: restricted"),
-        (facts(unread={"asr": "gone"}), "note", "the configuration of asr cannot be had: gone"),
+        (facts(index_error="restricted"), "note", "cannot be read: restricted"),
+        (facts(unread={"asr": "gone"}), "note", "the configuration of asr cannot be read: gone"),
         (facts(unread={"asr": "gone"}, named=True), "FAIL", "the configuration of asr cannot be"),
         (
             facts({"pool": {"first": 2**53 - 10, "capacity": 11}}),
@@ -84,7 +84,7 @@ def test_nothing_to_complain_of() -> None:
             "FAIL",
             "the client refuses this model",
         ),
-        (facts(targets={}), "note", "no model here keeps sequences"),
+        (facts(targets={}), "note", "no model on this server has sequence_batching"),
         (facts(targets={"asr": SEQUENCES | {"backend": "python"}}), "note", "it leaks"),
         (
             facts(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import slow_models
 import tritonclient.grpc
+from servers import Server
 from simulation import World
 from slow_models import count_up
 
@@ -15,7 +16,6 @@ from cidalloc import errors
 from cidalloc.client import Client
 from cidalloc.client.core.model_info import KNOWN_S, ModelInfo
 from cidalloc.client.core.session import Session
-from cidalloc.devserver.triton_server import TritonServer
 from cidalloc.manager.settings import Settings
 from cidalloc.triton_model import export
 
@@ -173,13 +173,13 @@ def test_a_sign_of_a_reload(world: World, session: Session, sign: str) -> None:
 
 @pytest.mark.server
 def test_an_id_is_not_issued_while_the_model_of_now_knows_its_sequence(tmp_path: Path) -> None:
-    idle_s, timeout_s = 6.0, 1.0
+    idle_s, timeout_s = 3.0, 1.0
     slow_models.write(tmp_path, "model", idle_s=1.0)
     pool = Settings(first=7, capacity=1, cooldown_ms=100, unended_cooldown_ms=500, fresh=True)
     export(tmp_path, pool)
     options = ["--model-control-mode=explicit", "--load-model=*"]
     one = count_up(tritonclient.grpc)
-    with TritonServer(tmp_path, arguments=options) as server:
+    with Server(tmp_path, arguments=options) as server:
         triton = tritonclient.grpc.InferenceServerClient(server.grpc_url)
         with Client(server.grpc_url, ttl=30) as cids:
             with cids.sequence("model", timeout=timeout_s) as sequence:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from servers import Server
 
-from cidalloc.devserver.triton_server import TritonServer
 from cidalloc.errors import InvalidArgument, Unavailable
 from cidalloc.manager.settings import Settings
 from cidalloc.triton_model import config, export, settings_from
@@ -133,20 +133,22 @@ def test_two_that_export_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [each.name for each in tmp_path.iterdir()] == ["cidmgr"]
 
 
-@pytest.mark.server
-@pytest.mark.parametrize(
-    ("old", "new", "words"),
-    [
-        ("count: 1", "count: 2", "instance_group has 2 instances"),
-        ('key: "capacity"', 'key: "capcity"', "unknown parameter capcity"),
-        ('value { string_value: "5000" }', 'value { string_value: "5s" }', "cooldown_ms='5s'"),
-    ],
+WRONG = (
+    ("count: 1", "count: 2", "instance_group has 2 instances"),
+    ('key: "capacity"', 'key: "capcity"', "unknown parameter capcity"),
+    ('value { string_value: "5000" }', 'value { string_value: "5s" }', "cooldown_ms='5s'"),
 )
-def test_triton_shows_what_is_wrong(tmp_path: Path, old: str, new: str, words: str) -> None:
-    folder = export(tmp_path)
-    config = folder / "config.pbtxt"
-    assert old in config.read_text()
-    config.write_text(config.read_text().replace(old, new))
-    with pytest.raises(Unavailable) as caught, TritonServer(tmp_path):
+
+
+@pytest.mark.server
+def test_triton_shows_what_is_wrong(tmp_path: Path) -> None:
+    """Of each model that it cannot load."""
+    for number, (old, new, _) in enumerate(WRONG):
+        config = export(tmp_path, name=f"ids{number}") / "config.pbtxt"
+        assert old in config.read_text()
+        config.write_text(config.read_text().replace(old, new))
+    with pytest.raises(Unavailable) as caught, Server(tmp_path):
         pass
-    assert words in str(caught.value)
+    for number, (_, _, words) in enumerate(WRONG):
+        (line,) = (each for each in str(caught.value).splitlines() if f"'ids{number}'" in each)
+        assert words in line

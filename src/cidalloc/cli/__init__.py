@@ -1,4 +1,4 @@
-"""The ``cidalloc`` command: what a person types, and what they read."""
+"""The ``cidalloc`` command line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _GROUPS: dict[str, list[click.Command]] = {
 
 
 class _Grouped(click.Group):
-    """A group that lists its commands by what a person wants to do."""
+    """A group that lists its commands by purpose."""
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         for title, commands in _GROUPS.items():
@@ -46,9 +46,9 @@ class _Grouped(click.Group):
 @click.version_option(__version__, message="cidalloc %(version)s")
 @click.pass_context
 def main(context: click.Context) -> None:
-    """Correlation IDs that no two live sequences share, for stateful models on Triton."""
+    """Manage correlation IDs of stateful models on Triton: no two live sequences share one."""
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
-        context.color = False  # as rich does; else click looks whether this is a terminal
+        context.color = False  # as rich does; otherwise click checks whether this is a terminal
 
 
 for commands in _GROUPS.values():
@@ -60,7 +60,7 @@ _PLAIN = {"→": "->", "…": "...", "–": "-", "×": "x", "µ": "u"}
 
 
 def _plainly(error: UnicodeError) -> tuple[str, int]:
-    """Replace what a terminal's encoding does not have."""
+    """Replace characters that the terminal's encoding does not have."""
     assert isinstance(error, UnicodeEncodeError)
     text = error.object[error.start : error.end]
     return "".join(_PLAIN.get(each, "?") for each in text), error.end
@@ -86,5 +86,5 @@ def run() -> None:
     else:
         return
     click.echo(f"error: {failure}", err=True)
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 what could not be written stays unwritten
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 drop output that could not be written
     sys.exit(1)

@@ -1,4 +1,4 @@
-"""The commands that ask a running manager: status, acquire, release, probe."""
+"""The commands that send one request to a manager: status, acquire, release, probe."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Manager:
-    """A manager as a command asks it: one request, one answer, no session and no second try.
+    """A connection to a manager. It opens no session and does not retry.
 
     Args:
-        url: the server.
-        model: the manager's name there.
-        timeout: seconds for each answer.
+        url: address of the server.
+        model: name of the manager model.
+        timeout: seconds to wait for each answer.
     """
 
     def __init__(self, url: str, model: str, timeout: float) -> None:
@@ -39,18 +39,20 @@ class Manager:
     def ask(
         self, operation: Operation, ids: Iterable[int] = (), **parameters: Parameter
     ) -> tuple[IDs, str]:
-        """Return OUTPUT and DETAIL; raises what the manager answered, or why it did not."""
+        """Return OUTPUT and DETAIL. Raises the manager's error, or `Unavailable`."""
         request = Request(operation, as_ids(ids), parameters)
         return self.transport.call(self.model, request, self.timeout)
 
     def status(self) -> dict[str, Any]:
-        """Return what STATUS says."""
+        """Return the answer to STATUS."""
         text = self.ask(Operation.STATUS)[1]
         try:
             found: dict[str, Any] = json.loads(text)
             return {**found, "pool": {**found["pool"]}}
         except (ValueError, TypeError, KeyError):
-            raise ProtocolError(f"model {self.model} says a status that is none") from None
+            raise ProtocolError(
+                f"model {self.model} is not a cidalloc manager: it answered without a status"
+            ) from None
 
     def __enter__(self) -> Manager:
         return self
@@ -60,7 +62,7 @@ class Manager:
 
 
 def ask_options(command: Command) -> Command:
-    """Let a command take URL, --model and --timeout."""
+    """Add URL, --model and --timeout to a command."""
     options: list[Any] = [
         click.option(
             "--timeout",
@@ -116,12 +118,17 @@ def acquire(url: str, model: str, timeout: float, count: int) -> None:
     The ID is held without a session, so the manager cannot see when the script dies. It takes the
     ID back after a day (setting anonymous_age_ms). Release the ID with 'cidalloc release'. In
     programs, use the client: its IDs are released soon after the program dies.
+
+    URL is host:port, or starts with grpc://, grpcs://, http:// or https://.
     """
     with Manager(url, model, timeout) as manager:
         ids, _ = manager.ask(Operation.NEW, count=count)
     click.echo("\n".join(map(str, ids.tolist())))
     if sys.stderr.isatty():
-        click.echo("held without a session until it is released, or for a day at most", err=True)
+        click.echo(
+            "The IDs are held without a session until they are released, for a day at most.",
+            err=True,
+        )
 
 
 @click.command(
@@ -133,7 +140,7 @@ def acquire(url: str, model: str, timeout: float, count: int) -> None:
 @click.option(
     "--ended",
     is_flag=True,
-    help="The sequence was ended: END was answered. The ID cools for the minimum cooldown.",
+    help="END was answered with success. The IDs cool for the minimum cooldown.",
 )
 @click.option(
     "--cooldown",
@@ -144,9 +151,14 @@ def acquire(url: str, model: str, timeout: float, count: int) -> None:
 def release(
     url: str, model: str, timeout: float, cid: tuple[int, ...], ended: bool, cooldown: float | None
 ) -> None:
-    """Release IDs that 'cidalloc acquire' printed. If one of them is wrong, none is released."""
+    """Release IDs that 'cidalloc acquire' printed.
+
+    If one of the IDs is not held, the command releases none of them.
+
+    URL is host:port, or starts with grpc://, grpcs://, http:// or https://.
+    """
     if ended and cooldown is not None:
-        raise InvalidArgument("--ended and --cooldown exclude each other")
+        raise InvalidArgument("--ended and --cooldown cannot be combined: give one of them")
     parameters: dict[str, Parameter] = {"ended": ended}
     if cooldown is not None:
         parameters["cooldown_ms"] = round(cooldown * 1000)
@@ -164,11 +176,15 @@ def probe(url: str, model: str, timeout: float) -> None:
 
     The probe is a real inference. Before version 26.01, Triton reports a Python model as ready even
     if its process is dead.
+
+    URL is host:port, or starts with grpc://, grpcs://, http:// or https://.
     """
     began = time.monotonic()
     with Manager(url, model, timeout) as manager:
         held, _ = manager.ask(Operation.ACTIVE)
     if held.shape != (1,):
-        raise ProtocolError(f"model {manager.model} answers unlike a cidalloc manager")
+        raise ProtocolError(
+            f"model {manager.model} is not a cidalloc manager: its answer has another shape"
+        )
     took = (time.monotonic() - began) * 1e3
     click.echo(f"{manager.model} answers: {held[0]:,} held ({took:.0f} ms)")

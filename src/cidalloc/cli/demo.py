@@ -1,4 +1,4 @@
-"""The commands ``demo`` and ``stress``: sequences side by side, with and without managed IDs."""
+"""The commands ``demo`` and ``stress``: run sequences with and without managed IDs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ console = Console(highlight=False)
 
 @contextmanager
 def _server_or(url: str | None) -> Iterator[str]:
-    """Yield ``url``, or the gRPC URL of a server that runs as long as it is needed."""
+    """Yield ``url``, or start a server and yield its gRPC URL."""
     if url is not None:
         yield url
     else:
@@ -48,7 +48,7 @@ def _server_or(url: str | None) -> Iterator[str]:
     is_flag=True,
     help="Show what happens if two clients pick the same ID.",
 )
-@click.option("--url", help="Triton to use, as HOST:PORT of gRPC. [default: start one]")
+@click.option("--url", help="Triton to use, as HOST:PORT of gRPC. [default: start a server]")
 def demo(asynchronous: bool, reverse: bool, colliding: bool, url: str | None) -> None:
     """Run two sequences with managed IDs side by side and check every sum.
 
@@ -81,14 +81,16 @@ def _demo_collide(url: str | None) -> None:
             _demo_collide(server.http_url)
         return
     if not url.startswith("http://"):
-        raise InvalidArgument(f"--url {url}: with --collide it is http://HOST:PORT")
+        raise InvalidArgument(
+            f"--url {url} is not an HTTP URL: with --collide, use http://HOST:PORT"
+        )
     wrong = {}
     for managed in (False, True):
         lanes = collide(url, managed=managed)
         show_lanes(console, lanes, managed)
         wrong[managed] = sum(lane.wrong for lane in lanes)
     if wrong[True] or not wrong[False]:
-        click.echo("error: INTERNAL: the sums are not what they must be", err=True)
+        click.echo("error: INTERNAL: the number of wrong sums is not as expected", err=True)
         sys.exit(1)
 
 
@@ -133,16 +135,18 @@ def show_lanes(console: Console, lanes: tuple[Lane, Lane], managed: bool) -> Non
 @click.command(short_help="Run many client processes and check every sum.")
 @click.option("-p", "--parents", default=10, show_default=True, help="Number of process groups.")
 @click.option("-e", "--each", default=5, show_default=True, help="Client processes per group.")
-@click.option("--url", help="Triton to use, as HOST:PORT of gRPC. [default: start one]")
+@click.option("--url", help="Triton to use, as HOST:PORT of gRPC. [default: start a server]")
 def stress(parents: int, each: int, url: str | None) -> None:
     """Run client processes in parallel, each with the two sequences of the demo.
 
     The report counts sequences, wrong sums, IDs that two sequences held at the same time, and IDs
-    that are still held afterwards. All but the number of sequences must be 0.
+    that are still held afterwards. Apart from the number of sequences, each count must be 0.
     """
     clients = parents * each
     if parents < 1 or each < 1 or clients > _MOST_CLIENTS:
-        raise InvalidArgument(f"-p {parents} -e {each}: 1 to {_MOST_CLIENTS} clients in all")
+        raise InvalidArgument(
+            f"-p {parents} -e {each} is {clients} clients: choose 1 to {_MOST_CLIENTS} clients"
+        )
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -159,7 +163,7 @@ def stress(parents: int, each: int, url: str | None) -> None:
         ("failed", len(outcome.failures)),
         ("sequences run", len(outcome.holds)),
         ("wrong sums", outcome.wrong_sums),
-        ("IDs with two holders at once", len(outcome.shared)),
+        ("IDs shared by two sequences", len(outcome.shared)),
         ("IDs still held afterwards", outcome.still_held),
     ):
         click.echo(f"{name:30}{value:>6}")

@@ -1,4 +1,4 @@
-"""The command ``doctor``: looks at a deployment as its operator would, and says what to do."""
+"""The command ``doctor``: check a deployment and recommend actions."""
 
 from __future__ import annotations
 
@@ -42,9 +42,11 @@ def doctor(url: str, model: str, timeout: float, targets: tuple[str, ...], as_js
     """Check the manager at URL, its Triton server, and the models that use its IDs.
 
     Each finding has a level, an explanation, and an action if one is needed. The command changes
-    nothing on the server. To learn whether anybody may load models, it asks to load a model that
-    does not exist. The exit status is 1 if a finding is a FAIL; a --target that cannot be read, or
-    that the client refuses, is a FAIL.
+    nothing on the server. To check whether clients may load models, it requests to load a model
+    that does not exist. The exit status is 1 if a finding is a FAIL. A --target is a FAIL if its
+    configuration cannot be read, or if the client refuses the model.
+
+    URL is host:port, or starts with grpc://, grpcs://, http:// or https://.
     """
     with Manager(url, model, timeout) as manager:
         findings = examine(_gather(manager, url, targets))
@@ -108,7 +110,10 @@ def _config(
 
 @contextlib.contextmanager
 def _triton(url: str, timeout: float) -> Iterator[Any]:
-    """Yield what calls a method of tritonclient, and returns the answer or None and the words."""
+    """Yield a function that calls a method of tritonclient.
+
+    It returns the answer and an empty text, or None and the text of the error.
+    """
     address = parse_url(url)
     client: Any
     if address.kind == "grpc":

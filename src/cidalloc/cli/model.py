@@ -24,22 +24,26 @@ _UNITS = {"ms": 1, "s": 1000, "": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400
 
 
 def duration(text: str) -> int:
-    """Return in milliseconds what is written ``90s`` or ``2m``; a number alone is seconds."""
+    """Parse a time such as ``90s`` or ``2m``; a number without a unit is seconds.
+
+    Returns:
+        Milliseconds.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|)", text)
     if not match:
-        raise click.BadParameter(f"{text!r} is no time: 500ms, 90s, 2m, 1h and 1d are some")
+        raise click.BadParameter(f"{text!r} is not a time: write it like 500ms, 90s, 2m, 1h or 1d")
     return round(float(match[1]) * _UNITS[match[2]])
 
 
 def written(milliseconds: int) -> str:
-    """Return a time as `duration` reads it, in the largest unit that fits."""
+    """Format a time for `duration`, in the largest unit that divides it."""
     for unit in ("d", "h", "m", "s"):
         if milliseconds and milliseconds % _UNITS[unit] == 0:
             return f"{milliseconds // _UNITS[unit]}{unit}"
     return f"{milliseconds}ms"
 
 
-# Option, setting, words.
+# Option, setting, help text.
 _OPTIONS = (
     ("--first", "first", "Lowest ID of the pool."),
     ("--capacity", "capacity", "Number of IDs in the pool."),
@@ -60,7 +64,7 @@ _OPTIONS = (
     (
         "--anonymous-age",
         "anonymous_age_ms",
-        "Time after which an ID held without a session is taken back.",
+        "Time after which the manager takes back an ID held without a session.",
     ),
 )
 
@@ -102,7 +106,7 @@ def _settings_options(command: Command) -> Command:
 @click.option(
     "--state",
     type=click.Path(path_type=Path, file_okay=False),
-    help=f"Folder for the file in which the manager remembers held IDs."
+    help=f"Folder for the file in which the manager stores held IDs."
     f" [default: {default_state_folder()}]",
 )
 @click.option("--no-state", is_flag=True, help="Keep no file. A restart forgets all held IDs.")
@@ -116,7 +120,8 @@ def _settings_options(command: Command) -> Command:
     "--python",
     "version",
     metavar="X.Y",
-    help="Python version of the server. Used with --vendor, to check that it is the same.",
+    help="Python version of the server, for --vendor. The command fails if it runs in another"
+    " version of Python.",
 )
 @_settings_options
 @click.option(
@@ -148,17 +153,15 @@ def model(
 ) -> None:
     """Write the manager model into the Triton model repository DIR.
 
-    Times are written like 500ms, 90s, 2m, 1h or 1d. The options are written to the model's
-    config.pbtxt. You may edit that file later; the manager checks it when it loads.
+    Write times like 500ms, 90s, 2m, 1h or 1d. The options are stored in the model's config.pbtxt.
+    You may edit this file later; the manager checks it when it loads.
     """
 
     def said(option: str) -> bool:
         return context.get_parameter_source(option) is not ParameterSource.DEFAULT
 
     if state and no_state:
-        raise InvalidArgument("--state and --no-state exclude each other")
-    if version and not vendor:
-        raise InvalidArgument("--python goes with --vendor")
+        raise InvalidArgument("--state and --no-state cannot be combined: give one of them")
     there = (repository / name).exists()
     before = _read(repository / name) if there and overwrite and not reset else None
     chosen = {key: value for key, value in settings.items() if said(key) or before is None}
@@ -171,11 +174,15 @@ def model(
         batch_size = batch_size if said("batch_size") else before.batch_size
         modver = modver if said("modver") else before.version
         vendor = vendor if said("vendor") else before.vendored
+    if version and not vendor:
+        raise InvalidArgument(
+            "--python needs --vendor: it checks the Python version of the copy that --vendor makes"
+        )
     folder = Path(values.state)
     if values.state and repository.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise InvalidArgument(
-            f"--state {folder} is within the model repository: there, a file that changes makes"
-            " Triton load the model anew"
+            f"--state {folder} is inside the model repository, where Triton reloads a model when a"
+            " file changes: choose a folder outside"
         )
     place = export(
         repository,
@@ -189,17 +196,17 @@ def model(
     )
     click.echo(f"Wrote {place / 'config.pbtxt'} and {place / str(modver) / 'model.py'}.")
     if before:
-        click.echo(f"{_kept(values, chosen)} --reset would start over.")
+        click.echo(f"{_kept(values, chosen)} Use --reset to restore the defaults.")
     if (last := values.first + values.capacity - 1) > EXACT:
         click.echo(f"warning: the pool ends at {last}: {INEXACT}.", err=True)
     if values.state:
-        click.echo(f"It will remember what is held in {folder / name}.cidalloc.")
+        click.echo(f"The manager will store held IDs in {folder / name}.cidalloc.")
         if not folder.is_dir():
-            click.echo("The manager makes that folder where the server runs, for its user alone.")
+            click.echo("The manager creates this folder on the server, for the server's user only.")
     if vendor:
-        click.echo("Next: load the model. A copy of cidalloc is in its folder.")
+        click.echo("Next: load the model. Its folder contains a copy of cidalloc.")
     else:
-        click.echo("Next: install cidalloc where Triton's Python finds it, then load the model.")
+        click.echo("Next: install cidalloc for Triton's Python, then load the model.")
 
 
 class _Before(NamedTuple):
@@ -211,7 +218,7 @@ class _Before(NamedTuple):
 
 
 def _read(folder: Path) -> _Before:
-    """Return what was chosen at an earlier export, or in its configuration since."""
+    """Return the settings of an existing model."""
     from google.protobuf import json_format, text_format
     from tritonclient.grpc import model_config_pb2
 
@@ -222,8 +229,8 @@ def _read(folder: Path) -> _Before:
         settings = settings_from(config)
     except (OSError, ValueError, text_format.ParseError) as error:
         raise InvalidArgument(
-            f"cannot read what was chosen before in {folder / 'config.pbtxt'}: {error}; mend it,"
-            " or start over with --reset"
+            f"cannot read the existing settings in {folder / 'config.pbtxt'}: {error}. Correct the"
+            " file, or replace it with --reset"
         ) from None
     versions = [int(each.name) for each in folder.iterdir() if re.fullmatch(r"[1-9]\d*", each.name)]
     version = max(versions, default=1)
@@ -237,10 +244,10 @@ def _read(folder: Path) -> _Before:
 
 
 def _kept(values: Settings, chosen: dict[str, Any]) -> str:
-    """Say what was chosen before and stays."""
+    """Describe the settings that keep their values."""
     kept = [
         f"{each.name}={getattr(values, each.name)}"
         for each in fields(values)
         if each.name not in chosen and getattr(values, each.name) != each.default
     ]
-    return f"Kept from before: {', '.join(kept) or 'nothing but defaults'}."
+    return f"Kept settings: {', '.join(kept) or 'all defaults'}."

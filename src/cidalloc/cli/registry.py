@@ -1,4 +1,4 @@
-"""The commands ``cidalloc registry``: look into a manager's file, audit it, let its pool grow."""
+"""The commands ``cidalloc registry``: show, check or enlarge a manager's file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FILE = click.argument("file", type=click.Path(path_type=Path))
 
 @click.group(short_help="Show, check or enlarge a manager's file.")
 def registry() -> None:
-    """Show, check or enlarge the file in which a manager remembers held IDs."""
+    """Show, check or enlarge the file in which a manager stores held IDs."""
 
 
 @registry.command()
@@ -56,7 +56,9 @@ def show(file: Path, as_json: bool) -> None:
     for name, value in rows:
         console.print(f"{name:<12} {value}", soft_wrap=True)
     if found.store.boot != boot_id():
-        console.print("[dim]from before the last start of this machine: see docs/design.md[/dim]")
+        console.print(
+            "[dim]The machine has restarted since the last write: see docs/operations.md[/dim]"
+        )
     sessions = status["sessions"]
     if sessions:
         table = Table("session", box=None, pad_edge=False)
@@ -73,7 +75,7 @@ def show(file: Path, as_json: bool) -> None:
 @registry.command()
 @_FILE
 def check(file: Path) -> None:
-    """Check FILE: can a manager use it? Only reads it; a manager may run."""
+    """Check whether FILE is damaged. The file is only read; the manager may be running."""
     began = time.monotonic()
     found, status = _look(file)
     try:
@@ -95,8 +97,10 @@ def grow(file: Path, capacity: int) -> None:
     Held IDs stay held. The file is changed in place, in one step.
     """
     shape = enlarge(file, capacity)
-    click.echo(f"{file} has a pool of {shape.capacity:,} IDs from {shape.first} on.")
-    click.echo(f"Next: set capacity to {shape.capacity} in the model's config.pbtxt, and start it.")
+    click.echo(f"{file} now has a pool of {shape.capacity:,} IDs from {shape.first} on.")
+    click.echo(
+        f"Next: set capacity to {shape.capacity} in the model's config.pbtxt, then load the model."
+    )
 
 
 def _look(file: Path) -> tuple[Registry, dict[str, Any]]:
@@ -106,6 +110,6 @@ def _look(file: Path) -> tuple[Registry, dict[str, Any]]:
 
 
 def _writer(file: Path) -> tuple[int, bool]:
-    """Return the process that last wrote a file, and whether it is there."""
+    """Return the process that last wrote a file, and whether it is running."""
     pid, _ = writer_of(file)
     return pid, pid != 0 and process_id(pid) != 0

@@ -1,4 +1,4 @@
-"""What ``doctor`` makes of what it saw: facts in, findings out, nothing asked."""
+"""The rules of ``doctor``: they turn facts into findings, and do no I/O."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from .screen import duration
 __all__ = ["EXACT", "INEXACT", "Facts", "Finding", "examine"]
 
 EXACT = 2**53
-"""The highest integer up to which a double has all."""
+"""A double represents every integer up to this one."""
 INEXACT = (
-    "JavaScript, jq and others read numbers above 2^53 as doubles, which lose their last digits"
+    "JavaScript, jq and other programs read numbers above 2^53 as doubles and lose the last digits"
 )
 
 _NEARLY, _ALMOST = 0.8, 0.95  # of the pool in use
-_SLOW_MS = 1000.0  # what a dead stub takes for each request
+_SLOW_MS = 1000.0  # Triton answers for a dead model process after so long
 
 
 @dataclass
 class Facts:
-    """What was seen of a deployment; what could not be seen is empty.
+    """What ``doctor`` found out about a deployment; unknown facts are empty.
 
     Attributes:
-        manager: the manager's name.
-        reachable: a server answers.
-        error: why the manager does not.
-        status: what its STATUS says.
-        answered_ms: how long that took.
+        manager: name of the manager model.
+        reachable: whether the server answers.
+        error: the error, if the manager does not answer.
+        status: the manager's answer to STATUS.
+        answered_ms: how long the answer took.
         server: Triton's version.
         config: the manager's configuration.
-        targets: the configurations of the models that are looked at, by name.
-        unread: models without one, and why.
-        named: they were asked for by name.
-        index_error: why the list of models cannot be had.
-        may_load: anybody may load models.
-        shared_memory: anybody may register shared memory.
+        targets: the configurations of the models to check, by name.
+        unread: the errors of models whose configuration cannot be read, by name.
+        named: whether the user named the models.
+        index_error: the error, if the list of models cannot be read.
+        may_load: whether any client may load models.
+        shared_memory: whether any client may register shared memory.
     """
 
     manager: str
@@ -60,12 +60,12 @@ class Facts:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found.
+    """One finding.
 
     Attributes:
         level: ``ok``, ``note``, ``warn`` or ``FAIL``.
-        what: what it is, and what it means.
-        todo: what to do, if anything.
+        what: the finding and its effect.
+        todo: the action to take; empty if there is none.
     """
 
     level: str
@@ -73,7 +73,7 @@ class Finding:
     todo: str = ""
 
     def as_json(self) -> dict[str, str]:
-        """Return it as it goes into JSON."""
+        """Return the finding for JSON."""
         return {"level": self.level, "what": self.what, "todo": self.todo}
 
 
@@ -84,19 +84,21 @@ def examine(facts: Facts) -> list[Finding]:
 
 def _manager(facts: Facts) -> Iterator[Finding]:
     if not facts.reachable:
-        yield Finding("FAIL", facts.error, "is the server up, and is this its address?")
+        yield Finding(
+            "FAIL", facts.error, "check that the server runs, and that this is its address"
+        )
     elif facts.status is None:
-        todo = "read Triton's log; is the model loaded?"
+        todo = "check that the model is loaded, and read Triton's log"
         if "not healthy" in facts.error:
             todo = (
-                "the model's process died, and Triton does not start it again: unload and load"
-                " the model, or restart the server"
+                "unload and load the model, or restart the server: the model's process has died,"
+                " and Triton does not restart it"
             )
         yield Finding("FAIL", f"{facts.manager} does not answer: {facts.error}", todo)
     else:
         version, took = facts.status["version"], facts.answered_ms
         level = "ok" if took < _SLOW_MS else "warn"
-        todo = "" if level == "ok" else "see what keeps the server's CPUs busy"
+        todo = "" if level == "ok" else "find out what keeps the server's CPUs busy"
         yield Finding(level, f"{facts.manager} {version} answers ({took:.0f} ms)", todo)
 
 
@@ -104,12 +106,12 @@ def _memory(facts: Facts) -> Iterator[Finding]:
     if facts.status is None:
         return
     if facts.status["file"]:
-        yield Finding("ok", f"what is held is remembered in {facts.status['file']}")
+        yield Finding("ok", f"the manager stores held IDs in {facts.status['file']}")
     else:
         yield Finding(
             "warn",
-            "the registry is in memory alone: a restart forgets what is held",
-            "name a folder that outlives the server: 'cidalloc model -o --state FOLDER DIR'",
+            "the registry is only in memory: a restart forgets all held IDs",
+            "choose a folder that outlives the server: 'cidalloc model -o --state FOLDER DIR'",
         )
 
 
@@ -126,15 +128,16 @@ def _pool(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "warn" if used < _ALMOST else "FAIL",
             what,
-            "let the pool grow ('cidalloc registry upgrade --capacity N FILE'), or see who holds"
-            " them ('cidalloc top URL')",
+            "enlarge the pool ('cidalloc registry upgrade --capacity N FILE'), or find the clients"
+            " that hold the IDs ('cidalloc top URL')",
         )
     anonymous = status["anonymous"]
     if anonymous:
         yield Finding(
             "warn" if anonymous > _NEARLY * _setting(facts, "max_anonymous", 100_000) else "note",
-            f"{anonymous:,} IDs are held without a session: nobody sees whether their users live",
-            "let those programs use the client, or release what they take",
+            f"{anonymous:,} IDs are held without a session: the manager cannot see whether their"
+            " programs are alive",
+            "use the client in those programs, or make them release their IDs",
         )
 
 
@@ -144,7 +147,9 @@ def _digits(facts: Facts) -> Iterator[Finding]:
     pool = facts.status["pool"]
     last = pool["first"] + pool["capacity"] - 1
     if last > EXACT:
-        yield Finding("warn", f"the pool ends at {last}: {INEXACT}", "choose a lower pool")
+        yield Finding(
+            "warn", f"the pool ends at {last}: {INEXACT}", "choose lower IDs for the pool"
+        )
 
 
 def _manager_config(facts: Facts) -> Iterator[Finding]:
@@ -154,47 +159,48 @@ def _manager_config(facts: Facts) -> Iterator[Finding]:
     if batching is None:
         yield Finding(
             "warn",
-            f"{facts.manager} has no dynamic_batching: each request is answered by itself, at less"
-            " than half the rate",
-            "add 'dynamic_batching { }' to its config.pbtxt",
+            f"{facts.manager} has no dynamic_batching: it answers requests one by one, at less than"
+            " half the rate",
+            "add 'dynamic_batching { }' to the manager's config.pbtxt",
         )
     elif int(batching.get("max_queue_delay_microseconds", 0)):
         yield Finding(
             "warn",
-            f"{facts.manager} has a max_queue_delay_microseconds: every request waits for others",
-            "take it out of its config.pbtxt",
+            f"{facts.manager} has a max_queue_delay_microseconds: every request waits for other"
+            " requests",
+            "remove it from the manager's config.pbtxt",
         )
 
 
-# Which Triton has a fault that matters here: the first version without it.
+# Faults of Triton that matter here, each with the first version without it.
 _FAULTS = (
     (
         (2, 54),
         "note",
-        "a sequence_id that is a string, sent to a model whose CORRID is an integer, can end the"
-        " server (Triton before 25.01)",
-        "let no client send strings, or update Triton",
+        "a string as sequence_id can crash the server if the model's CORRID is an integer (Triton"
+        " before 25.01)",
+        "send integers only, or update Triton",
     ),
     (
         (2, 55),
         "warn",
-        "a gRPC request that its client cancels at the wrong moment, by a short time limit too, can"
-        " end the server (seen on Triton 24.10, reported up to 25.01)",
-        "the client of this package cancels none; give others time limits above what a request"
-        " takes at worst, or update Triton",
+        "a client that cancels a gRPC request at the wrong moment, also by a short timeout, can"
+        " crash the server (seen on Triton 24.10, reported up to 25.01)",
+        "set the timeouts of other clients above the longest duration of a request, or update"
+        " Triton; the client of this package cancels no request",
     ),
     (
         (2, 58),
         "note",
-        "an open gRPC stream keeps the server from ever ending (Triton before 25.05)",
-        "end streams before a shutdown, or let it be killed after a while; nothing that the manager"
-        " holds is lost by that",
+        "the server does not exit while a gRPC stream is open (Triton before 25.05)",
+        "close streams before a shutdown, or kill the server after a while: the manager's file"
+        " loses nothing",
     ),
     (
         (2, 59),
         "note",
-        "Triton says that a model is ready when its Python process is dead (before 26.01)",
-        "let probes call 'cidalloc probe URL', which is a real inference",
+        "Triton reports a model as ready even if its Python process is dead (before 26.01)",
+        "use 'cidalloc probe URL' for readiness probes: it is a real inference",
     ),
 )
 
@@ -205,8 +211,8 @@ def _server(facts: Facts) -> Iterator[Finding]:
         return
     version = (int(numbers[1]), int(numbers[2]))
     yield Finding("ok", f"Triton {facts.server}")
-    for mended, level, what, todo in _FAULTS:
-        if version < mended:
+    for fixed, level, what, todo in _FAULTS:
+        if version < fixed:
             yield Finding(level, what, todo)
 
 
@@ -214,14 +220,14 @@ def _exposure(facts: Facts) -> Iterator[Finding]:
     if facts.may_load:
         yield Finding(
             "warn",
-            "anybody who reaches this port can load models, and so run code of theirs",
+            "any client that reaches this port can load models, and so run its own code",
             "start Triton with --model-control-mode=none, or restrict 'model-repository'",
         )
     if facts.shared_memory:
         yield Finding(
             "note",
-            "anybody who reaches this port can register shared memory",
-            "where strangers can, restrict it:"
+            "any client that reaches this port can register shared memory",
+            "restrict it if untrusted clients reach the port:"
             " --grpc-restricted-protocol=shared-memory:KEY=VALUE and --http-restricted-api",
         )
 
@@ -230,18 +236,20 @@ def _targets(facts: Facts) -> Iterator[Finding]:
     if facts.index_error:
         yield Finding(
             "note",
-            f"the list of models cannot be had: {facts.index_error}",
-            "name those that take IDs: --target NAME",
+            f"the list of models cannot be read: {facts.index_error}",
+            "name the models that take IDs: --target NAME",
         )
     for name, words in facts.unread.items():
         level, todo = (
-            ("FAIL", "is this its name, and is it loaded?") if facts.named else ("note", "")
+            ("FAIL", "check the name, and that the model is loaded")
+            if facts.named
+            else ("note", "")
         )
-        yield Finding(level, f"the configuration of {name} cannot be had: {words}", todo)
+        yield Finding(level, f"the configuration of {name} cannot be read: {words}", todo)
     for name, config in facts.targets.items():
         yield from _target(facts, name, config)
     if facts.reachable and not facts.index_error and not facts.targets:
-        yield Finding("note", "no model here keeps sequences (has sequence_batching)")
+        yield Finding("note", "no model on this server has sequence_batching")
 
 
 def _target(facts: Facts, name: str, config: Mapping[str, Any]) -> Iterator[Finding]:
@@ -251,7 +259,7 @@ def _target(facts: Facts, name: str, config: Mapping[str, Any]) -> Iterator[Find
         yield Finding(
             "FAIL" if facts.named else "warn",
             f"the client refuses this model: {error}",
-            "acquire IDs for it by hand ('Client.acquire'), and send the requests yourself",
+            "acquire IDs with 'Client.acquire', and send the requests with tritonclient",
         )
         return
     if facts.status is not None:
@@ -260,9 +268,9 @@ def _target(facts: Facts, name: str, config: Mapping[str, Any]) -> Iterator[Find
         if last > target.highest_cid:
             yield Finding(
                 "FAIL",
-                f"{name} takes IDs up to {target.highest_cid}, and the pool ends at {last}: Triton"
-                " cuts those above without a word, and two sequences share one state",
-                "give the manager a pool that fits, or the model a 64-bit CORRID",
+                f"{name} takes IDs up to {target.highest_cid}, but the pool ends at {last}: Triton"
+                " silently truncates higher IDs, so two sequences can share one state",
+                "choose a pool that fits, or give the model a 64-bit CORRID",
             )
             return
     unended_s = _setting(facts, "unended_cooldown_ms", 120_000) / 1000
@@ -270,9 +278,9 @@ def _target(facts: Facts, name: str, config: Mapping[str, Any]) -> Iterator[Find
     if target.idle_s > unended_s:
         yield Finding(
             "warn",
-            f"{name} remembers an idle sequence for {idle}, and an ID that comes back without"
-            f" a word on END cools {duration(unended_s)} (the client of this package says how long"
-            " it must; others do not)",
+            f"{name} remembers an idle sequence for {idle}, but an ID released without a cooldown"
+            f" cools only {duration(unended_s)} (the client of this package sends a cooldown; other"
+            " clients may not)",
             "raise unended_cooldown_ms in the manager's config.pbtxt",
         )
     else:
@@ -280,9 +288,9 @@ def _target(facts: Facts, name: str, config: Mapping[str, Any]) -> Iterator[Find
     if config.get("backend") == "python":
         yield Finding(
             "note",
-            f"{name} runs Python: if it keeps something for each correlation ID and deletes it"
-            " only at END, it leaks, since Triton sends it no END when a sequence goes idle",
-            "let clients use end_inputs=, and the model delete what is older than its idle time",
+            f"{name} is a Python model: if it stores data per correlation ID and deletes it only at"
+            " END, it leaks, since Triton sends no END for an idle sequence",
+            "use end_inputs= in clients, and delete data in the model after its idle time",
         )
 
 

@@ -1,4 +1,4 @@
-"""What a person sees of a manager's status: the same for one look and for the live view."""
+"""Formats a manager's status, for ``status`` and ``top``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Rates = Mapping[str, float]
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people say it: ``4.2 s``, ``3 min 05 s``, ``2 h 10 min``, ``5 d 3 h``."""
+    """Format a time: ``4.2 s``, ``3 min 05 s``, ``2 h 10 min``, ``5 d 3 h``."""
     if seconds < 60:
         return f"{max(seconds, 0.0):.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -30,7 +30,7 @@ def duration(seconds: float) -> str:
 
 
 def rates_between(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> Rates | None:
-    """Return what happened between two looks; None if the manager began anew between them."""
+    """Return the rates between two statuses; None if the manager restarted in between."""
     if before is None or before.get("registry") != now.get("registry"):
         return None
     took = now["uptime_s"] - before["uptime_s"]
@@ -51,12 +51,12 @@ def _counts(status: Mapping[str, Any]) -> dict[str, int]:
 def status_view(
     status: Mapping[str, Any], rates: Rates | None = None, most: int | None = None
 ) -> RenderableType:
-    """Return the whole status.
+    """Return a view of the whole status.
 
     Args:
-        status: as STATUS says it.
+        status: the answer to STATUS.
         rates: per second, if they are known.
-        most: how many sessions to show, those that expire first; all of them if it is left out.
+        most: number of sessions to show, beginning with those that expire first; None shows all.
     """
     parts: list[RenderableType] = [_facts(status, rates)]
     sessions = sorted(status["sessions"], key=lambda each: each["expires_in_s"])
@@ -82,17 +82,17 @@ def _facts(status: Mapping[str, Any], rates: Rates | None) -> Table:
     row("pool", f"{pool['first']} to {last}, {capacity:,} IDs")
     anonymous = status["anonymous"]
     more = f"; {anonymous:,} of them without a session" if anonymous else ""
-    row("held", f"{held:,}, what clients keep in stock included{more}")
+    row("held", f"{held:,}, including the ID caches of clients{more}")
     row("cooling", f"{cooling:,}")
     row("free", f"{status['free']:,} ({status['free'] / capacity:.1%})")
-    row("peak", f"{status['peak']:,} held at once")
+    row("peak", f"{status['peak']:,} held at the same time")
     row("sessions", f"{status['sessions_total']:,} open, {status['sessions_expired']:,} expired")
     if rates is not None:
-        row("a second", ", ".join(f"{rate:,.0f} {name}" for name, rate in rates.items()))
+        row("rates", ", ".join(f"{rate:,.0f} {name}/s" for name, rate in rates.items()))
     errors = ", ".join(f"{count:,} {name}" for name, count in sorted(status["errors"].items()))
     row("errors", errors or "none")
     row("up for", f"{duration(status['uptime_s'])}, version {status['version']}")
-    row("file", status["file"] or "none: a restart forgets everything")
+    row("file", status["file"] or "none: a restart forgets all IDs")
     return table
 
 
@@ -104,7 +104,7 @@ def _sessions(sessions: list[Mapping[str, Any]]) -> Table:
     for each in sessions:
         late = each["expires_in_s"] < 10
         table.add_row(
-            # A label is a stranger's text: no markup in it is obeyed.
+            # A label comes from a client: do not interpret markup in it.
             Text(each["label"] or "–"),
             f"{each['held']:,}",
             duration(each["age_s"]),

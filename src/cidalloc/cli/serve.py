@@ -1,4 +1,4 @@
-"""The command ``serve``: a Triton server for development, on loopback."""
+"""The command ``serve``: run a Triton server for development, on loopback."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PORT = click.IntRange(0, 65535)
 
 @contextmanager
 def started(server: AbstractContextManager[TritonServer]) -> Iterator[TritonServer]:
-    """Enter ``server`` and say how long that took."""
+    """Start ``server`` and print how long it took."""
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
         with progress_console.status("Starting Triton …"):
@@ -65,12 +65,12 @@ def started(server: AbstractContextManager[TritonServer]) -> Iterator[TritonServ
     "repositories",
     multiple=True,
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Further model repository to serve. May be repeated.",
+    help="Another model repository to serve. May be repeated.",
 )
 @click.option(
     "--state",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Folder for the file in which the manager remembers held IDs.  [default: no file]",
+    help="Folder for the file in which the manager stores held IDs.  [default: no file]",
 )
 @click.argument("flags", nargs=-1)
 def serve(

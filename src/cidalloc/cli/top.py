@@ -1,4 +1,4 @@
-"""The command ``top``: a manager's status, live."""
+"""The command ``top``: show a manager's status, live."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .screen import rates_between, status_view
 
 __all__ = ["View", "top"]
 
-_AROUND = 14  # lines of the screen that are no sessions
+_AROUND = 14  # lines of the screen around the sessions
 
 
 @click.command(
@@ -37,8 +37,10 @@ _AROUND = 14  # lines of the screen that are no sessions
 def top(url: str, model: str, timeout: float, interval: float) -> None:
     """Watch the manager at URL: IDs held, clients, and rates.
 
-    Press q or Ctrl-C to leave. While the manager does not answer, the last status stays on the
+    Press q or Ctrl-C to quit. While the manager does not answer, the last status stays on the
     screen. If the output is not a terminal, or TERM is dumb, the status is printed once.
+
+    URL is host:port, or starts with grpc://, grpcs://, http:// or https://.
     """
     console = Console(highlight=False)
     with Manager(url, model, timeout) as manager:
@@ -59,7 +61,7 @@ def top(url: str, model: str, timeout: float, interval: float) -> None:
 
 
 class View:
-    """The last look at a manager, and the one before for the rates."""
+    """The last status of a manager, and the one before to compute rates."""
 
     def __init__(self, manager: Manager, url: str) -> None:
         self._manager = manager
@@ -69,7 +71,7 @@ class View:
         self.error: CidError | None = None
 
     def look(self, height: int) -> RenderableType:
-        """Ask once, and return what a screen of so many lines shows."""
+        """Request the status once, and return a view of it for so many lines."""
         try:
             status = self._manager.status()
         except CidError as error:
@@ -81,16 +83,16 @@ class View:
             self._body = status_view(status, rates, max(height - _AROUND, 1))
         head = Text(f"{self._manager.model} at {self._url}", style="bold")
         head.append(time.strftime("  %H:%M:%S"), style="dim")
-        head.append("  q leaves", style="dim")
+        head.append("  q quits", style="dim")
         if self.error is not None:
             kind = "no answer" if isinstance(self.error, Unavailable) else self.error.code.name
-            head.append(f"  {kind}: the state of before", style="bold red")
+            head.append(f"  {kind}: this is the last status", style="bold red")
         return Group(head, Text(), self._body)
 
 
 @contextlib.contextmanager
 def _keys() -> Iterator[Callable[[float], str]]:
-    """Yield what waits so many seconds for a key, and returns it or nothing."""
+    """Yield a function that waits so many seconds for a key, and returns it or an empty text."""
     if not sys.stdin.isatty():
 
         def wait(seconds: float) -> str:

@@ -1,6 +1,6 @@
-"""Start a real Triton server on loopback, and stop it: for the demo, development and tests.
+"""Starts and stops a real Triton server on loopback, for the demo, development and tests.
 
-The binary is the one of the ``[server]`` extra, or the ``tritonserver`` found on PATH.
+The binary comes from the ``[server]`` extra, or is the ``tritonserver`` on PATH.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ _PR_SET_PDEATHSIG = 1
 
 
 class TritonServer:
-    """A Triton server process that lives as long as this object is entered.
+    """A Triton server process that runs while this context manager is entered.
 
     Args:
         repositories: model repositories to serve, as Triton's ``--model-repository``.
-        log: the file that receives the server's output; by default one that is shown when
-            the server does not start, and thrown away otherwise.
+        log: file for the server's output. By default the output is shown if the server does not
+            start, and discarded otherwise.
         arguments: further arguments of ``tritonserver``.
-        ports: the HTTP, gRPC and metrics ports; 0 picks a free one.
+        ports: the HTTP, gRPC and metrics ports; 0 chooses a free port.
 
     Raises:
-        InvalidArgument: two of the ports are the same.
+        InvalidArgument: two of the ports are equal.
         Unavailable: no Triton was found, or it did not become ready.
     """
 
@@ -58,7 +58,9 @@ class TritonServer:
         self._log = log
         self._arguments = tuple(arguments)
         if len(set(filter(None, ports))) < len(list(filter(None, ports))):
-            raise InvalidArgument(f"the ports {ports} are not three different ones")
+            raise InvalidArgument(
+                f"the ports {ports} are not distinct: choose three different ports"
+            )
         self._wanted_ports = ports
         self._output = Path()
         self._cleanup = contextlib.ExitStack()
@@ -68,17 +70,17 @@ class TritonServer:
 
     @property
     def grpc_url(self) -> str:
-        """Where gRPC is served, as ``host:port``."""
+        """Address of gRPC, as ``host:port``."""
         return f"{_HOST}:{self.grpc_port}"
 
     @property
     def http_url(self) -> str:
-        """Where HTTP is served, as ``http://host:port``."""
+        """Address of HTTP, as ``http://host:port``."""
         return f"http://{_HOST}:{self.http_port}"
 
     @property
     def metrics_url(self) -> str:
-        """Where Prometheus metrics are served."""
+        """Address of the Prometheus metrics."""
         return f"http://{_HOST}:{self.metrics_port}/metrics"
 
     @property
@@ -116,8 +118,8 @@ class TritonServer:
                 command.append(f"--{name}-address={_HOST}")
                 command.append(f"--{name}-port={getattr(self, f'{name}_port')}")
             with log.open("wb") as output:
-                # From a thread that lives as long as we do: the kernel ends the server with the
-                # thread that started it.
+                # Start it from a thread that lives as long as this process: the kernel ends the
+                # server together with the thread that started it.
                 self._process = self._starter.submit(
                     subprocess.Popen,
                     command + list(self._arguments),
@@ -125,20 +127,21 @@ class TritonServer:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    # Its own session, so that Ctrl-C reaches us alone and we stop it in order.
+                    # A new session, so that Ctrl-C reaches only this process, which then stops the
+                    # server in order.
                     start_new_session=True,
                     preexec_fn=_die_with_parent,
                 ).result()
             if self._wait_ready(time.monotonic() + timeout):
                 return
             self.stop_process()
-            # Between our choice of a free port and Triton's bind, someone may have taken it.
+            # Another process may have taken the free port before Triton bound it.
             text = log.read_text(errors="replace")
             if "Address already in use" not in text or all(self._wanted_ports) or attempt == 2:
                 raise Unavailable(f"Triton did not become ready: {_complaint(text)}")
 
     def stop(self) -> None:
-        """Stop the server, its model processes included, and remove what it needed."""
+        """Stop the server and its model processes, and remove its temporary files."""
         try:
             self.stop_process()
         finally:
@@ -146,14 +149,14 @@ class TritonServer:
             self._cleanup.close()
 
     def stop_process(self, timeout: float = 8.0) -> None:
-        """End the server in order; after ``timeout`` seconds, without asking."""
+        """Stop the server in order, and kill it if it still runs after ``timeout`` seconds."""
         process, self._process = self._process, None
         if process is None:
             return
         process.terminate()
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                # An open gRPC stream keeps Triton 2.51 from ever leaving.
+                # Triton 2.51 does not exit while a gRPC stream is open.
                 process.wait(timeout)
         finally:
             # Also on a second Ctrl-C. Its model processes share its process group.
@@ -167,7 +170,7 @@ class TritonServer:
         return self._process.poll()
 
     def complaint(self) -> str:
-        """Return what of the server's log says why it ended, or else its last words."""
+        """Return the lines of the log that say why the server ended, or its last lines."""
         return _complaint(self._output.read_text(errors="replace"))
 
     def _choose_ports(self) -> None:
@@ -179,7 +182,7 @@ class TritonServer:
                 try:
                     sock.bind((_HOST, port))
                 except (OSError, OverflowError) as error:
-                    # Or a server that is there already would pass for ours.
+                    # Otherwise a server that already runs there could be taken for this one.
                     raise Unavailable(f"cannot serve on port {port}: {error}") from None
                 chosen.append(sock.getsockname()[1])
         self.http_port, self.grpc_port, self.metrics_port = chosen
@@ -200,11 +203,11 @@ class TritonServer:
 
 
 def _find_triton(folder: Path) -> tuple[str, list[str], dict[str, str]]:
-    """Return the binary, its own options and its environment."""
+    """Return the binary, the options that it needs, and its environment."""
     environment = os.environ.copy()
-    # The Python backend takes the packages of the first python3 on PATH: let it be ours.
+    # The Python backend uses the packages of the first python3 on PATH: make this one first.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    # Compiled files would be written next to the model, where any new file means "reload".
+    # Compiled files next to a model would make Triton reload it.
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     spec = importlib.util.find_spec("pytriton")
     if spec is not None and spec.origin is not None:
@@ -226,7 +229,7 @@ def _bundled_triton(
     stub = carried / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not stub.exists():
         raise Unavailable(f"the bundled Triton has no Python backend for Python {version}")
-    # Triton wants the stub beside the backend's library: give it a folder of links.
+    # Triton needs the stub beside the backend's library: create a folder of links.
     backend = folder / "backends" / "python"
     backend.mkdir(parents=True, exist_ok=True)
     for file in (*(carried / "backends" / "python").iterdir(), stub):
@@ -242,37 +245,37 @@ def _bundled_triton(
 
 
 def _python_library_folders() -> Iterator[str]:
-    """Yield the folder of this Python's shared library, which the stub is linked against."""
+    """Yield the folder of this Python's shared library, which the stub needs."""
     name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
     for folder in (sysconfig.get_config_var("LIBDIR"), Path(sys.base_prefix) / "lib"):
         if folder and (Path(folder) / name).exists():
             yield str(folder)
             return
     try:
-        ctypes.CDLL(name)  # where the system's loader finds it, Triton does, too
+        ctypes.CDLL(name)  # if the system's loader finds it, so does Triton
     except OSError:
         raise Unavailable(
-            f"Triton's Python backend needs {name}, which this Python does not bring: install it"
+            f"Triton's Python backend needs {name}, which this Python does not have: install it"
             " (on Debian and Ubuntu with python3-dev) or use another Python"
         ) from None
 
 
 def _complaint(log: str) -> str:
-    """Return what of Triton's log says why it failed, or else its last words."""
+    """Return the lines of Triton's log that say why it failed, or its last lines."""
     lines = [line for line in log.splitlines() if line.strip()]
     failed = [
         line.partition("] ")[2].strip('"')
         for line in lines
         if re.search("failed to load .* version", line)
     ]
-    # A model's traceback stands behind its error, in the same line.
+    # A model's traceback follows its error in the same line.
     return "\n".join([line.partition("\\n\\nAt:")[0] for line in failed] or lines[-10:])
 
 
 def _die_with_parent() -> None:
-    """Ask the kernel to end the server if we are killed; runs in the child before exec.
+    """Tell the kernel to kill the server if this process is killed; runs in the child before exec.
 
-    Its model processes leave by themselves then. SIGTERM would not do: with an open gRPC stream,
-    Triton 2.51 never gets to its end.
+    The model processes then exit by themselves. SIGTERM is not enough: with an open gRPC stream,
+    Triton 2.51 does not exit.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

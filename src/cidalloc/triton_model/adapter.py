@@ -1,7 +1,7 @@
-"""The manager as a model of Triton's Python backend: tensors in, tensors out, nothing else.
+"""The manager as a model of Triton's Python backend: it converts tensors, and nothing else.
 
-Only Triton's Python process can import this module, since only there is
-``triton_python_backend_utils``.
+Only Triton's Python process can import this module, since ``triton_python_backend_utils`` exists
+only there.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _log = logging.getLogger("cidalloc.triton_model")
 
 
 class TritonPythonModel:
-    """What Triton's Python backend calls."""
+    """The class that Triton's Python backend calls."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load: read the settings from the model's configuration."""
         config = json.loads(args["model_config"])
         _check_numpy()
-        # Or it may keep the registry from the process that comes after a killed server.
+        # Otherwise, after the server is killed, it could keep the registry from the next process.
         end_with_parent(server_pid())
         self._service = Service(settings_from(config), name=args["model_name"])
         self._service.start()
@@ -44,9 +44,9 @@ class TritonPythonModel:
                 self._service.figures, args["model_name"], pb_utils.MetricFamily
             )
             self._metrics.start()
-        self._no_detail = _detail("")  # one for all answers: to make a text tensor takes long
-        # How Triton shall report a code: as an HTTP and a gRPC status of its own. The backend
-        # puts TritonError into pb_utils only after this module was imported.
+        self._no_detail = _detail("")  # shared by all answers, since making a text tensor is slow
+        # The HTTP and gRPC status that Triton reports for each code. The backend adds TritonError
+        # to pb_utils only after this module is imported.
         kinds = pb_utils.TritonError
         self._status = {
             Code.EXHAUSTED: kinds.UNAVAILABLE,
@@ -59,18 +59,18 @@ class TritonPythonModel:
         }
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer a batch of requests, each for itself."""
+        """Answer each request of a batch."""
         now = time.monotonic()
-        if now >= self._look_at:  # which costs as much as a request
+        if now >= self._look_at:  # a poll costs as much as a request
             self._look_at = now + WAITING_POLL_S
             try:
                 self._service.poll()
             except Exception:
-                _log.exception("could not look after the registry")
+                _log.exception("could not poll the registry")
         return [self._respond(request) for request in requests]
 
     def finalize(self) -> None:
-        """Unload: let a newer process have the registry. Triton does not always call this."""
+        """Unload: leave the registry to a newer process. Triton does not always call this."""
         self._service.close()
         if self._metrics is not None:
             self._metrics.close()
@@ -82,8 +82,8 @@ class TritonPythonModel:
             array = None if ids is None else ids.as_numpy()
             parameters = request.parameters()
         except Exception as error:
-            # Whatever escaped would fail the whole batch. Text that is not UTF-8 comes here.
-            answer: Any = InvalidArgument(f"a request that cannot be read: {type(error).__name__}")
+            # An exception would fail the whole batch. For example, the text is not UTF-8.
+            answer: Any = InvalidArgument(f"the request cannot be read: {type(error).__name__}")
         else:
             answer = self._service.answer(code, array, parameters)
         if isinstance(answer, CidError):
@@ -101,16 +101,16 @@ def _detail(text: str) -> Any:
 
 
 def _check_numpy() -> None:
-    """Refuse to serve where the backend cannot read numpy's arrays.
+    """Raise an error if the backend cannot read numpy's arrays.
 
-    Triton's backend up to 2.51 was built for numpy 1 and, given numpy 2, sends outputs without
-    bytes and with status 200. A tensor that it makes an array of by itself shows that, too.
+    Triton's backend up to 2.51 was built for numpy 1. With numpy 2 it sends outputs without bytes,
+    with status 200. A tensor that the backend converts to an array shows the fault as well.
     """
     sent = np.array([[1, 2**63]], np.uint64)
     lent = pb_utils.Tensor(protocol.OUTPUT, sent)
     got = pb_utils.Tensor.from_dlpack(protocol.OUTPUT, lent.to_dlpack()).as_numpy()
     if got.tolist() != sent.tolist():
         raise RuntimeError(
-            f"this Triton's Python backend cannot use numpy {np.__version__}: install 'numpy<2'"
-            " for it"
+            f"Triton's Python backend cannot use numpy {np.__version__}: install 'numpy<2' for its"
+            " Python"
         )

@@ -1,4 +1,4 @@
-"""The model's folder and its configuration: written at export, checked at every load."""
+"""The model's folder and configuration: `export` writes them, `settings_from` checks them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PACKAGE = _HERE.parent
 
 
 def default_state_folder() -> Path:
-    """Return where a service of this user keeps what it must remember."""
+    """Return the folder in which a service of this user stores its state."""
     if os.geteuid() == 0:
         return Path("/var/lib/cidalloc")
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "cidalloc"
@@ -47,33 +47,36 @@ def export(
     """Write the manager model into a model repository and return its folder.
 
     Args:
-        repository: a model repository of Triton; it is made if it is not there.
-        settings: what the model's configuration shall say; a person may edit it later.
+        repository: a model repository of Triton; it is created if it does not exist.
+        settings: written to the model's configuration, which may be edited later.
         name: the model's name.
         version: the model's version, a positive integer.
         overwrite: replace the files of an earlier export.
-        batch_size: how many requests are answered together, at most.
-        vendor: put a copy of this package beside the model, so that the server's Python, which
-            must be of this version, need not have it; ``"3.12"`` makes sure of that.
-        more: parameters of the Python backend's own, as ``EXECUTION_ENV_PATH``.
+        batch_size: maximum number of requests in one batch.
+        vendor: copy this package into the model's folder, for a server whose Python does not have
+            it. That Python must have the same version as this one; a version such as ``"3.12"``
+            is checked.
+        more: parameters of the Python backend itself, such as ``EXECUTION_ENV_PATH``.
 
     Raises:
-        InvalidArgument: the model is there already, a name or number is none, or this package
-            was built for another Python than the server's.
+        InvalidArgument: the model exists, a name or number is not valid, or this package was
+            built for another Python than the server's.
     """
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise InvalidArgument(
-            f"{name!r} cannot be a model's name: letters, digits, '_', '-' and '.' can"
+            f"{name!r} is not a valid model name: use letters, digits, '_', '-' and '.'"
         )
     if type(version) is not int or version < 1:
-        raise InvalidArgument(f"{version!r} cannot be a model's version: it is 1 or more")
+        raise InvalidArgument(f"{version!r} is not a valid model version: use 1 or more")
     if type(batch_size) is not int or batch_size < 1:
-        raise InvalidArgument(f"batch_size={batch_size!r} is not 1 or more")
+        raise InvalidArgument(f"batch_size={batch_size!r} is not valid: use 1 or more")
     if vendor:
         _check_python(vendor)
     folder = Path(repository) / name
     if folder.exists() and not overwrite:
-        raise InvalidArgument(f"{folder} exists; to replace the model there, ask for overwriting")
+        raise InvalidArgument(
+            f"{folder} exists: use --overwrite (in Python overwrite=True) to replace it"
+        )
     values = settings or Settings()
     template = Template((_HERE / "config.pbtxt").read_text())
     config = template.substitute(
@@ -87,14 +90,14 @@ def export(
     if folder.exists():
         _fill(folder, version, config, vendor=bool(vendor))
         return folder
-    # All at once: a server that polls does not see half a model.
+    # In one step: a server that polls does not see half a model.
     draft = folder.with_name(f".{name}.{os.getpid()}.new")
     try:
         _fill(draft, version, config, vendor=bool(vendor))
         draft.rename(folder)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise InvalidArgument(f"{folder} exists: somebody has just made it") from None
+            raise InvalidArgument(f"{folder} exists: another process has just made it") from None
         raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -102,7 +105,7 @@ def export(
 
 
 def _fill(folder: Path, version: int, config: str, *, vendor: bool) -> None:
-    """Write the model's files, each at once, the configuration last."""
+    """Write the model's files, each in one step, the configuration last."""
     home = folder / str(version)
     home.mkdir(parents=True, exist_ok=True)
     _replace_package(home / _PACKAGE.name, vendor=vendor)
@@ -114,19 +117,19 @@ def _check_python(wanted: bool | str) -> None:
     here = f"{sys.version_info[0]}.{sys.version_info[1]}"
     if isinstance(wanted, str) and wanted != here:
         raise InvalidArgument(
-            f"this cidalloc is built for Python {here}, and the server has {wanted}: run this"
-            f" command with a Python {wanted} that has cidalloc, or build one there"
+            f"this cidalloc is built for Python {here}, but the server has {wanted}: run this"
+            f" command with a Python {wanted} that has cidalloc installed"
         )
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     if not (_PACKAGE / f"_alloc{suffix}").is_file():
         raise InvalidArgument(
-            f"{_PACKAGE} holds no extension module for this Python ({suffix}): install the wheel,"
-            " and no editable copy"
+            f"{_PACKAGE} contains no extension module for this Python ({suffix}): install the"
+            " wheel, not an editable copy"
         )
 
 
 def _replace_package(place: Path, *, vendor: bool) -> None:
-    """Put a copy of this package into a model's folder, or take an earlier one away."""
+    """Copy this package into a model's folder, or remove an earlier copy."""
     draft, old = (place.with_name(f".{place.name}.{os.getpid()}.{end}") for end in ("new", "old"))
     try:
         if vendor:
@@ -138,7 +141,7 @@ def _replace_package(place: Path, *, vendor: bool) -> None:
     finally:
         for each in (draft, old):
             shutil.rmtree(each, ignore_errors=True)
-    # By its metadata the copy knows its version.
+    # The copy reads its version from its metadata.
     for stale in place.parent.glob(f"{place.name}-*.dist-info"):
         shutil.rmtree(stale)
     if vendor:
@@ -149,11 +152,11 @@ def _replace_package(place: Path, *, vendor: bool) -> None:
 
 
 def settings_from(config: Mapping[str, Any]) -> Settings:
-    """Return the settings that a loaded model's configuration, as Triton hands it over, says.
+    """Return the settings in a model's configuration, as Triton passes it to the model.
 
     Raises:
         InvalidArgument: a parameter is unknown or out of bounds, or the configuration would
-            make more than one manager; the message names what to change in config.pbtxt.
+            start more than one manager. The message says what to change in config.pbtxt.
     """
     instances = sum(
         int(group.get("count", 1)) * max(1, len(group.get("gpus", ())))
@@ -161,7 +164,7 @@ def settings_from(config: Mapping[str, Any]) -> Settings:
     )
     if instances != 1:
         raise InvalidArgument(
-            f"instance_group has {instances} instances: each would hand out the same IDs; set one"
+            f"instance_group has {instances} instances: each would issue the same IDs. Set one"
             " group with count: 1"
         )
     policy = config.get("version_policy", {})
@@ -172,12 +175,12 @@ def settings_from(config: Mapping[str, Any]) -> Settings:
         or int(policy.get("latest", {}).get("num_versions", 1)) > 1
     ):
         raise InvalidArgument(
-            "version_policy lets several versions run: each would hand out the same IDs; leave it"
-            " out"
+            "version_policy allows several versions: each would issue the same IDs. Remove it from"
+            " config.pbtxt"
         )
     if int(config.get("max_batch_size", 0)) < 1:
         raise InvalidArgument(
-            "max_batch_size must be 1 or more: the tensors have a batch dimension"
+            "max_batch_size is 0: set it to 1 or more, since the tensors have a batch dimension"
         )
     values: dict[str, int | bool | str] = {}
     kinds = {each.name: type(each.default) for each in fields(Settings)}
@@ -186,8 +189,8 @@ def settings_from(config: Mapping[str, Any]) -> Settings:
             continue  # Triton's own
         if name not in kinds:
             near = difflib.get_close_matches(name, kinds, 1)
-            hint = f"did you mean {near[0]}? There" if near else "there"
-            raise InvalidArgument(f"unknown parameter {name}; {hint} are {', '.join(kinds)}")
+            hint = f"did you mean {near[0]}? Known" if near else "known"
+            raise InvalidArgument(f"unknown parameter {name}: {hint} are {', '.join(kinds)}")
         values[name] = _from_text(name, value.get("string_value", ""), kinds[name])
     return Settings(**values)  # type: ignore[arg-type]
 
@@ -203,7 +206,7 @@ def _from_text(name: str, text: str, kind: type) -> int | bool | str:
         return text
     if kind is bool:
         if text not in ("true", "false"):
-            raise InvalidArgument(f"parameter {name}={text!r} is neither true nor false")
+            raise InvalidArgument(f"parameter {name}={text!r} is not 'true' or 'false'")
         return text == "true"
     # int() alone would also take "1_0" and " 5 ".
     if not re.fullmatch(r"-?[0-9]{1,20}", text):
@@ -212,7 +215,7 @@ def _from_text(name: str, text: str, kind: type) -> int | bool | str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file so that a reader sees all of it or none."""
+    """Write a file in one step, so that a reader never sees a part of it."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         draft.write_text(text)

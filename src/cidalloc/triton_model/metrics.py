@@ -1,11 +1,11 @@
-"""The manager's figures on Triton's own /metrics.
+"""The manager's metrics on Triton's /metrics.
 
-Each update is a round trip to the server's process (75 to 100 µs), so a thread of its own makes
-those that are due, about once a second and for what has changed; no request waits for it.
+Each update is a round trip to the server's process (75 to 100 µs). A thread updates the changed
+values about once a second, so no request waits for an update.
 
-On a reload, the process that goes and the one that comes live side by side, and a series that one
-of them drops is gone for both. So the one that has given the registry away drops its series at
-once, and the one that has it makes its own a few seconds later.
+During a reload the old process and the new one run side by side, and if one of them drops a series,
+the other loses it, too. So the old process drops its series immediately when it gives the registry
+away, and the new process creates its own a few seconds later.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ _log = logging.getLogger("cidalloc.metrics")
 
 INTERVAL_S = 1.0
 SETTLED = 3
-"""How many flushes in a row must see the registry before the series are made."""
+"""The series are created when so many flushes in a row have seen the registry."""
 
 Labels = tuple[tuple[str, str], ...]
 Figures = Mapping[tuple[str, Labels], float]
 """Values by the name of the family and the labels."""
 
 FAMILIES = {
-    "cidmgr_ids": ("gauge", "IDs that are held, or cooling after they were given back"),
-    "cidmgr_ids_peak": ("gauge", "The most IDs that were held at once"),
+    "cidmgr_ids": ("gauge", "IDs that are held or cooling"),
+    "cidmgr_ids_peak": ("gauge", "Maximum number of IDs held at the same time"),
     "cidmgr_capacity": ("gauge", "IDs in the pool"),
-    "cidmgr_sessions": ("gauge", "Open sessions: clients"),
-    "cidmgr_anonymous": ("gauge", "IDs that are held without a session"),
-    "cidmgr_start_time_seconds": ("gauge", "When this process took the registry, in Unix time"),
+    "cidmgr_sessions": ("gauge", "Open sessions, one per client"),
+    "cidmgr_anonymous": ("gauge", "IDs held without a session"),
+    "cidmgr_start_time_seconds": ("gauge", "Unix time at which this process took the registry"),
     "cidmgr_updated_time_seconds": (
         "gauge",
-        "When the manager last updated these, in Unix time: it grows while the manager lives",
+        "Unix time of the last update of these metrics: it grows while the manager is alive",
     ),
-    "cidmgr_acquired_total": ("counter", "IDs that were issued"),
-    "cidmgr_released_total": ("counter", "IDs that came back, by how"),
-    "cidmgr_sessions_expired_total": ("counter", "Sessions that ended without a word"),
-    "cidmgr_errors_total": ("counter", "Requests that were answered by an error, by its code"),
+    "cidmgr_acquired_total": ("counter", "Issued IDs"),
+    "cidmgr_released_total": ("counter", "Released IDs, by how they were released"),
+    "cidmgr_sessions_expired_total": ("counter", "Sessions that expired"),
+    "cidmgr_errors_total": ("counter", "Requests answered with an error, by code"),
 }
 
 
 def series(
     status: Mapping[str, Any], started: float, now: float
 ) -> dict[tuple[str, Labels], float]:
-    """Return the value of each series that a status means.
+    """Return the value of each series.
 
     Args:
-        status: as STATUS says it.
-        started: when the process took the registry, in Unix time.
+        status: the answer to STATUS.
+        started: Unix time at which the process took the registry.
         now: Unix time.
     """
     values: dict[tuple[str, Labels], float] = {
@@ -79,12 +79,12 @@ def series(
 
 
 class Metrics:
-    """Keeps Triton's series in step with the service's figures.
+    """Updates Triton's series from the service's figures.
 
     Args:
-        status: returns what STATUS says, or None while another process has the registry.
-        model: the manager's name, the label ``model`` of each series.
-        family: makes a family: ``pb_utils.MetricFamily``.
+        status: returns the answer to STATUS, or None while another process has the registry.
+        model: name of the manager, the label ``model`` of each series.
+        family: creates a family: ``pb_utils.MetricFamily``.
         clock: returns Unix time, in seconds.
     """
 
@@ -121,7 +121,7 @@ class Metrics:
             while not self._stopped.wait(INTERVAL_S):
                 self.flush()
         except Exception as error:
-            # As where the server was started with --allow-metrics=false.
+            # For example, the server was started with --allow-metrics=false.
             _log.warning("no metrics from now on: %s", error)
         self._drop()
 
@@ -160,7 +160,7 @@ class Metrics:
         return self._series[name, labels]
 
     def _drop(self) -> None:
-        # Series before their families; a new registry's counts begin at zero, as new series do.
+        # Series before families. The counts of a new registry begin at zero, as new series do.
         self._series.clear()
         self._families.clear()
         self._sent.clear()

@@ -1,4 +1,4 @@
-"""The correlation ID manager. Its code is the package cidalloc, which this Python must have."""
+"""The correlation ID manager. Its code is the package cidalloc, which must be installed here."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
     elif f"{sys.version_info[0]}{sys.version_info[1]}" not in tags:
         built = ", ".join(f"{tag[0]}.{tag[1:]}" for tag in tags)
         words = (
-            f"the copy of cidalloc beside this model is for Python {built}, and this server has"
+            f"the copy of cidalloc beside this model is for Python {built}, but this server has"
             f" {here}: run 'cidalloc model -o --vendor --python {here} DIR' with a Python {here}"
         )
     else:

@@ -1,4 +1,4 @@
-"""The demo: two sequences side by side, on a real Triton server that it starts by itself."""
+"""The demo: two sequences side by side, on a real Triton server that it starts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MODEL = "simple_sequence"
 """The accumulator model that the sequences run on."""
 
 FRESH = Settings(first=1, capacity=2**30 - 1, fresh=True)
-"""A registry without a past, whose IDs begin at 1."""
+"""A new registry, whose IDs begin at 1."""
 
 
 def write_repository(folder: Path, settings: Settings) -> None:
     """Write a model repository with the manager and the accumulator model."""
     export(folder, settings)
-    # A copy: Triton's Python writes compiled files next to a model.
+    # Copied, since Triton's Python writes compiled files next to a model.
     shutil.copytree(
         Path(__file__).parent / "models" / MODEL,
         folder / MODEL,
@@ -39,7 +39,7 @@ def demo_server(
     repositories: Iterable[Path] = (),
     arguments: Iterable[str] = (),
 ) -> Iterator[TritonServer]:
-    """Run a Triton server with both models and what else there is; as `TritonServer` takes it."""
+    """Run a `TritonServer` with both models, and with the given repositories and arguments."""
     with tempfile.TemporaryDirectory(prefix="cidalloc-models-") as name:
         write_repository(Path(name), settings)
         served = (Path(name), *repositories)

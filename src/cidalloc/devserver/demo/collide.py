@@ -1,4 +1,4 @@
-"""Two client processes that picked the same ID: what Triton answers, and what comes out."""
+"""Two client processes that pick the same ID: Triton's answers, and the sums."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TIMEOUT_S = 60.0
 
 @dataclass(slots=True)
 class Lane:
-    """What one client sent and got: a status and a sum for each value."""
+    """The values that one client sent, with the status and the sum of each answer."""
 
     cid: int
     values: tuple[int, ...]
@@ -33,22 +33,22 @@ class Lane:
 
     @property
     def wrong(self) -> int:
-        """How many sums are not those of a sequence of its own."""
+        """Number of sums that differ from those of a separate sequence."""
         expected = expected_sums(self.values)
         return sum(got != want for got, want in zip(self.sums, expected, strict=True))
 
 
 def self_picked_id(task: int) -> int:
-    """Return the ID that many a client picks: a number somebody liked, plus its task index."""
+    """Return an ID as many clients pick it: a constant plus the index of the task."""
     return 10086 + task
 
 
 def collide(http_url: str, *, managed: bool) -> tuple[Lane, Lane]:
-    """Run two clients in lockstep, each in a process of its own, and return what each saw.
+    """Run two clients in lockstep, each in its own process, and return what each received.
 
     Args:
-        http_url: ``http://host:port`` of the server; HTTP, to show its status.
-        managed: the manager picks their IDs, and not they themselves.
+        http_url: ``http://host:port`` of the server. HTTP, since it has a status for each answer.
+        managed: whether the manager chooses the IDs; otherwise each client does.
     """
     reports = run_at_once(
         _client, [(http_url, managed, turn, values) for turn, values in enumerate((FIRST, SECOND))]
@@ -62,7 +62,7 @@ def collide(http_url: str, *, managed: bool) -> tuple[Lane, Lane]:
 def _client(
     barrier: Barrier, http_url: str, managed: bool, turn: int, values: tuple[int, ...]
 ) -> Lane:
-    # In turns, so that everybody sees the same numbers every time.
+    # In turns, so that the numbers are the same in every run.
     def turns() -> Iterator[None]:
         for whose in (0, 1):
             barrier.wait(_TIMEOUT_S)
@@ -70,7 +70,7 @@ def _client(
                 yield
 
     with Client(http_url) as manager:
-        # Each process counts its own tasks, and this one is its first.
+        # Each process counts its own tasks; this is the first one.
         cid = self_picked_id(task=0)
         for _ in turns():
             cid = manager.acquire() if managed else cid
@@ -88,7 +88,7 @@ def _client(
                 )
             except InferenceServerException as error:
                 return int(error.status()), None, error.message()
-            return 200, int(result.as_numpy("OUTPUT")[0, 0]), ""  # tritonclient takes only 200
+            return 200, int(result.as_numpy("OUTPUT")[0, 0]), ""  # tritonclient accepts only 200
 
         for step, value in enumerate(values):
             for _ in turns():

@@ -1,4 +1,4 @@
-"""Client processes that run at once and report what they saw."""
+"""Runs client processes in parallel and collects their reports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Report", "run_at_once"]
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a process returned, or the words of what it died of."""
+    """The value that a process returned, or the text of its failure."""
 
     value: Any = None
     failure: str | None = None
@@ -32,16 +32,16 @@ def run_at_once(
     timeout: float = 240.0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Report]:
-    """Call ``function(barrier, *each)`` for each of ``arguments``, in a process of its own.
+    """Call ``function(barrier, *each)`` for each of ``arguments``, each in its own process.
 
     Args:
-        function: a function at the top of a module. Its barrier is that of all processes.
-        arguments: what each process is given.
-        timeout: seconds after which those that have not reported are ended.
-        progress: told, whenever a process has reported, how many have.
+        function: a function at the top level of a module. All processes share the barrier.
+        arguments: the arguments for each process.
+        timeout: seconds after which processes without a report are killed.
+        progress: called after each report with the number of reports.
     """
-    # Forked from a small server process that has loaded the modules, but opened no connection:
-    # starting 50 interpreters from nothing would take most of a minute.
+    # Fork from a small server process that has loaded the modules but opened no connection: to
+    # start 50 interpreters would take most of a minute.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
     barrier = context.Barrier(len(arguments))
@@ -61,7 +61,10 @@ def run_at_once(
         for worker in workers:
             worker.kill()
             worker.join()
-    return [found.get(reader, Report(failure="no report in time")) for reader in readers]
+    return [
+        found.get(reader, Report(failure="the process did not report in time"))
+        for reader in readers
+    ]
 
 
 def _collect(
@@ -86,12 +89,12 @@ def _collect(
 def _work(
     function: Callable[..., Any], barrier: Barrier, writer: Connection, arguments: tuple[Any, ...]
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches us all; the parent ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         writer.send(Report(function(barrier, *arguments)))
     except Exception as error:
-        barrier.abort()  # the others would wait in vain
+        barrier.abort()  # so that the others do not wait for this one
         writer.send(Report(failure=f"{type(error).__name__}: {error}"))
 
 

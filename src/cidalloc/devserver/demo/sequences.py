@@ -1,4 +1,4 @@
-"""The two sequences of the demo: one streaming, one not; sums that anyone can check."""
+"""The two sequences of the demo, one streaming, one not, and their expected sums."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ __all__ = ["FIRST", "SECOND", "expected_sums", "number", "run_two_sequences"]
 
 _VALUES = (11, 7, 5, 3, 2, 0, 1)
 FIRST = (0, *_VALUES)
-"""What the first sequence sends: a start, then values to add."""
+"""The first sequence sends a start value, then values to add."""
 SECOND = (100, *(-value for value in _VALUES))
-"""What the second sequence sends: a start, then values to subtract."""
+"""The second sequence sends a start value, then values to subtract."""
 
 
 def expected_sums(values: tuple[int, ...]) -> list[int]:
-    """Return the sums that a sequence of its own must answer with."""
+    """Return the correct sums of a sequence."""
     return list(itertools.accumulate(values))
 
 
 def number(value: int, module: Any = tritonclient.grpc) -> list[Any]:
-    """Return the accumulator's input for ``value``, made with tritonclient's ``module``."""
+    """Return the accumulator's input for ``value``, of tritonclient's ``module``."""
     tensor = module.InferInput("INPUT", [1, 1], "INT32")
     return [tensor.set_data_from_numpy(np.array([[value]], np.int32))]
 
@@ -42,14 +42,15 @@ def run_two_sequences(
     say: Callable[[str], None] = lambda line: None,
     watch: Callable[[Sequence], AbstractContextManager[Any]] = nullcontext,
 ) -> int:
-    """Run both sequences side by side and return how many of their sums were wrong.
+    """Run both sequences side by side and return the number of wrong sums.
 
     Args:
         client: a client over gRPC.
-        asynchronous: send all requests before the first answer is read.
-        reverse: the second sequence streams, and not the first.
-        say: receives each line of the report.
-        watch: makes what is entered once a sequence has its ID, and left before it goes back.
+        asynchronous: send all requests before reading the first answer.
+        reverse: stream the second sequence instead of the first.
+        say: called with each line of the report.
+        watch: returns a context manager that is entered when a sequence has its ID, and left
+            before the ID is released.
     """
     with (
         client.sequence(MODEL, streaming=not reverse) as first,

@@ -1,4 +1,4 @@
-"""Many client processes at once, each with the demo's two sequences: does any ID meet another?"""
+"""Runs many client processes, each with the demo's two sequences, and looks for shared IDs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _START_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """An ID and the time, in nanoseconds since boot, for which a client surely held it."""
+    """An ID and the time, in nanoseconds since boot, during which a client certainly held it."""
 
     cid: int
     since: int
@@ -30,7 +30,7 @@ class Hold:
 
 @dataclass(slots=True)
 class Outcome:
-    """What came out of a run."""
+    """The result of a run."""
 
     holds: list[Hold] = field(default_factory=list)
     wrong_sums: int = 0
@@ -44,7 +44,7 @@ class Outcome:
 
     @property
     def good(self) -> bool:
-        """Whether everything went as it must."""
+        """Whether the run has no failure, wrong sum, shared ID or held ID."""
         return not (self.wrong_sums or self.failures or self.still_held or self.shared)
 
 
@@ -62,9 +62,9 @@ def overlapping(holds: list[Hold]) -> set[int]:
 
 
 def stress(url: str, clients: int, progress: Callable[[int], None] = lambda done: None) -> Outcome:
-    """Run ``clients`` processes at once against the gRPC ``url`` and return what came out.
+    """Run ``clients`` processes in parallel against the gRPC ``url`` and return the result.
 
-    ``progress`` is told, whenever a client has finished, how many have.
+    ``progress`` is called after each client with the number of finished clients.
     """
     outcome = Outcome()
     with Client(url) as client:
@@ -93,7 +93,7 @@ def _client(barrier: Barrier, url: str) -> tuple[list[Hold], int]:
             holds.append(Hold(sequence.cid, since, until))
 
     with Client(url) as client:
-        client.active()  # connected
+        client.active()  # connect now
         barrier.wait(_START_TIMEOUT_S)
         wrong = run_two_sequences(client, watch=watch)
     return holds, wrong
