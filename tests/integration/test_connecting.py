@@ -173,11 +173,11 @@ def test_verbose_shows_no_token(
     async def main() -> None:
         with Client(url, verbose=True) as cids, cids.sequence(MODEL) as sequence:
             sequence.infer(one(url), end=True)
-            tokens.append(cids._session._token)
+            tokens.append(cids._session.lease.token)
         async with AsyncClient(url, verbose=True) as cids:
             async with cids.sequence(MODEL) as sequence:
                 await sequence.infer(one(url), end=True)
-            tokens.append(cids._session._token)
+            tokens.append(cids._session.lease.token)
 
     asyncio.run(main())
     shown = "".join(capfd.readouterr())

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from cidalloc import protocol
 from cidalloc.client.core.effects import Config, Flow, Idle, Reply, Send
 from cidalloc.client.core.id_cache import MAX_AHEAD
-from cidalloc.client.core.session import Acquired, Session
+from cidalloc.client.core.lease import Acquired
+from cidalloc.client.core.session import Session
 from cidalloc.codes import Operation
 from cidalloc.errors import CidError, Unavailable
 from cidalloc.manager.service import Service
@@ -96,11 +97,11 @@ class World:
 
     def run(self, session: Session, flow: Flow[T]) -> T:
         """Run a flow to its end."""
-        event: Reply | None = None
+        reply: Reply | None = None
         try:
             while True:
-                effect = next(flow) if event is None else flow.send(event)
-                event = self.perform(effect)
+                effect = next(flow) if reply is None else flow.send(reply)
+                reply = self.perform(effect)
         except StopIteration as stop:
             value: T = stop.value
             return value
@@ -112,8 +113,8 @@ class World:
         while True:
             if isinstance(effect, Idle) and effect.until > until:
                 break
-            event = self.perform(effect)
-            effect = flow.send(event)
+            reply = self.perform(effect)
+            effect = flow.send(reply)
         flow.close()
         self.now = max(self.now, until)
 
@@ -123,7 +124,7 @@ class World:
         return list(taken)
 
     def release(self, session: Session, *cids: int, cooldown_ms: int | None = -1) -> None:
-        session.give(list(cids), cooldown_ms)
+        session.lease.give(list(cids), cooldown_ms)
 
     def operations(self) -> list[str]:
         """Return the names of what was sent since the last call."""

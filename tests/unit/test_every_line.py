@@ -16,7 +16,7 @@ import pytest
 from loopback import Loopback
 
 from cidalloc.client import Client, Sequence
-from cidalloc.client.core.lease import runs
+from cidalloc.client.core.effects import runs
 from cidalloc.errors import CidError
 from cidalloc.manager.settings import Settings
 
@@ -112,8 +112,10 @@ def ring(name: str, at: int) -> bool:
     if isinstance(got, Sequence):
         got.close()
 
-    assert cids._lock.acquire(timeout=5), where  # the heartbeat may have it, but not for long
-    cids._lock.release()
+    assert cids._runner.lock.acquire(timeout=5), (
+        where
+    )  # the heartbeat may have it, but not for long
+    cids._runner.lock.release()
     deadline = time.monotonic() + 5
     while runs(cids._session._turn):
         assert time.monotonic() < deadline, where

@@ -14,6 +14,8 @@ from ... import protocol
 from ...errors import InvalidArgument
 from ..core.tls import tls_context
 from ..core.transport import (
+    DAY_S,
+    HURRY_S,
     Address,
     Done,
     Receive,
@@ -24,11 +26,10 @@ from ..core.transport import (
     read_answer,
     translating,
 )
-from .tasks import CLOSE_S, Tasks, deliver
+from .tasks import Tasks, deliver
 
 __all__ = ["AsyncHttpTransport"]
 
-_DAY_S = 86_400.0
 _TLS = ("ssl_options", "ssl_context_factory", "insecure")  # of tritonclient's blocking client
 
 
@@ -48,7 +49,7 @@ class AsyncHttpTransport:
             tls = {name: options[name] for name in options.keys() - own.keys()}
             kind = tritonclient.http.InferenceServerClient
             own["ssl_context"] = tls_context(check_options(kind, address, tls))
-        self._options = {"conn_limit": 0, "conn_timeout": _DAY_S, **own}  # 0: no limit
+        self._options = {"conn_limit": 0, "conn_timeout": DAY_S, **own}  # 0: no limit
         self._verbose = bool(self._options.pop("verbose", False))
         aio: Any = tritonclient.http.aio.InferenceServerClient
         check_options(aio, address, self._options)
@@ -101,7 +102,7 @@ class AsyncHttpTransport:
 
     async def close(self) -> None:
         # Over HTTP the server does not notice that a request was given up.
-        await self._tasks.wait(CLOSE_S)
+        await self._tasks.wait(HURRY_S)
         opened, self._opened = self._opened, {}
         for triton in opened.values():
             await triton.close()

@@ -8,6 +8,7 @@ looks at the state anew.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ import numpy as np
 from ...errors import CidError
 from ...protocol import IDs, Request
 
-__all__ = ["Config", "Effect", "Flow", "Idle", "Reply", "Send"]
+__all__ = ["Config", "Effect", "Flow", "Idle", "Reply", "Send", "runs"]
 
 T = TypeVar("T")
 
@@ -59,3 +60,8 @@ class Reply:
 
 Effect = Send | Config | Idle
 Flow = Generator[Effect, Reply, T]
+
+
+def runs(flow: Flow[Any] | None) -> bool:
+    """Whether a flow has neither ended nor been broken off, for example by a signal handler."""
+    return flow is not None and inspect.getgeneratorstate(flow) != inspect.GEN_CLOSED

@@ -11,15 +11,13 @@ import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
 from ... import protocol
-from ...errors import CidError, Unavailable
 from ..core.grpc_calls import (
     SHORT_S,
     Calls,
     Connection,
     Connections,
+    StreamBase,
     read_config,
-    read_stream,
-    stream_broke,
 )
 from ..core.transport import (
     Address,
@@ -35,7 +33,7 @@ __all__ = ["GrpcTransport"]
 
 
 class GrpcTransport:
-    """gRPC for threads. A request blocks the thread that sends it, without any other."""
+    """gRPC for threads. A request blocks only the thread that sends it."""
 
     inputs = tritonclient.grpc.InferInput
     now = staticmethod(boottime)
@@ -102,9 +100,10 @@ class GrpcTransport:
         self._sequences.close()
 
     def _block(self, request: Any, limit: float, beside: Mapping[str, Any]) -> Any:
-        """Send a request in this thread alone, which costs half of what others take.
+        """Send a request in this thread alone, which costs half as much as `_wait`.
 
-        If a signal handler raises an exception in the main thread meanwhile, gRPC cancels it.
+        If a signal handler raises an exception in the main thread meanwhile, gRPC cancels the
+        request.
         """
         connection = self._sequences.take()
         try:
@@ -122,7 +121,7 @@ class GrpcTransport:
         limit: float,
         beside: Mapping[str, Any],
     ) -> Any:
-        """Send a request in the background and wait for it; when that ends, it goes on."""
+        """Send a request in the background and wait for it. It goes on if the wait ends."""
         connection = connections.take()
         release: Callable[[Any], object] = lambda call: connections.release(connection)  # noqa: E731
         call = self._start(connections, connection, method, request, limit, beside, release)
@@ -155,51 +154,27 @@ class GrpcTransport:
         return call
 
 
-class _Stream:
+class _Stream(StreamBase):
     """A stream, and the thread that reads it. gRPC has another one, which sends."""
 
     def __init__(self, connections: Connections, calls: Calls, receive: Receive) -> None:
-        self._connections, self._calls, self._receive = connections, calls, receive
-        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.over = False
-        self._connection = connections.take()
+        requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        super().__init__(connections, calls, receive, requests)
         try:
             self._answers = self._connection.stream(
-                iter(self._queue.get, None), metadata=calls.metadata
+                iter(requests.get, None), metadata=calls.metadata
             )
             spawn(self._read, name="cidalloc-stream")
         except BaseException as error:
-            self._queue.put(None)
+            self.end()
             connections.give_up(self._connection, error)
             raise
 
-    def send(self, model: str, inputs: list[Any], /, **options: Any) -> None:
-        request, _ = self._calls.request(model, inputs, **options)
-        if self.over:
-            raise Unavailable(f"the stream to {self._calls.url} broke: open a new sequence")
-        self._calls.show(request)
-        self._queue.put(request)
-
-    def end(self) -> None:
-        self._queue.put(None)
-
-    def cut(self) -> None:
-        if not self.over:
-            self._answers.cancel()
-
-    def suspect(self) -> None:
-        self._connections.retire(self._connection)
-
     def _read(self) -> None:
+        failure = None
         try:
             for answer in self._answers:
-                self._calls.show(answer)
-                self._receive(*read_stream(answer))
-            error: CidError = Unavailable(f"the stream to {self._calls.url} was closed")
-        except Exception as failed:
-            self.suspect()
-            error = stream_broke(failed, self._calls.url)
-        self.over = True
-        self._queue.put(None)  # gRPC's other thread ends
-        self._connections.release(self._connection)
-        self._receive("", True, None, error)
+                self._received(answer)
+        except Exception as error:
+            failure = error
+        self._ended(failure)
