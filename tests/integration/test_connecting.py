@@ -65,9 +65,9 @@ def test_hosts_with_any_name(node: str, monkeypatch: pytest.MonkeyPatch) -> None
         (session,) = cids.status()["sessions"]
         label = session["label"]
         assert label.isprintable() and len(label.encode()) <= 64
-        assert label == cids._session.label
+        assert label == cids._session.lease.label
     cids = AsyncClient(transport=transport)  # type: ignore[arg-type]
-    assert cids._session.label == label
+    assert cids._session.lease.label == label
 
 
 # ---- Paths

@@ -14,6 +14,7 @@ from cidalloc import protocol
 from cidalloc.client.core.effects import Config, Flow, Idle, Reply, Send
 from cidalloc.client.core.id_cache import MAX_AHEAD
 from cidalloc.client.core.lease import Acquired
+from cidalloc.client.core.link import Link
 from cidalloc.client.core.session import Session
 from cidalloc.codes import Operation
 from cidalloc.errors import CidError, Unavailable
@@ -48,15 +49,8 @@ class World:
     def session(
         self, ttl: float = 60.0, timeout: float = 10.0, seed: int = 0, ahead: int = MAX_AHEAD
     ) -> Session:
-        rng = random.Random(seed)
-        return Session(
-            ttl=ttl,
-            label="simulated",
-            timeout=timeout,
-            rng=rng,
-            clock=lambda: self.now,
-            ahead=ahead,
-        )
+        link = Link(timeout, ttl, random.Random(seed), lambda: self.now)
+        return Session(link, "simulated", ahead)
 
     def apply(self, request: protocol.Request) -> Reply:
         tensors = request.encode()
@@ -120,7 +114,7 @@ class World:
 
     def acquire(self, session: Session, count: int = 1, need_ms: int | None = None) -> list[int]:
         taken = Acquired()
-        self.run(session, session.acquire(count, need_ms, self.now + session.timeout, taken))
+        self.run(session, session.acquire(count, need_ms, self.now + session.link.timeout, taken))
         return list(taken)
 
     def release(self, session: Session, *cids: int, cooldown_ms: int | None = -1) -> None:

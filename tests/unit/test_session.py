@@ -298,7 +298,7 @@ def test_a_lost_id_among_others_gives_none_back(world: World, session: Session) 
     world.keep(session, world.now + 1)
     (live,) = world.acquire(session)
     for others in ([live], [live, live]):
-        session._lost[lost] = "the session was lost"
+        session.lease._lost[lost] = "the session was lost"
         with pytest.raises(errors.SessionExpired, match="no other was given back"):
             world.release(session, lost, *others, cooldown_ms=60_000)
         assert live in session.lease.cache.used and not session.lease.cache.to_release

@@ -14,6 +14,7 @@ from ..core.grpc_calls import (
     SHORT_S,
     Calls,
     Connections,
+    GrpcBase,
     StreamBase,
     read_config,
 )
@@ -22,7 +23,6 @@ from ..core.transport import (
     Address,
     Done,
     Receive,
-    boottime,
     read_answer,
     translating,
 )
@@ -31,25 +31,15 @@ from .tasks import Tasks, deliver
 __all__ = ["AsyncGrpcTransport"]
 
 
-class AsyncGrpcTransport:
+class AsyncGrpcTransport(GrpcBase):
     """gRPC for asyncio. Requests are sent in tasks that are never cancelled."""
-
-    inputs = tritonclient.grpc.InferInput
-    now = staticmethod(boottime)
 
     def __init__(
         self, address: Address, headers: Mapping[str, str] | None, options: Mapping[str, Any]
     ) -> None:
-        self.url = address.url
-        self._calls = Calls(address, headers, options)
         self._tasks = Tasks()
-        self._asks, self._sequences = (
-            Connections(
-                lambda: self._calls.channel(grpc.aio),
-                lambda channel: self._tasks.start(channel.close()),
-            )
-            for _ in range(2)
-        )
+        shut = lambda channel: self._tasks.start(channel.close())  # noqa: E731
+        super().__init__(grpc.aio, shut, address, headers, options)
 
     async def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
         request, beside = self._calls.request(model, inputs, **options)

@@ -19,6 +19,7 @@ from .fork_guard import ForkGuard, caller
 from .handle import warn_unclosed
 from .id_cache import ENDED, MAX_AHEAD, need_ms
 from .lease import Acquired
+from .link import Link
 from .model_info import HIGHEST_CID, ModelInfo
 from .sequence import Plan
 from .session import Session
@@ -67,14 +68,9 @@ class Base(ForkGuard):
         self._timeout = seconds("timeout", timeout, DAY_S)
         self._fallback = fallback
         self._rng = random.SystemRandom()
-        self._session = Session(
-            ttl=seconds("ttl", ttl, _MAX_TTL_S, low=0.001),
-            label=_label(label),
-            timeout=self._timeout,
-            rng=self._rng,
-            clock=self._transport.now,
-            ahead=_ahead(ahead),
-        )
+        ttl = seconds("ttl", ttl, _MAX_TTL_S, low=0.001)
+        link = Link(self._timeout, ttl, self._rng, self._transport.now)
+        self._session = Session(link, _label(label), _ahead(ahead))
         self._runner = self._new_runner(self._session, self._transport, model)
 
     def __del__(self) -> None:

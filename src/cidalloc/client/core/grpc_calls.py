@@ -21,13 +21,14 @@ from tritonclient.utils import InferenceServerException
 
 from ... import protocol
 from ...errors import CidError, InvalidArgument, Unavailable
-from .transport import Address, Receive, check_options, encode, unreachable
+from .transport import Address, Receive, boottime, check_options, encode, unreachable
 
 __all__ = [
     "SHORT_S",
     "Calls",
     "Connection",
     "Connections",
+    "GrpcBase",
     "StreamBase",
     "read_config",
 ]
@@ -276,6 +277,34 @@ def _compression(name: str) -> Any:
     if str(name).lower() not in kinds:
         raise InvalidArgument(f"compression_algorithm={name!r} is neither 'gzip' nor 'deflate'")
     return kinds[name.lower()]
+
+
+class GrpcBase:
+    """What the blocking and the asyncio transport have in common.
+
+    Args:
+        library: ``grpc`` or ``grpc.aio``.
+        shut: closes a channel.
+        address, headers, options: see `Calls`.
+    """
+
+    inputs = tritonclient.grpc.InferInput
+    now = staticmethod(boottime)
+
+    def __init__(
+        self,
+        library: Any,
+        shut: Callable[[Any], object],
+        address: Address,
+        headers: Mapping[str, str] | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.url = address.url
+        self._calls = Calls(address, headers, options)
+        # The manager's requests never wait for those of sequences.
+        self._asks, self._sequences = (
+            Connections(lambda: self._calls.channel(library), shut) for _ in range(2)
+        )
 
 
 class StreamBase:

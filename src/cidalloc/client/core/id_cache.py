@@ -113,11 +113,6 @@ class IdCache:
             self.used.discard(cid)
             raise
 
-    def use(self, cids: Iterable[int], now: float) -> None:
-        """Add IDs to the used ones."""
-        self.taken_at = now
-        self.used.update(cids)
-
     def take_back(self, cids: Iterable[int]) -> None:
         """Take back IDs that the application never saw; they are ready again."""
         for cid in cids:
@@ -209,10 +204,12 @@ class IdCache:
             self._put_to_release(cid, need_ms(max(known, idle), timeout))
         del self.awaiting_model[model]
 
-    def refill(self, cids: Iterable[int]) -> None:
-        """Add new IDs of the session."""
-        self.fresh.extend(cids)
+    def refill(self, fresh: Iterable[int], used: Iterable[int], now: float) -> None:
+        """Add new IDs of the session, some of which are used from now on."""
+        self.used.update(used)
+        self.fresh.extend(fresh)
         self.needs_refill = False
+        self.taken_at = now
 
     def plan(self, now: float, taken: int) -> int:
         """Return how many IDs to fetch ahead with the next refill, by the recent demand.

@@ -83,7 +83,7 @@ class Lease:
         self.lost_why = ""
         self.pool: range | None = None
         self._link = link
-        self._label = label
+        self.label = label
         self._lost = lost
         self._registry = ""  # its UUID
         self._seq = 0
@@ -91,7 +91,7 @@ class Lease:
         self._most = _MOST_AT_ONCE
 
     def __repr__(self) -> str:  # never with the token
-        return f"<Session {self._label!r}, {self.state}>"
+        return f"<Session {self.label!r}, {self.state}>"
 
     @property
     def opened(self) -> bool:
@@ -218,7 +218,7 @@ class Lease:
         reply = yield from self._ask(
             Operation.OPEN,
             deadline,
-            {"ttl_ms": int(self._link.ttl * 1000), "label": self._label},
+            {"ttl_ms": int(self._link.ttl * 1000), "label": self.label},
         )
         answer = reply.output.tolist()
         if len(answer) < 5 or answer[0] != PROTOCOL:
@@ -385,9 +385,9 @@ class Lease:
             for _ in range(ready):
                 taken.append(cache.take(now))
             taken.extend(cids[:lacking])
-            cache.use(taken, now)
-            cids = cids[lacking:]
-        cache.refill(cids)
+            cache.refill(cids[lacking:], taken, now)
+        else:
+            cache.refill(cids, (), cache.taken_at)
         self.doubtful = False
 
     def reconcile(self, deadline: float) -> Flow[None]:

@@ -103,7 +103,7 @@ class SequenceCore:
         self._stream: SequenceStream | None = None
         if streaming:
             opener = runner.transport.open_stream
-            self._stream = SequenceStream(opener, self.model, plan.checked, self._over_stream)
+            self._stream = SequenceStream(opener, self.model, plan.checked, self.over)
         runner.sequences[self] = None
 
     # ---- Sending
@@ -206,13 +206,14 @@ class SequenceCore:
 
     def _post(self, request: Request, has_turn: bool) -> None:
         """Send a request, over the stream or when its turn comes."""
-        self._runner.watch(self)
         if self._stream is None:
+            self._runner.watch(self)
             self._advance(request if has_turn else None)
             return
         request.starts()
         try:
             self._stream.send(request)
+            self._runner.watch(self)
         except Exception as error:
             # Also if the stream broke before: the caller cannot know when it breaks.
             self._finish(request, None, error)
@@ -283,9 +284,6 @@ class SequenceCore:
             if self._turn is request:
                 self._turn = None
         return self._finish(request, result, None if error is None else self._explain(error))
-
-    def _over_stream(self, request: Request, result: Any, error: BaseException | None) -> None:
-        self._finish(request, result, None if error is None else self._explain(error))
 
     def _finish(
         self, request: Request, result: Any, error: BaseException | None

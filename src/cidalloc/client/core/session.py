@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import random
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ...codes import Operation
@@ -27,7 +26,7 @@ from .effects import Flow, Idle, Reply, Send, runs
 from .id_cache import MAX_AHEAD, need_ms
 from .lease import Acquired, Lease
 from .link import Link
-from .model_info import ModelCache, ModelInfo
+from .model_info import ModelCache
 
 __all__ = ["Session"]
 
@@ -41,11 +40,8 @@ class Session:
     """One client's session with its manager: one lease after the other.
 
     Args:
-        ttl: TTL of the session in seconds.
+        link: the way to the manager, and the clock.
         label: the name of the session in the manager's status.
-        timeout: seconds that a request may take.
-        rng: draws tokens and pauses.
-        clock: returns the time in seconds, by a clock that runs on in suspend.
         ahead: the maximum number of unused IDs in the cache.
 
     Attributes:
@@ -56,27 +52,15 @@ class Session:
         abandoned: the client was collected as garbage.
     """
 
-    def __init__(
-        self,
-        *,
-        ttl: float,
-        label: str,
-        timeout: float,
-        rng: random.Random,
-        clock: Callable[[], float],
-        ahead: int = MAX_AHEAD,
-    ) -> None:
-        self.now = clock
-        self.ttl = ttl
-        self.label = label
-        self.timeout = timeout
-        self.ahead = ahead
-        self.link = Link(timeout, ttl, rng, clock)
+    def __init__(self, link: Link, label: str, ahead: int = MAX_AHEAD) -> None:
+        self.link = link
+        self.now = link.now
         self.models = ModelCache()
         self.version = 0
         self.closed = False
         self.abandoned = False
-        self._lost: dict[int, str] = {}
+        lost: dict[int, str] = {}
+        self._new_lease = partial(Lease, link, label, ahead, lost)
         self.lease = self._new_lease()
         self._turn: Flow[None] | None = None  # the flow that has it, until that flow has ended
         self._ending: Flow[None] | None = None  # the flow that closes the session
@@ -84,7 +68,7 @@ class Session:
         self._all_ended = False
 
     def __repr__(self) -> str:  # never with the token
-        return f"<Session {self.label!r}, {self.state}>"
+        return f"<Session {self.lease.label!r}, {self.state}>"
 
     @property
     def state(self) -> str:
@@ -95,9 +79,6 @@ class Session:
         """Raise `InvalidArgument` if the client is closed."""
         if self.closed:
             raise InvalidArgument("this client is closed")
-
-    def _new_lease(self) -> Lease:
-        return Lease(self.link, self.label, self.ahead, self._lost)
 
     # ---- For the application
 
@@ -194,7 +175,7 @@ class Session:
                 yield Idle(due)
                 continue
             # Short enough for some tries before the lease runs out.
-            deadline = self.now() + min(self.timeout, self.ttl / 8)
+            deadline = self.now() + min(self.link.timeout, self.link.ttl / 8)
             try:
                 if self.now() >= lease.renew_at:
                     yield from lease.renew(deadline)
@@ -235,32 +216,33 @@ class Session:
         """Find out the cooldown of the IDs that came back without END."""
         cache = lease.cache
         for model in list(cache.awaiting_model):
-            idle = 0.0  # what was known is enough
             try:
-                idle = (yield from self._look(model, deadline)).idle_s
+                idle = yield from self._idle_s(model, deadline)
             except Unavailable:
                 if self.now() < cache.await_until:
                     raise
-            except CidError:  # it may not be read any more, or keeps no sequences
-                pass
+                idle = 0.0
             cache.model_was_read(model, idle)
 
     def _check_models(self, deadline: float) -> Flow[None]:
         """Announce a longer cooldown if a model with new sequences was reloaded."""
         for model, timeout in list(self.models.to_check.items()):
-            idle = None
             try:
-                idle = (yield from self._look(model, deadline)).idle_s
+                idle = yield from self._idle_s(model, deadline)
             except Unavailable:
                 continue
-            except CidError:  # it may not be read any more, or keeps no sequences
-                pass
             self.models.to_check.pop(model, None)
-            if idle is not None:
-                yield from self.lease.announce(need_ms(idle, timeout), deadline)
+            yield from self.lease.announce(need_ms(idle, timeout), deadline)
 
-    def _look(self, model: str, deadline: float) -> Flow[ModelInfo]:
-        return self.models.look(model, self.now(), self.link.limit(deadline))
+    def _idle_s(self, model: str, deadline: float) -> Flow[float]:
+        """Return a model's present idle time; 0 if what was known before has to be enough."""
+        try:
+            found = yield from self.models.look(model, self.now(), self.link.limit(deadline))
+        except Unavailable:
+            raise
+        except CidError:  # it may not be read any more, or keeps no sequences
+            return 0.0
+        return found.idle_s
 
     # ---- Closing
 

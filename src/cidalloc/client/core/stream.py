@@ -71,7 +71,7 @@ class SequenceStream:
         opener: Callable[[Receive], Stream],
         model: str,
         checked: bool,
-        over: Callable[[Request, Any, BaseException | None], None],
+        over: Callable[[Request, Any, BaseException | None], object],
     ) -> None:
         self._model = model
         self._checked = checked

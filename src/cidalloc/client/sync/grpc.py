@@ -16,6 +16,7 @@ from ..core.grpc_calls import (
     Calls,
     Connection,
     Connections,
+    GrpcBase,
     StreamBase,
     read_config,
 )
@@ -23,7 +24,6 @@ from ..core.transport import (
     Address,
     Done,
     Receive,
-    boottime,
     read_answer,
     translating,
 )
@@ -32,22 +32,13 @@ from .threads import spawn
 __all__ = ["GrpcTransport"]
 
 
-class GrpcTransport:
+class GrpcTransport(GrpcBase):
     """gRPC for threads. A request blocks only the thread that sends it."""
-
-    inputs = tritonclient.grpc.InferInput
-    now = staticmethod(boottime)
 
     def __init__(
         self, address: Address, headers: Mapping[str, str] | None, options: Mapping[str, Any]
     ) -> None:
-        self.url = address.url
-        self._calls = Calls(address, headers, options)
-        # The manager's requests never wait behind those of sequences.
-        self._asks, self._sequences = (
-            Connections(lambda: self._calls.channel(grpc), lambda channel: channel.close())
-            for _ in range(2)
-        )
+        super().__init__(grpc, lambda channel: channel.close(), address, headers, options)
 
     def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
         request, beside = self._calls.request(model, inputs, **options)

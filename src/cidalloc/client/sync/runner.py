@@ -136,7 +136,7 @@ class Runner(RunnerBase):
     def _keep(self) -> None:
         self.run(self.session.heartbeat())
         if not self.session.closed:
-            self.close(self.session.timeout)
+            self.close(self.session.link.timeout)
 
     def _poke(self) -> None:
         if self.lock.acquire(blocking=False):
