@@ -1,4 +1,4 @@
-"""HTTP for asyncio, over tritonclient's client; any number of requests at once."""
+"""HTTP for asyncio, over tritonclient's client."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _TLS = ("ssl_options", "ssl_context_factory", "insecure")  # of tritonclient's b
 
 
 class AsyncHttpTransport:
-    """HTTP; each request has a connection of its own, and a time limit of its own."""
+    """HTTP for asyncio. Each request has a connection and a time limit of its own."""
 
     inputs = tritonclient.http.InferInput
     now = staticmethod(boottime)
@@ -89,7 +89,7 @@ class AsyncHttpTransport:
             reading = self._triton(False).get_model_config(model, headers=dict(self._headers))
             config: Mapping[str, Any] = await self._within(timeout, reading)
             if not isinstance(config, dict):
-                raise TypeError("a model configuration that is no JSON object")
+                raise TypeError("a model configuration that is not a JSON object")
         return config
 
     def submit(

@@ -1,9 +1,9 @@
 """Flows: the client's decisions as generators, which say what they need and never do it.
 
-A flow yields one of the three effects below and is resumed with the `Reply` that came of it. Two
-short runners run flows, one blocking and one awaiting; so each decision is written once, and tests
-run it without a server, a thread or a clock. While a flow waits, others go on: after each yield it
-looks at the state anew.
+A flow yields one of the three effects below and is resumed with its `Reply`. Two short runners run
+flows, one blocking and one awaiting; so each decision is written once, and tests run it without a
+server, a thread or a clock. While a flow waits, other flows go on, so the state may be another one
+after each yield.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Idle:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came of an effect: the answer to a request, a configuration, an error, or nothing."""
+    """The result of an effect: the answer to a request, a configuration, an error, or nothing."""
 
     output: IDs = field(default_factory=lambda: _NOTHING)
     detail: str = ""

@@ -209,7 +209,7 @@ _INSIDE |= {"http", "socket", "ssl", "select", "urllib", "gzip", "zlib", "json",
 
 
 def foreign(error: BaseException) -> bool:
-    """Whether an error comes from the application: one of its signal handlers raised it."""
+    """Whether a signal handler of the application raised an error."""
     trace = error.__traceback__
     if trace is None:
         return False

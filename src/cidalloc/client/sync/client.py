@@ -39,7 +39,7 @@ class Client(Base):
         headers: sent with every request.
         transport: used instead of a connection to ``url``.
         ahead: maximum number of unused IDs in the cache. With 0 the client acquires each ID when it
-            is needed, and releases it when it is no longer used.
+            is needed, and releases it when its use ends.
         fallback: with ``"random"``, `sequence` uses a random 63-bit ID if the manager cannot be
             reached and the model's correlation IDs have 64 bits. Such an ID is not managed.
         options: further arguments of tritonclient's ``InferenceServerClient``, such as TLS options.

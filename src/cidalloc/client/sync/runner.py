@@ -39,7 +39,7 @@ class Runner(RunnerBase):
         self._changed = threading.Condition(self.lock)
         self._heartbeat: threading.Thread | None = None
         self._dropped: deque[SequenceCore] = deque()
-        # The watch rests on this queue; other threads wake it by an entry, which needs no lock.
+        # The watch sleeps on this queue; other threads wake it by an entry, which needs no lock.
         self._rest: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._resting = False
         self._watcher: threading.Thread | None = None
