@@ -17,6 +17,7 @@ from loopback import AsyncLoopback, Loopback
 
 from cidalloc import errors, protocol
 from cidalloc.client import AsyncClient, Client
+from cidalloc.client.core.lease import Lease
 from cidalloc.manager.settings import Settings
 
 SETTINGS = Settings(first=1, capacity=100_000, max_sessions=100, cooldown_ms=0, fresh=True)
@@ -198,3 +199,31 @@ def test_the_token_is_in_no_log(caplog: pytest.LogCaptureFixture) -> None:
         assert len(cids.acquire_many(50)) == 50
         assert "lost" in caplog.text
     assert len(token) == 32 and token not in caplog.text and token not in repr(cids)
+
+
+def test_a_lease_is_checked_once_for_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And once more before a request is sent that has waited for another one."""
+    checks: list[int] = []
+    check = Lease.check
+    monkeypatch.setattr(
+        Lease, "check", lambda self, cid, now: checks.append(cid) or check(self, cid, now)
+    )
+    held: list[Any] = []
+
+    class Held(Loopback):
+        def submit(
+            self, limit: float, model: str, inputs: list[Any], done: Any, /, **_: Any
+        ) -> None:
+            held.append(done)
+
+    transport = Held(SETTINGS)
+    with Client(transport=transport) as cids:
+        sequence = cids.sequence("model")
+        sequence.infer([])
+        assert len(checks) == 1
+        one, two = sequence.async_infer([]), sequence.async_infer([])
+        assert (len(checks), len(held)) == (3, 1)
+        held[0](transport.infer(1.0, "model", []), None)
+        assert (len(checks), len(held)) == (4, 2) and one.done() and not two.done()
+        held[1](transport.infer(1.0, "model", []), None)
+        sequence.close()

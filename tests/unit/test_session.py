@@ -7,7 +7,7 @@ from simulation import World
 
 from cidalloc import errors
 from cidalloc.client.core.effects import Idle, Reply, Send
-from cidalloc.client.core.id_cache import ENDED
+from cidalloc.client.core.id_cache import ENDED, IdCache
 from cidalloc.client.core.lease import Acquired
 from cidalloc.client.core.session import Session
 from cidalloc.codes import Operation
@@ -42,6 +42,35 @@ def test_the_usual_acquire_sends_nothing(world: World, session: Session) -> None
     world.operations()
     assert session.lease.take() == 2
     assert world.operations() == []
+
+
+def test_new_ids_go_to_their_caller_and_not_through_the_cache(
+    world: World, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(IdCache, "take", lambda *_: pytest.fail("an ID came out of the cache"))
+    assert world.acquire(session, 3) == [1, 2, 3]
+    assert session.lease.cache.used == {1, 2, 3}
+    assert list(session.lease.cache.fresh) == [4]
+
+
+def test_new_ids_complete_those_of_the_cache(world: World, session: Session) -> None:
+    world.acquire(session)
+    assert world.acquire(session, 3) == [2, 3, 4], "the oldest first"
+    assert session.lease.cache.used == {1, 2, 3, 4}
+
+
+def test_ids_that_others_took_meanwhile(world: World, session: Session) -> None:
+    """Then the new ones wait in the cache for the next try."""
+    world.acquire(session)
+    taken = Acquired()
+    flow = session.acquire(2, None, world.now + 10, taken)
+    effect = next(flow)
+    assert isinstance(effect, Send) and effect.request.parameters["count"] == 3
+    assert session.lease.take() == 2
+    with pytest.raises(StopIteration):
+        flow.send(world.apply(effect.request))
+    assert taken == [3, 4]
+    assert session.lease.cache.used == {1, 2, 3, 4}
 
 
 def test_ended_ids_recycle_oldest_first_after_their_cooldown(
@@ -205,6 +234,31 @@ def test_an_id_by_hand_is_good_for_what_the_manager_takes(world: World, session:
     world.acquire(session, 1, 20_000)
     world.acquire(session)
     assert cooldown(world) == SETTINGS.unended_cooldown_ms
+
+
+def test_a_refill_announces_nothing_longer(world: World, session: Session) -> None:
+    world.acquire(session, 1, 20_000)
+    world.acquire(session, 1, 20_000)
+    world.keep(session, world.now)
+    assert world.sent[-1].operation is Operation.NEW
+    assert session.lease.announced_ms == cooldown(world) == 20_000
+
+
+def test_an_id_of_a_lost_lease_is_not_that_of_its_successor(world: World) -> None:
+    """Though its number may be the same."""
+    world = World(Settings(first=1, capacity=1, max_sessions=10, fresh=True))
+    session = world.session(TTL)
+    (cid,) = world.acquire(session)
+    lease = session.lease
+    world.now += 10 * TTL
+    assert world.held() == 0
+    world.now += SETTINGS.unended_cooldown_ms / 1000
+    assert world.acquire(session) == [cid]
+    session.lease.check(cid, world.now)
+    with pytest.raises(errors.SequenceLost, match="does not know its session"):
+        lease.check(cid, world.now)
+    lease.release_from(cid, ENDED)
+    assert session.lease.cache.used == {cid}
 
 
 # ---- Time

@@ -210,7 +210,7 @@ def whole(name: str, value: object) -> int:
         raise InvalidArgument(f"{name}={value!r} is not an integer") from None
     if number < 1:
         raise InvalidArgument(f"{name}={number} is less than 1")
-    if number >= 2**63:
+    if number > HIGHEST_CID:
         raise LimitExceeded(f"{name}={number} is more than any pool has")
     return number
 

@@ -18,9 +18,12 @@ import numpy as np
 from ...errors import CidError
 from ...protocol import IDs, Request
 
-__all__ = ["Config", "Effect", "Flow", "Idle", "Reply", "Send", "runs"]
+__all__ = ["NEVER", "Config", "Effect", "Flow", "Idle", "Reply", "Send", "runs"]
 
 T = TypeVar("T")
+
+NEVER = float("-inf")
+"""A time before all others."""
 
 _NOTHING: IDs = np.empty(0, np.uint64)
 

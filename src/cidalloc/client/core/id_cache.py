@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from itertools import islice
 
 from ...errors import Duplicate, NotHeld
+from .effects import NEVER
 
 __all__ = ["ENDED", "MAX_AHEAD", "IdCache", "need_ms"]
 
@@ -89,8 +90,8 @@ class IdCache:
         self.releasing_cooldown = ENDED
         self._set_target_size(1)
         self.needs_refill = self.needs_maintenance = False
-        self.refilled_at = self.refill_after = self.taken_at = float("-inf")
-        self.trim_at = self.await_until = float("-inf")
+        self.refilled_at = self.refill_after = self.taken_at = NEVER
+        self.trim_at = self.await_until = NEVER
 
     # ---- For each ID
 

@@ -27,9 +27,10 @@ from ...errors import (
     SessionUnknown,
 )
 from ...protocol import PROTOCOL, TOKEN_BYTES, Parameter, Request, as_ids
-from .effects import Flow, Reply, Send
+from .effects import NEVER, Flow, Reply, Send
 from .id_cache import ENDED, IdCache
-from .link import NEVER, Link
+from .link import Link
+from .model_info import HIGHEST_CID
 
 __all__ = ["Acquired", "Lease"]
 
@@ -82,8 +83,8 @@ class Lease:
         self.doubtful = False
         self.lost_why = ""
         self.pool: range | None = None
-        self._link = link
         self.label = label
+        self._link = link
         self._lost = lost
         self._registry = ""  # its UUID
         self._seq = 0
@@ -154,7 +155,7 @@ class Lease:
             SessionExpired: an ID was lost with its session.
         """
         for cid in cids:
-            if not 0 < cid < 2**63:
+            if not 0 < cid <= HIGHEST_CID:
                 raise OutOfRange(f"{cid} is not a correlation ID")
         lost = {cid: self._lost.pop(cid) for cid in cids if cid in self._lost}
         if lost:

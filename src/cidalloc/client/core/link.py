@@ -6,12 +6,9 @@ import random
 from collections.abc import Callable, Generator
 
 from ...errors import CidError, Repeated, SessionUnknown, Unavailable
-from .effects import Flow, Idle, Reply
+from .effects import NEVER, Flow, Idle, Reply
 
-__all__ = ["NEVER", "Link"]
-
-NEVER = float("-inf")
-"""A time before all others."""
+__all__ = ["Link"]
 
 _BACK_OFF_S = 0.05  # the first pause between two tries; each further pause is twice as long
 _BACK_OFF_MOST_S = 2.0

@@ -202,7 +202,7 @@ class Session:
         yield from self._give_back(deadline)
         if cache.needs_refill:
             cache.needs_refill = False
-            yield from self.lease.fetch(0, None, deadline, None)
+            yield from self.lease.fetch(0, 0, deadline, None)
 
     def _give_back(self, deadline: float) -> Flow[None]:
         """Release all IDs that have to leave. In turn."""
