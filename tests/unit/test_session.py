@@ -28,7 +28,7 @@ def session(world: World) -> Session:
     return world.session(TTL)
 
 
-# ---- The stock
+# ---- The cache
 
 
 def test_the_session_opens_when_it_is_needed(world: World, session: Session) -> None:
@@ -90,7 +90,7 @@ def test_ended_ids_recycle_oldest_first_after_their_cooldown(
     assert world.operations() == []
 
 
-def test_the_stock_grows_with_demand(world: World, session: Session) -> None:
+def test_the_cache_grows_with_demand(world: World, session: Session) -> None:
     world.acquire(session)
     world.operations()
     for _ in range(1000):
@@ -101,7 +101,7 @@ def test_the_stock_grows_with_demand(world: World, session: Session) -> None:
     assert session.lease.cache.target_size > 50
 
 
-def test_a_stock_that_nobody_needs_goes_back(world: World, session: Session) -> None:
+def test_a_cache_without_demand_goes_back(world: World, session: Session) -> None:
     for _ in range(50):
         cids = world.acquire(session, 20)
         world.release(session, *cids)
@@ -146,7 +146,7 @@ def test_an_id_without_end_cools_at_the_manager(world: World, session: Session) 
 
 
 def test_a_pool_without_any_ahead(world: World) -> None:
-    """What is there is given, though it does not do for a stock as well."""
+    """What is there is given, though it is not enough for the cache as well."""
     world = World(Settings(first=1, capacity=3, max_sessions=10, fresh=True))
     session = world.session()
     assert world.acquire(session, 3) == [1, 2, 3]
@@ -501,7 +501,7 @@ def test_a_new_without_an_answer(world: World, session: Session, fate: str) -> N
         assert isinstance(world.apply(request).error, errors.Repeated)
     assert world.held() == len(session.lease.cache.known())
     assert len(set(cids)) == 10
-    # Those of the lost answer are in stock.
+    # Those of the lost answer are in the cache.
     if fate == "unanswered":
         assert world.operations() == []
 

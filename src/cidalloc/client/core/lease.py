@@ -282,6 +282,10 @@ class Lease:
             return self.retry_at
         return max(min(self.renew_at, cache.trim_at), self.retry_at)
 
+    def put_off(self, tries: int) -> None:
+        """Let the heartbeat pause after so many tries that failed."""
+        self.retry_at = self._link.now() + self._link.pause(tries)
+
     def _renewed(self, sent: float) -> None:
         self.deadline = max(self.deadline, sent + self._link.ttl)
         self.renew_at = sent + self._link.ttl * self._link.rng.uniform(0.25, 0.35)

@@ -189,7 +189,7 @@ class Session:
                 tries += 1
                 level = logging.INFO if tries == 1 else logging.DEBUG
                 _log.log(level, "%r: a heartbeat or refill failed: %s", self, error)
-                lease.retry_at = self.now() + self.link.pause(tries)
+                lease.put_off(tries)
                 if isinstance(error, RegistryMismatch):
                     with contextlib.suppress(RegistryMismatch):
                         yield from self._probe(error, deadline)
