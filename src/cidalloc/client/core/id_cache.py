@@ -57,27 +57,6 @@ class IdCache:
         trim_at: when to call `trim` next.
     """
 
-    __slots__ = (
-        "ahead",
-        "await_until",
-        "awaiting_model",
-        "cooldown",
-        "cooling",
-        "fresh",
-        "needs_maintenance",
-        "needs_refill",
-        "refill_after",
-        "refill_below",
-        "refilled_at",
-        "releasing",
-        "releasing_cooldown",
-        "taken_at",
-        "target_size",
-        "to_release",
-        "trim_at",
-        "used",
-    )
-
     def __init__(self, cooldown: float = 0.0, ahead: int = MAX_AHEAD) -> None:
         self.cooldown = cooldown
         self.ahead = ahead
@@ -88,7 +67,7 @@ class IdCache:
         self.awaiting_model: dict[str, dict[int, tuple[float, float]]] = {}  # by model
         self.releasing: list[int] = []
         self.releasing_cooldown = ENDED
-        self._set_target_size(1)
+        self.target_size = min(1, ahead)  # IDs to fetch ahead
         self.needs_refill = self.needs_maintenance = False
         self.refilled_at = self.refill_after = self.taken_at = NEVER
         self.trim_at = self.await_until = NEVER
@@ -104,7 +83,7 @@ class IdCache:
                 cid = cooling.popleft()[1]
             elif self.fresh:
                 cid = self.fresh.popleft()
-                if len(self.fresh) < self.refill_below and not self.needs_refill:
+                if 2 * len(self.fresh) < self.target_size and not self.needs_refill:
                     self.needs_refill = self.needs_maintenance = True
             else:
                 return 0
@@ -221,8 +200,8 @@ class IdCache:
         """
         if now < self.refill_after:
             return 0
-        if now - self.refilled_at < _QUICK_S and self.target_size < self.ahead:
-            self._set_target_size(2 * self.target_size)
+        if now - self.refilled_at < _QUICK_S:
+            self.target_size = min(2 * self.target_size, self.ahead)
         self.refilled_at = now
         left = len(self.cooling) + len(self.fresh) - taken
         return max(0, min(self.target_size, self.ahead - left))
@@ -234,7 +213,7 @@ class IdCache:
     def trim(self, now: float) -> None:
         """Release IDs that were not needed for long; set `trim_at`."""
         while self.target_size > 1 and now - self.refilled_at >= 2 * _STALE_S:
-            self._set_target_size(self.target_size // 2)
+            self.target_size //= 2
             self.refilled_at += _STALE_S
         gone: list[int] = []
         cooling = self.cooling
@@ -251,10 +230,6 @@ class IdCache:
         for cid in gone:
             self._put_to_release(cid, ENDED)
         self.trim_at = now + _STALE_S
-
-    def _set_target_size(self, target_size: int) -> None:
-        self.target_size = min(target_size, self.ahead)
-        self.refill_below = (self.target_size + 1) // 2
 
     # ---- Releasing
 
