@@ -139,7 +139,7 @@ def test_a_server_that_is_away_for_a_while_costs_no_sequence(few: Path) -> None:
                     assert time.monotonic() < deadline
             # What the lost answer had issued is not lost: it is in stock.
             held = next(each["held"] for each in cids.status()["sessions"])
-            assert held == len(cids._session.cache.known())
+            assert held == len(cids._session.lease.cache.known())
 
 
 POOL = """

@@ -65,9 +65,9 @@ def test_hosts_with_any_name(node: str, monkeypatch: pytest.MonkeyPatch) -> None
         (session,) = cids.status()["sessions"]
         label = session["label"]
         assert label.isprintable() and len(label.encode()) <= 64
-        assert label == cids._session.label
+        assert label == cids._session.lease.label
     cids = AsyncClient(transport=transport)  # type: ignore[arg-type]
-    assert cids._session.label == label
+    assert cids._session.lease.label == label
 
 
 # ---- Paths
@@ -173,11 +173,11 @@ def test_verbose_shows_no_token(
     async def main() -> None:
         with Client(url, verbose=True) as cids, cids.sequence(MODEL) as sequence:
             sequence.infer(one(url), end=True)
-            tokens.append(cids._session._token)
+            tokens.append(cids._session.lease.token)
         async with AsyncClient(url, verbose=True) as cids:
             async with cids.sequence(MODEL) as sequence:
                 await sequence.infer(one(url), end=True)
-            tokens.append(cids._session._token)
+            tokens.append(cids._session.lease.token)
 
     asyncio.run(main())
     shown = "".join(capfd.readouterr())

@@ -570,6 +570,7 @@ def test_a_connection_that_goes_silent(server: TritonServer, way: str, kind: Any
         with Client(url, ttl=20, timeout=1) as cids:
             with cids.sequence("quick", streaming=streaming, timeout=1) as sequence:
                 sequence.infer(one(way), end=True)
+            lease = cids._session.lease
             proxy.silence()
             while True:
                 with contextlib.suppress(errors.Unavailable):
@@ -577,12 +578,13 @@ def test_a_connection_that_goes_silent(server: TritonServer, way: str, kind: Any
                         sequence.infer(one(way), end=True)
                         break
             assert len(cids.acquire_many(2000)) == 2000
-            assert cids._session.epoch == 0, "the session was lost"
+            assert cids._session.lease is lease, "the session was lost"
 
     async def awaiting() -> None:
         async with AsyncClient(url, ttl=20, timeout=1) as cids:
             async with cids.sequence("quick", streaming=streaming, timeout=1) as sequence:
                 await sequence.infer(one(way), end=True)
+            lease = cids._session.lease
             proxy.silence()
             while True:
                 with contextlib.suppress(errors.Unavailable):
@@ -590,7 +592,7 @@ def test_a_connection_that_goes_silent(server: TritonServer, way: str, kind: Any
                         await sequence.infer(one(way), end=True)
                         break
             assert len(await cids.acquire_many(2000)) == 2000
-            assert cids._session.epoch == 0, "the session was lost"
+            assert cids._session.lease is lease, "the session was lost"
 
     began = time.monotonic()
     try:
@@ -645,10 +647,11 @@ def test_a_refused_keeper(server: TritonServer, way: str, monkeypatch: pytest.Mo
             cids.acquire()
         assert cids.held().tolist() == []
         with cids.sequence("quick") as sequence:
+            lease = cids._session.lease
             for _ in range(4):
                 sequence.infer(one(way))
                 time.sleep(0.5)
-        assert cids._session.epoch == 0
+        assert cids._session.lease is lease
     assert len(refused) == 1
 
 

@@ -477,6 +477,16 @@ def kill(server: TritonServer) -> None:
         os.kill(server.pid, signal.SIGKILL)
 
 
+def wait_stopped(pid: int) -> None:
+    """Wait until no thread of a process runs any more; a busy machine takes a while to stop all."""
+    deadline = time.monotonic() + 10
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it is gone
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            while (task / "stat").read_text().rpartition(")")[2].split()[0] not in "TtZXx":
+                assert time.monotonic() < deadline, "the process does not stop"
+                time.sleep(0.001)
+
+
 def of_sequences() -> list[str]:
     """Return the tasks that run for sequences, those in gRPC included."""
     names = [each.get_coro().__qualname__ for each in asyncio.all_tasks()]
@@ -498,6 +508,7 @@ def test_a_server_that_dies_or_hangs(
             await idle.infer(number(1))
             await busy.infer(number(1))
             os.kill(brittle.pid, how)
+            wait_stopped(brittle.pid)
             began = time.monotonic()
             tasks = [busy.async_infer(number(1)) for _ in range(10)]
             with pytest.raises(errors.Unavailable):

@@ -87,23 +87,23 @@ def test_sequences_side_by_side(cids: Client, kind: str) -> None:
 def cooldown_of(sequence: Sequence, monkeypatch: pytest.MonkeyPatch) -> int:
     """Close a sequence and return for how many milliseconds its ID cools, or ENDED."""
     seen: list[int] = []
-    session = sequence._runner.session
-    give, ask = session.give, session.release_unended
+    lease = sequence._runner.session.lease
+    give, ask = lease.give, lease.release_unended
 
     def spy(cids: list[int], cooldown_ms: int) -> None:
         assert cids == [sequence.cid]
         seen.append(cooldown_ms)
         give(cids, cooldown_ms)
 
-    def spy_too(epoch: int, cid: int, model: str, idle: float, timeout: float) -> None:
+    def spy_too(cid: int, model: str, idle: float, timeout: float) -> None:
         assert (cid, model) == (sequence.cid, sequence.model)
         seen.append(need_ms(idle, timeout))
-        ask(epoch, cid, model, idle, timeout)
+        ask(cid, model, idle, timeout)
 
     if sequence.state == "closed, recycled":  # by the answer to END
         return ENDED
-    monkeypatch.setattr(session, "give", spy)
-    monkeypatch.setattr(session, "release_unended", spy_too)
+    monkeypatch.setattr(lease, "give", spy)
+    monkeypatch.setattr(lease, "release_unended", spy_too)
     sequence.close()
     sequence.close()
     assert len(seen) == 1
@@ -369,8 +369,8 @@ def test_ensembles(cids: Client, kind: str, monkeypatch: pytest.MonkeyPatch) -> 
     with cids.sequence("ensemble", streaming=kind == "stream") as sequence:
         assert total(sequence.infer(send(kind, 3))) == 3
         assert total(sequence.infer(send(kind, 4), end=True)) == 7
-        assert sequence._plan.target.highest_cid == 2**31 - 1
-        assert sequence._plan.target.idle_s == 5.0
+        assert sequence._core.plan.target.highest_cid == 2**31 - 1
+        assert sequence._core.plan.target.idle_s == 5.0
     assert sequence.state == "closed, recycled"
 
 
@@ -501,7 +501,7 @@ def test_a_broken_stream_fails_the_future_not_the_call(frozen: tuple[Client, Tri
     sequence = client.sequence(MODEL, streaming=True, timeout=1.0)
     sequence.infer(number(1))
     os.kill(server.pid, signal.SIGKILL)
-    stream = sequence._begun._stream
+    stream = sequence._begun._stream._stream  # type: ignore[union-attr]
     deadline = time.monotonic() + 10
     while not stream.over:  # type: ignore[union-attr]
         assert time.monotonic() < deadline, "the stream does not notice"

@@ -36,9 +36,8 @@ from tritonclient.utils import InferenceServerException
 from cidalloc import protocol
 from cidalloc.client.core.client import Base
 from cidalloc.client.core.effects import Config, Idle, Reply, Send
-from cidalloc.client.core.id_cache import MAX_AHEAD
+from cidalloc.client.core.lease import Acquired
 from cidalloc.client.core.sequence import Plan, SequenceCore
-from cidalloc.client.core.session import Acquired
 from cidalloc.codes import Operation
 from cidalloc.errors import CidError, Unavailable
 from cidalloc.manager import takeover as handover
@@ -83,14 +82,17 @@ class SimSequence(SequenceCore):
 
 
 class SimClient(Base):
-    """A client's decisions, without its ways to wait."""
+    """A client's decisions, without its ways to wait; it is its own runner."""
+
+    _new_runner = staticmethod(lambda *_: None)
 
     def __init__(self, rng: random.Random, now: Callable[[], float]) -> None:
-        transport = SimpleNamespace(url="simulated", inputs=object, now=now)
-        super().__init__("cidmgr", TTL_S, "simulated", 2.0, MAX_AHEAD, None, transport, ("", 0))
-        self.transport = transport
+        self.transport: Any = SimpleNamespace(url="simulated", inputs=object, now=now)
+        super().__init__(
+            model="cidmgr", ttl=TTL_S, label="simulated", timeout=2.0, transport=self.transport
+        )
         self.sequences: dict[SequenceCore, None] = {}
-        self._rng = self._session._rng = rng  # type: ignore[assignment]
+        self._rng = self._session.link.rng = rng  # type: ignore[assignment]
         self.session = self._session
         self.lock = nullcontext()
         self.now = now
@@ -148,11 +150,11 @@ class Node:
         except StopIteration:
             return
         finally:
-            if not self._keeping and session.opened:
+            if not self._keeping and session.lease.opened:
                 self._keeping = True
                 self.fleet.at(self.fleet.now, lambda: self.run(session.heartbeat()))
-            if session.version != seen or session.needs_maintenance:
-                session.needs_maintenance = False
+            if session.version != seen or session.lease.cache.needs_maintenance:
+                session.lease.cache.needs_maintenance = False
                 waiting, self.waiting = self.waiting, {}
                 for wake in waiting:
                     wake(Reply())
@@ -188,19 +190,19 @@ class Node:
 
     def send(self, effect: Send, resume: Callable[[Any], None]) -> None:
         """Send a request to the manager, and note it."""
-        fleet, session = self.fleet, self.client.session
-        request, epoch, more = effect.request, session.epoch, {}
+        fleet, lease = self.fleet, self.client.session.lease
+        request, more = effect.request, {}
         if request.operation.name == "OPEN":
-            more["first"] = self.real(session._first_sent)
+            more["first"] = self.real(lease.first_sent)
         number = self.recorder.invoke("message", operation=request.operation.name, **more)
         renews = "session" in request.parameters
 
-        def answered(event: Reply) -> None:
-            if event.error is None and renews and epoch == session.epoch and self.alive:
+        def answered(reply: Reply) -> None:
+            if reply.error is None and renews and not lease.lost_why and self.alive:
                 fields = request.operation.name == "OPEN"
-                generation = event.output.tolist()[1] if fields else session._generation
+                generation = reply.output.tolist()[1] if fields else lease.generation
                 self.recorder.done(number, session=generation)
-            resume(event)
+            resume(reply)
 
         fleet.carry(self, lambda: fleet.manage(request), answered)
         timeout = Reply(error=Unavailable("no answer"))
@@ -210,7 +212,7 @@ class Node:
         """Send a request to the model, and note it."""
         fleet, core = self.fleet, effect.core
         number = self.recorder.invoke(
-            "use", cid=core.cid, holder=core.holder, session=self.client.session._generation
+            "use", cid=core.cid, holder=core.holder, session=self.client.session.lease.generation
         )
 
         def answered(result: Any) -> None:
@@ -239,7 +241,7 @@ class Node:
                 "hold",
                 cid=core.cid,
                 holder=holder,
-                session=client.session._generation,
+                session=client.session.lease.generation,
                 need=IDLE_S + LIMIT_S,
             )
             self.fleet.counts["sequences"] += 1
@@ -458,8 +460,8 @@ class Fleet:
         self.manage(protocol.Request(Operation.OPEN, parameters={**token, "ttl_ms": 600_000}))
         own = {**token, "seq": next(self.numbers), "cooldown_ms": 0}
         for parameters in (own, {"cooldown_ms": 0}):
-            event = self.manage(protocol.Request(Operation.DELETE, stolen, parameters))
-            self.counts["thefts"] += event.error is None or event.error.answered
+            reply = self.manage(protocol.Request(Operation.DELETE, stolen, parameters))
+            self.counts["thefts"] += reply.error is None or reply.error.answered
         self.at(self.now + self.dice.uniform(0.5, 2.0), self.theft)
 
 

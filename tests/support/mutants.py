@@ -42,7 +42,7 @@ MUTANTS = [
         "F",
     ),
     Mutant(
-        "reuse out of the stock without cooldown",
+        "reuse out of the cache without cooldown",
         "client/core/id_cache.py",
         "self.cooling.append((now + self.cooldown, cid))",
         "self.cooling.append((now, cid))",
@@ -52,7 +52,7 @@ MUTANTS = [
         "deadline at the reply and not at the send",
         "client/core/lease.py",
         "self._renewed(sent)",
-        "self._renewed(self.now())",
+        "self._renewed(self._link.now())",
         "L",
     ),
     Mutant(
@@ -72,9 +72,9 @@ MUTANTS = [
     ),
     Mutant(
         "use after the lease",
-        "client/core/session.py",
-        "if self.now() >= self.lease_deadline:\n            raise SessionExpired(self._expired())",
-        "if False:\n            raise SessionExpired(self._expired())",
+        "client/core/lease.py",
+        "if now >= self.deadline:\n            raise SessionExpired(self.expired())",
+        "if False:\n            raise SessionExpired(self.expired())",
         "L",
     ),
     Mutant(

@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 from cidalloc import protocol
 from cidalloc.client.core.effects import Config, Flow, Idle, Reply, Send
 from cidalloc.client.core.id_cache import MAX_AHEAD
-from cidalloc.client.core.session import Acquired, Session
+from cidalloc.client.core.lease import Acquired
+from cidalloc.client.core.link import Link
+from cidalloc.client.core.session import Session
 from cidalloc.codes import Operation
 from cidalloc.errors import CidError, Unavailable
 from cidalloc.manager.service import Service
@@ -47,15 +49,8 @@ class World:
     def session(
         self, ttl: float = 60.0, timeout: float = 10.0, seed: int = 0, ahead: int = MAX_AHEAD
     ) -> Session:
-        rng = random.Random(seed)
-        return Session(
-            ttl=ttl,
-            label="simulated",
-            timeout=timeout,
-            rng=rng,
-            clock=lambda: self.now,
-            ahead=ahead,
-        )
+        link = Link(timeout, ttl, random.Random(seed), lambda: self.now)
+        return Session(link, "simulated", ahead)
 
     def apply(self, request: protocol.Request) -> Reply:
         tensors = request.encode()
@@ -96,11 +91,11 @@ class World:
 
     def run(self, session: Session, flow: Flow[T]) -> T:
         """Run a flow to its end."""
-        event: Reply | None = None
+        reply: Reply | None = None
         try:
             while True:
-                effect = next(flow) if event is None else flow.send(event)
-                event = self.perform(effect)
+                effect = next(flow) if reply is None else flow.send(reply)
+                reply = self.perform(effect)
         except StopIteration as stop:
             value: T = stop.value
             return value
@@ -112,18 +107,18 @@ class World:
         while True:
             if isinstance(effect, Idle) and effect.until > until:
                 break
-            event = self.perform(effect)
-            effect = flow.send(event)
+            reply = self.perform(effect)
+            effect = flow.send(reply)
         flow.close()
         self.now = max(self.now, until)
 
     def acquire(self, session: Session, count: int = 1, need_ms: int | None = None) -> list[int]:
         taken = Acquired()
-        self.run(session, session.acquire(count, need_ms, self.now + session.timeout, taken))
+        self.run(session, session.acquire(count, need_ms, self.now + session.link.timeout, taken))
         return list(taken)
 
     def release(self, session: Session, *cids: int, cooldown_ms: int | None = -1) -> None:
-        session.give(list(cids), cooldown_ms)
+        session.lease.give(list(cids), cooldown_ms)
 
     def operations(self) -> list[str]:
         """Return the names of what was sent since the last call."""

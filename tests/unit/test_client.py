@@ -66,8 +66,8 @@ def test_urls(url: str, kind: type[Any], where: str) -> None:
         ("http://fe80::1", "in brackets"),
         ("grpc://host:8001/triton", "no path"),
         ("http://host?x=1", "form scheme://host:port"),
-        ("host\n:1", "no URL"),
-        (None, "no URL"),
+        ("host\n:1", "not a URL"),
+        (None, "not a URL"),
     ],
 )
 def test_urls_that_are_none(url: str, words: str) -> None:

@@ -16,7 +16,7 @@ import pytest
 from loopback import Loopback
 
 from cidalloc.client import Client, Sequence
-from cidalloc.client.core.lease import runs
+from cidalloc.client.core.effects import runs
 from cidalloc.errors import CidError
 from cidalloc.manager.settings import Settings
 
@@ -112,8 +112,10 @@ def ring(name: str, at: int) -> bool:
     if isinstance(got, Sequence):
         got.close()
 
-    assert cids._lock.acquire(timeout=5), where  # the heartbeat may have it, but not for long
-    cids._lock.release()
+    assert cids._runner.lock.acquire(timeout=5), (
+        where
+    )  # the heartbeat may have it, but not for long
+    cids._runner.lock.release()
     deadline = time.monotonic() + 5
     while runs(cids._session._turn):
         assert time.monotonic() < deadline, where
@@ -121,7 +123,7 @@ def ring(name: str, at: int) -> bool:
         taken = [got] if isinstance(got, int) else got if isinstance(got, list) else []
         known = {mine, sequence.cid, *taken}
         assert set(cids.held().tolist()) <= known, f"{where}: an ID that nobody knows of"
-        assert len(cids._session.cache.fresh) < 200, "the manager is asked"
+        assert len(cids._session.lease.cache.fresh) < 200, "the manager is asked"
         assert len(cids.acquire_many(200)) == 200, where
         try:
             assert sequence.async_infer([]).result(1) is not None, where

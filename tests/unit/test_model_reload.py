@@ -40,7 +40,7 @@ def begin(world: World, session: Session, model: str = "model") -> ModelInfo:
 
 
 def give(world: World, session: Session, cid: int, idle: float) -> None:
-    session.release_unended(session.epoch, cid, "model", idle, TIMEOUT)
+    session.lease.release_unended(cid, "model", idle, TIMEOUT)
 
 
 def cooldowns(world: World) -> list[int]:
@@ -71,7 +71,7 @@ def test_an_id_without_end_cools_for_the_idle_time_of_now(
     give(world, session, cid, idle)
     world.keep(session, world.now)
     assert cooldowns(world) == [int((max(now, 200) + TIMEOUT) * 1000)]
-    assert world.held() == len(session.cache.known())
+    assert world.held() == len(session.lease.cache.known())
 
 
 def test_ids_of_a_model_that_is_away_wait_for_it(world: World, session: Session) -> None:
@@ -81,12 +81,12 @@ def test_ids_of_a_model_that_is_away_wait_for_it(world: World, session: Session)
     for cid in cids:
         give(world, session, cid, 200)
     world.keep(session, world.now + 5)
-    assert set(cids) <= session.cache.known() and not cooldowns(world)
-    assert set(cids).isdisjoint(session.cache.fresh)
+    assert set(cids) <= session.lease.cache.known() and not cooldowns(world)
+    assert set(cids).isdisjoint(session.lease.cache.fresh)
     world.idle["model"] = 300.0
     world.keep(session, world.now + 5)
     assert set(cooldowns(world)) == {303_000}
-    assert set(cids).isdisjoint(session.cache.known())
+    assert set(cids).isdisjoint(session.lease.cache.known())
 
 
 def test_ids_of_a_model_that_stays_away_cool_for_what_was_known(
@@ -98,7 +98,7 @@ def test_ids_of_a_model_that_stays_away_cool_for_what_was_known(
     give(world, session, cid, 200)
     world.keep(session, world.now + 100)
     assert set(cooldowns(world)) == {203_000}
-    assert cid not in session.cache.known()
+    assert cid not in session.lease.cache.known()
 
 
 def test_ids_of_a_model_that_keeps_no_sequences_any_more(world: World, session: Session) -> None:
@@ -139,7 +139,7 @@ def test_a_heartbeat_announces_the_longer_idle_time(world: World, session: Sessi
     world.sent.clear()
     world.keep(session, world.now + TTL / 2)
     assert cooldowns(world) == [903_000]
-    assert session.announced_ms == 903_000
+    assert session.lease.announced_ms == 903_000
     looks = world.looks
     world.keep(session, world.now + TTL)
     assert world.looks == looks, "no sequence has begun since"
@@ -153,8 +153,8 @@ def test_a_heartbeat_with_a_model_away(world: World, session: Session) -> None:
     world.keep(session, world.now + TTL / 2)
     world.idle["model"] = 900.0
     world.keep(session, world.now + TTL / 2)
-    assert session.announced_ms == 903_000
-    assert session.lease_deadline > world.now
+    assert session.lease.announced_ms == 903_000
+    assert session.lease.deadline > world.now
 
 
 @pytest.mark.parametrize("sign", ["another version", "forgotten"])

@@ -17,6 +17,7 @@ from loopback import AsyncLoopback, Loopback
 
 from cidalloc import errors, protocol
 from cidalloc.client import AsyncClient, Client
+from cidalloc.client.core.lease import Lease
 from cidalloc.manager.settings import Settings
 
 SETTINGS = Settings(first=1, capacity=100_000, max_sessions=100, cooldown_ms=0, fresh=True)
@@ -64,7 +65,7 @@ def test_many_threads_share_a_client() -> None:
             list(pool.map(work, range(8)))
         assert cids.held().tolist() == []
         assert transport.most == 1, "changes go one after the other"
-        assert cids.active() == len(cids._session.cache.known())
+        assert cids.active() == len(cids._session.lease.cache.known())
     assert Client(transport=transport).active() == 0
 
 
@@ -104,9 +105,9 @@ def test_a_client_that_nobody_has_ends_its_keeper() -> None:
 def test_the_keeper_renews_in_the_background() -> None:
     with Client(transport=Loopback(SETTINGS), ttl=1.0) as cids:
         cid = cids.acquire()
-        epoch = cids._session.epoch
+        lease = cids._session.lease
         time.sleep(2.5)
-        cids._session.check(epoch, cid)
+        lease.check(cid, cids._session.now())
 
 
 def test_heartbeats_after_a_first_acquire_that_failed() -> None:
@@ -159,7 +160,7 @@ def test_many_tasks_share_a_client() -> None:
                     await cids.release(cid, ended=bool((turn + number) % 3))
 
             await asyncio.gather(*(work(number) for number in range(20)))
-            assert await cids.active() == len(cids._session.cache.known())
+            assert await cids.active() == len(cids._session.lease.cache.known())
         assert len(asyncio.all_tasks()) == 1, "the heartbeat is still there"
 
     asyncio.run(main())
@@ -183,7 +184,7 @@ def test_a_cancelled_acquire_leaves_no_turn_behind() -> None:
                 await asyncio.wait_for(cids.acquire(), 0.1)
             transport.stuck = False
             assert await cids.acquire()
-            assert await cids.active() == len(cids._session.cache.known())
+            assert await cids.active() == len(cids._session.lease.cache.known())
 
     asyncio.run(main())
 
@@ -193,8 +194,36 @@ def test_the_token_is_in_no_log(caplog: pytest.LogCaptureFixture) -> None:
     transport = Loopback(SETTINGS)
     with Client(transport=transport, timeout=0.5) as cids:
         cids.acquire()
-        token = cids._session._token
+        token = cids._session.lease.token
         transport.service = Loopback(SETTINGS).service  # it forgot us
         assert len(cids.acquire_many(50)) == 50
         assert "lost" in caplog.text
     assert len(token) == 32 and token not in caplog.text and token not in repr(cids)
+
+
+def test_a_lease_is_checked_once_for_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And once more before a request is sent that has waited for another one."""
+    checks: list[int] = []
+    check = Lease.check
+    monkeypatch.setattr(
+        Lease, "check", lambda self, cid, now: checks.append(cid) or check(self, cid, now)
+    )
+    held: list[Any] = []
+
+    class Held(Loopback):
+        def submit(
+            self, limit: float, model: str, inputs: list[Any], done: Any, /, **_: Any
+        ) -> None:
+            held.append(done)
+
+    transport = Held(SETTINGS)
+    with Client(transport=transport) as cids:
+        sequence = cids.sequence("model")
+        sequence.infer([])
+        assert len(checks) == 1
+        one, two = sequence.async_infer([]), sequence.async_infer([])
+        assert (len(checks), len(held)) == (3, 1)
+        held[0](transport.infer(1.0, "model", []), None)
+        assert (len(checks), len(held)) == (4, 2) and one.done() and not two.done()
+        held[1](transport.infer(1.0, "model", []), None)
+        sequence.close()

@@ -99,7 +99,7 @@ def test_an_id_is_recycled_only_if_all_is_certain(actions: list[str]) -> None:
             failed += action == "fail"
             ended += action == "answer" and end
     certain = not sent or (ended and not waiting and not failed and not lent)
-    assert (it.close() is BackTo.STOCK) == bool(certain)
+    assert (it.close() is BackTo.CACHE) == bool(certain)
 
 
 def test_an_answered_end_is_not_enough_while_something_is_unanswered() -> None:
@@ -171,7 +171,7 @@ def test_after_its_end_time_does_not_matter() -> None:
     it.settle(1, True, None)
     with pytest.raises(InvalidArgument, match="no more"):
         it.send(1e6, False)
-    assert it.close() is BackTo.STOCK
+    assert it.close() is BackTo.CACHE
 
 
 def test_what_was_forgotten_stays_so() -> None:

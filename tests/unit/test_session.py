@@ -7,8 +7,9 @@ from simulation import World
 
 from cidalloc import errors
 from cidalloc.client.core.effects import Idle, Reply, Send
-from cidalloc.client.core.id_cache import ENDED
-from cidalloc.client.core.session import Acquired, Session
+from cidalloc.client.core.id_cache import ENDED, IdCache
+from cidalloc.client.core.lease import Acquired
+from cidalloc.client.core.session import Session
 from cidalloc.codes import Operation
 from cidalloc.manager.settings import Settings
 from cidalloc.protocol import as_ids
@@ -27,11 +28,11 @@ def session(world: World) -> Session:
     return world.session(TTL)
 
 
-# ---- The stock
+# ---- The cache
 
 
 def test_the_session_opens_when_it_is_needed(world: World, session: Session) -> None:
-    assert not session.opened
+    assert not session.lease.opened
     assert world.acquire(session) == [1]
     assert world.operations() == ["OPEN", "NEW"]
 
@@ -39,39 +40,68 @@ def test_the_session_opens_when_it_is_needed(world: World, session: Session) -> 
 def test_the_usual_acquire_sends_nothing(world: World, session: Session) -> None:
     world.acquire(session)
     world.operations()
-    assert session.take() == 2
+    assert session.lease.take() == 2
     assert world.operations() == []
+
+
+def test_new_ids_go_to_their_caller_and_not_through_the_cache(
+    world: World, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(IdCache, "take", lambda *_: pytest.fail("an ID came out of the cache"))
+    assert world.acquire(session, 3) == [1, 2, 3]
+    assert session.lease.cache.used == {1, 2, 3}
+    assert list(session.lease.cache.fresh) == [4]
+
+
+def test_new_ids_complete_those_of_the_cache(world: World, session: Session) -> None:
+    world.acquire(session)
+    assert world.acquire(session, 3) == [2, 3, 4], "the oldest first"
+    assert session.lease.cache.used == {1, 2, 3, 4}
+
+
+def test_ids_that_others_took_meanwhile(world: World, session: Session) -> None:
+    """Then the new ones wait in the cache for the next try."""
+    world.acquire(session)
+    taken = Acquired()
+    flow = session.acquire(2, None, world.now + 10, taken)
+    effect = next(flow)
+    assert isinstance(effect, Send) and effect.request.parameters["count"] == 3
+    assert session.lease.take() == 2
+    with pytest.raises(StopIteration):
+        flow.send(world.apply(effect.request))
+    assert taken == [3, 4]
+    assert session.lease.cache.used == {1, 2, 3, 4}
 
 
 def test_ended_ids_recycle_oldest_first_after_their_cooldown(
     world: World, session: Session
 ) -> None:
     cids = world.acquire(session, 5)
-    spare = session.cache.fresh.copy()
+    spare = session.lease.cache.fresh.copy()
     for cid in cids:
         world.release(session, cid)
     for _ in spare:
-        assert session.take() not in cids
+        assert session.lease.take() not in cids
     world.operations()
     world.now += SETTINGS.cooldown_ms / 1000 - 0.001
-    assert session.take() == 0
+    assert session.lease.take() == 0
     world.now += 0.001
-    assert [session.take() for _ in cids] == cids
+    assert [session.lease.take() for _ in cids] == cids
     assert world.operations() == []
 
 
-def test_the_stock_grows_with_demand(world: World, session: Session) -> None:
+def test_the_cache_grows_with_demand(world: World, session: Session) -> None:
     world.acquire(session)
     world.operations()
     for _ in range(1000):
-        if not session.take():
+        if not session.lease.take():
             world.acquire(session)
         world.keep(session, world.now + 0.001)
     assert len(world.operations()) < 40
-    assert session.cache.target_size > 50
+    assert session.lease.cache.target_size > 50
 
 
-def test_a_stock_that_nobody_needs_goes_back(world: World, session: Session) -> None:
+def test_a_cache_without_demand_goes_back(world: World, session: Session) -> None:
     for _ in range(50):
         cids = world.acquire(session, 20)
         world.release(session, *cids)
@@ -92,8 +122,8 @@ def test_no_more_ahead_than_was_said(world: World, ahead: int) -> None:
         world.release(session, *cids)
         world.keep(session, world.now + 0.01)
         assert world.held() <= ahead
-        assert len(session.cache.cooling) + len(session.cache.fresh) <= ahead
-    assert world.held() == len(session.cache.known())
+        assert len(session.lease.cache.cooling) + len(session.lease.cache.fresh) <= ahead
+    assert world.held() == len(session.lease.cache.known())
 
 
 def test_what_is_surplus_goes_in_bulk(world: World, session: Session) -> None:
@@ -116,7 +146,7 @@ def test_an_id_without_end_cools_at_the_manager(world: World, session: Session) 
 
 
 def test_a_pool_without_any_ahead(world: World) -> None:
-    """What is there is given, though it does not do for a stock as well."""
+    """What is there is given, though it is not enough for the cache as well."""
     world = World(Settings(first=1, capacity=3, max_sessions=10, fresh=True))
     session = world.session()
     assert world.acquire(session, 3) == [1, 2, 3]
@@ -148,10 +178,10 @@ def test_a_cooldown_that_the_manager_refuses_stops_nothing_else() -> None:
     world.release(session, *cids[:3], cooldown_ms=200_001)
     world.release(session, *cids[3:], cooldown_ms=200_000)
     world.keep(session, world.now + 2 * TTL)
-    assert session.opened
-    assert session.now() < session.lease_deadline, "heartbeats went on"
-    assert world.held() == 3 + len(session.cache.fresh)
-    assert session.cache.used == set(cids[:3])
+    assert session.lease.opened
+    assert session.now() < session.lease.deadline, "heartbeats went on"
+    assert world.held() == 3 + len(session.lease.cache.fresh)
+    assert session.lease.cache.used == set(cids[:3])
 
 
 @pytest.mark.parametrize(
@@ -170,7 +200,7 @@ def test_wrong_releases_change_nothing(
     for cooldown_ms in (ENDED, None, 5):
         with pytest.raises(kind):
             world.release(session, *cids, cooldown_ms=cooldown_ms)
-    assert session.cache.used == {1, 2}
+    assert session.lease.cache.used == {1, 2}
 
 
 # ---- Cooldowns are announced before an ID is used
@@ -184,7 +214,9 @@ def test_a_longer_cooldown_is_announced_first(world: World, session: Session) ->
     world.acquire(session, 1, 20_000)
     assert cooldown(world) == 20_000
     world.operations()
-    assert session.take(30_000) == 0, "in stock, but not announced"
+    taken = Acquired()
+    session.lease.take_ready(1, 30_000, taken)
+    assert not taken, "in the cache, but not announced"
     world.acquire(session, 1, 30_000)
     assert world.operations() == ["RENEW"], "and that takes no further ID"
     assert cooldown(world) == 30_000
@@ -197,6 +229,31 @@ def test_an_id_by_hand_is_good_for_what_the_manager_takes(world: World, session:
     world.acquire(session, 1, 20_000)
     world.acquire(session)
     assert cooldown(world) == SETTINGS.unended_cooldown_ms
+
+
+def test_a_refill_announces_nothing_longer(world: World, session: Session) -> None:
+    world.acquire(session, 1, 20_000)
+    world.acquire(session, 1, 20_000)
+    world.keep(session, world.now)
+    assert world.sent[-1].operation is Operation.NEW
+    assert session.lease.announced_ms == cooldown(world) == 20_000
+
+
+def test_an_id_of_a_lost_lease_is_not_that_of_its_successor(world: World) -> None:
+    """Though its number may be the same."""
+    world = World(Settings(first=1, capacity=1, max_sessions=10, fresh=True))
+    session = world.session(TTL)
+    (cid,) = world.acquire(session)
+    lease = session.lease
+    world.now += 10 * TTL
+    assert world.held() == 0
+    world.now += SETTINGS.unended_cooldown_ms / 1000
+    assert world.acquire(session) == [cid]
+    session.lease.check(cid, world.now)
+    with pytest.raises(errors.SequenceLost, match="does not know its session"):
+        lease.check(cid, world.now)
+    lease.release_from(cid, ENDED)
+    assert session.lease.cache.used == {cid}
 
 
 # ---- Time
@@ -215,7 +272,7 @@ def test_heartbeats_only_when_nothing_else_was_sent(world: World, session: Sessi
     quiet = names[len(names) - 1 - names[::-1].index("NEW") :]
     assert names[: len(names) - len(quiet)].count("RENEW") == 0
     assert 500 / (0.35 * TTL) - 2 < quiet.count("RENEW") < 500 / (0.25 * TTL) + 2
-    assert world.now < session.lease_deadline
+    assert world.now < session.lease.deadline
 
 
 def test_the_lease_counts_from_when_the_request_was_sent(world: World, session: Session) -> None:
@@ -229,7 +286,7 @@ def test_the_lease_counts_from_when_the_request_was_sent(world: World, session: 
             effect = flow.send(world.apply(effect.request))
         except StopIteration:
             break
-    assert session.lease_deadline == sent + TTL
+    assert session.lease.deadline == sent + TTL
 
 
 def test_the_lease_of_a_repeated_open_counts_from_the_first(world: World, session: Session) -> None:
@@ -241,45 +298,45 @@ def test_the_lease_of_a_repeated_open_counts_from_the_first(world: World, sessio
             world.run(session, session._establish(world.now + 1))
     world.run(session, session._establish(world.now + 1))
     assert world.operations() == ["OPEN"] * 3
-    assert session.lease_deadline == began + TTL
+    assert session.lease.deadline == began + TTL
 
 
 def test_without_an_answer_its_ids_are_not_used(world: World, session: Session) -> None:
     (cid,) = world.acquire(session)
-    epoch, sent = session.epoch, world.now
+    lease, sent = session.lease, world.now
     world.fates = ["lost"] * 1000
     world.keep(session, sent + TTL - 0.01)
-    session.check(epoch, cid)
+    lease.check(cid, world.now)
     world.keep(session, sent + TTL)
     with pytest.raises(errors.SessionExpired):
-        session.check(epoch, cid)
-    assert session.take() == 0
+        lease.check(cid, world.now)
+    assert session.lease.take() == 0
     with pytest.raises(errors.SessionExpired, match="no heartbeat"):
         world.acquire(session)
     # The manager was away for less than it waits itself, so nothing is lost.
     world.fates.clear()
     world.keep(session, world.now + 3)
-    session.check(epoch, cid)
+    lease.check(cid, world.now)
     assert world.acquire(session)
-    assert session.epoch == epoch
+    assert session.lease is lease
 
 
 def test_a_client_that_was_frozen_sends_nothing_of_old(world: World, session: Session) -> None:
     (cid,) = world.acquire(session)
-    epoch = session.epoch
+    lease = session.lease
     world.release(session, *world.acquire(session, 2), cooldown_ms=7)
     world.now += TTL + SETTINGS.grace_ms / 1000 + 1
     world.operations()
     with pytest.raises(errors.SessionExpired):
-        session.check(epoch, cid)
+        lease.check(cid, world.now)
     world.keep(session, world.now + 1)
     assert world.operations() == ["RENEW"]
     with pytest.raises(errors.SequenceLost, match="does not know its session"):
-        session.check(epoch, cid)
+        lease.check(cid, world.now)
     with pytest.raises(errors.SessionExpired, match=f"ID {cid} had been lost"):
         world.release(session, cid)
     fresh = world.acquire(session, 3)
-    assert session.epoch == epoch + 1
+    assert session.lease is not lease
     assert cid not in fresh
     assert world.operations() == ["OPEN", "NEW"]
 
@@ -290,10 +347,10 @@ def test_a_lost_id_among_others_gives_none_back(world: World, session: Session) 
     world.keep(session, world.now + 1)
     (live,) = world.acquire(session)
     for others in ([live], [live, live]):
-        session._lost.add(lost)
+        session.lease._lost[lost] = "the session was lost"
         with pytest.raises(errors.SessionExpired, match="no other was given back"):
             world.release(session, lost, *others, cooldown_ms=60_000)
-        assert live in session.cache.used and not session.cache.to_release
+        assert live in session.lease.cache.used and not session.lease.cache.to_release
     world.release(session, live, cooldown_ms=60_000)
 
 
@@ -307,18 +364,18 @@ def test_an_answer_that_comes_after_the_lease_renews_nothing(world: World) -> No
         while True:
             # Each answer takes longer than the lease lasts.
             if isinstance(effect, Send):
-                event = world.apply(effect.request)
+                reply = world.apply(effect.request)
                 world.now += 1.2
             else:
-                event = world.perform(effect)
-            effect = flow.send(event)
+                reply = world.perform(effect)
+            effect = flow.send(reply)
     assert world.now < 10_000
 
 
 def test_the_manager_expires_later_than_the_client(world: World, session: Session) -> None:
     world.acquire(session)
     world.fates = ["lost"] * 1000
-    world.keep(session, session.lease_deadline)
+    world.keep(session, session.lease.deadline)
     assert world.held() > 0
     world.now += SETTINGS.grace_ms / 1000 - 0.001
     assert world.held() > 0
@@ -328,29 +385,29 @@ def test_the_manager_expires_later_than_the_client(world: World, session: Sessio
 
 def test_a_manager_that_forgot_is_a_new_session(world: World, session: Session) -> None:
     (cid,) = world.acquire(session)
-    epoch = session.epoch
+    lease = session.lease
     world.restart()
     world.keep(session, world.now + TTL / 2)
     with pytest.raises(errors.SequenceLost, match="another registry"):
-        session.check(epoch, cid)
+        lease.check(cid, world.now)
     assert world.acquire(session)
-    assert session.epoch == epoch + 1
+    assert session.lease is not lease
 
 
 def test_two_managers_in_turns(world: World, session: Session) -> None:
     """Ours still answers, too: that is no restart, but a load balancer."""
     world.acquire(session)
-    epoch, ours = session.epoch, world.service
+    lease, ours = session.lease, world.service
     world.restart()
     flow = session.acquire(5, None, world.now + 10, Acquired())
-    event: Reply | None = None
+    reply: Reply | None = None
     services = [world.service, world.service, ours]
     with pytest.raises(errors.RegistryMismatch, match="load balancer"):
         while True:
-            effect = flow.send(event) if event is not None else next(flow)
+            effect = flow.send(reply) if reply is not None else next(flow)
             world.service = services.pop(0)
-            event = world.perform(effect)
-    assert session.epoch == epoch
+            reply = world.perform(effect)
+    assert session.lease is lease
     assert world.acquire(session)
 
 
@@ -369,7 +426,7 @@ def test_a_new_that_is_answered_with_other_than_was_asked_for(
     world.operations()
     assert not set(world.acquire(session, 100)) & set(cids)
     assert world.operations()[0] == "HELD"
-    assert world.held() == len(session.cache.known())
+    assert world.held() == len(session.lease.cache.known())
 
 
 def test_a_delete_that_is_refused_though_we_hold_them(world: World, session: Session) -> None:
@@ -380,14 +437,14 @@ def test_a_delete_that_is_refused_though_we_hold_them(world: World, session: Ses
     world.operations()
     world.keep(session, world.now)
     assert world.operations()[:3] == ["DELETE", "HELD", "DELETE"]
-    assert world.held() == len(session.cache.known())
+    assert world.held() == len(session.lease.cache.known())
 
 
 def test_an_id_that_the_manager_does_not_count_as_ours_is_lost(
     world: World, session: Session
 ) -> None:
     one, two = world.acquire(session, 2)
-    token, seq = bytes.fromhex(session._token), session._seq + 1
+    token, seq = bytes.fromhex(session.lease.token), session.lease._seq + 1
     world.read(
         lambda registry: registry.release(
             as_ids([one]), world.clock(), token=token, seq=seq, ended=True
@@ -395,8 +452,8 @@ def test_an_id_that_the_manager_does_not_count_as_ours_is_lost(
     )
     world.acquire(session, 100)  # a change of ours is a repeated one now, so we ask
     with pytest.raises(errors.SequenceLost, match="does not count it"):
-        session.check(session.epoch, one)
-    session.check(session.epoch, two)
+        session.lease.check(one, world.now)
+    session.lease.check(two, world.now)
 
 
 @pytest.mark.parametrize("said", ["nonsense", "[]", "{}", '{"pool": {"first": 1}}'])
@@ -421,7 +478,7 @@ def test_others_see_gone_what_is_leaving_in_spite_of_a_lost_answer(
     world.operations()
     status = world.run(session, session.status(world.now + 10))
     assert world.operations() == ["DELETE", "HELD", "DELETE", "STATUS"]
-    assert status["held"] == len(session.cache.known())
+    assert status["held"] == len(session.lease.cache.known())
     assert status["cooling"] == 3
 
 
@@ -437,9 +494,9 @@ def test_a_new_without_an_answer(world: World, session: Session, fate: str) -> N
     assert world.operations()[:2] == ["NEW", "HELD"]
     for request in world.late:
         assert isinstance(world.apply(request).error, errors.Repeated)
-    assert world.held() == len(session.cache.known())
+    assert world.held() == len(session.lease.cache.known())
     assert len(set(cids)) == 10
-    # Those of the lost answer are in stock.
+    # Those of the lost answer are in the cache.
     if fate == "unanswered":
         assert world.operations() == []
 
@@ -455,8 +512,8 @@ def test_a_delete_without_an_answer(world: World, session: Session, fate: str) -
     assert world.operations()[: len(expected)] == expected
     for request in world.late:
         assert isinstance(world.apply(request).error, errors.Repeated)
-    assert world.held() == len(session.cache.known())
-    assert session.cache.used == set(cids[5:])
+    assert world.held() == len(session.lease.cache.known())
+    assert session.lease.cache.used == set(cids[5:])
 
 
 def test_an_answer_is_waited_for_no_longer_than_was_said(world: World, session: Session) -> None:
@@ -481,22 +538,24 @@ def test_a_session_that_turns_out_to_be_gone_after_some_lost_answers(
     world: World, session: Session
 ) -> None:
     world.acquire(session)
+    lease = session.lease
     world.now += TTL + SETTINGS.grace_ms / 1000 + 1
     world.fates = ["lost"] * 4
     assert world.acquire(session)
-    assert session.epoch == 1
+    assert session.lease is not lease
 
 
 def test_an_open_that_comes_late_opens_nothing_that_is_ours(world: World, session: Session) -> None:
     """The session has expired; a second copy of its OPEN makes one of another generation."""
     cids = world.acquire(session, 3)
+    lease = session.lease
     opened = world.sent[0]
     world.now += TTL + SETTINGS.grace_ms / 1000 + 1
     assert world.held() == 0
     world.apply(opened)
     assert not set(world.acquire(session, 3)) & set(cids)
-    assert session.epoch == 1
-    assert "under its name" in session.lost_why
+    assert session.lease is not lease
+    assert "under its name" in lease.lost_why
 
 
 def test_an_id_that_was_lost_may_be_ours_again() -> None:
@@ -518,14 +577,14 @@ def test_a_handover_is_waited_for(world: World, session: Session) -> None:
     world.service._holder._registry = None
     taken = Acquired()
     flow = session.acquire(5, None, world.now + 10, taken)
-    event: Reply | None = None
+    reply: Reply | None = None
     refused = 0
     try:
         while True:
-            effect = flow.send(event) if event is not None else next(flow)
-            event = world.perform(effect)
-            if isinstance(effect, Send) and event.error is not None:
-                assert isinstance(event.error, errors.Unavailable) and event.error.answered
+            effect = flow.send(reply) if reply is not None else next(flow)
+            reply = world.perform(effect)
+            if isinstance(effect, Send) and reply.error is not None:
+                assert isinstance(reply.error, errors.Unavailable) and reply.error.answered
                 refused += 1
                 if refused == 4:
                     world.service._holder._registry = old
@@ -546,7 +605,7 @@ def test_a_flow_that_is_broken_off_leaves_a_doubt_and_no_block(
     world.operations()
     assert len(world.acquire(session, 5)) == 5
     assert world.operations() == ["HELD"]
-    assert world.held() == len(session.cache.known())
+    assert world.held() == len(session.lease.cache.known())
 
 
 def test_one_change_at_a_time(world: World, session: Session) -> None:
@@ -595,16 +654,16 @@ def test_closing_says_ended_only_if_nothing_is_left(
     (cid,) = world.acquire(session, 1, 60_000)
     if left == "asking":
         world.idle["model"] = errors.Unavailable("away")
-        session.release_unended(session.epoch, cid, "model", 10.0, 1.0)
+        session.lease.release_unended(cid, "model", 10.0, 1.0)
     else:
         world.release(session, cid, cooldown_ms=60_000)
         world.lies[Operation.DELETE] = Reply(error=errors.Unavailable("no answer"))
         if left != "leaving":
             world.lies[Operation.HELD] = Reply(error=errors.Unavailable("no answer"))
             with pytest.raises(errors.Unavailable):
-                world.run(session, session._give_back(world.now + 1))
+                world.run(session, session.lease.release(world.now + 1))
         if left == "in doubt":
-            session.cache.releasing = []
+            session.lease.cache.releasing = []
     world.run(session, session.close(world.now + 10))
     (request,) = [each for each in world.sent if each.operation is Operation.CLOSE]
     assert request.parameters["ended"] is False
@@ -638,4 +697,4 @@ def test_closing_without_a_manager_is_quick(world: World, session: Session) -> N
 
 def test_the_token_is_never_shown(world: World, session: Session) -> None:
     world.acquire(session)
-    assert session._token and session._token not in f"{session!r}{session}"
+    assert session.lease.token and session.lease.token not in f"{session!r}{session}"

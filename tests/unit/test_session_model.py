@@ -20,6 +20,7 @@ from hypothesis.stateful import (
 from simulation import World
 
 from cidalloc.client.core.id_cache import ENDED
+from cidalloc.client.core.lease import Lease
 from cidalloc.client.core.session import Session
 from cidalloc.codes import Operation
 from cidalloc.errors import Exhausted, SequenceLost, SessionExpired, Unavailable
@@ -51,15 +52,14 @@ class Clients(RuleBasedStateMachine):
         assert self.world.held() == 0
         self.sessions = [self.world.session(TTL, 4.0, seed + each) for each in range(2)]
         # What the application believes: who uses an ID, since when, in which session of theirs.
-        self.used: dict[tuple[int, int], int] = {}
+        self.used: dict[tuple[int, int], Lease] = {}
         self.free_from: dict[int, float] = {}
         self.random = random.Random(seed)
 
     def valid(self, who: int, cid: int) -> bool:
         """Whether a client may send a request with this ID now."""
-        session = self.sessions[who]
         try:
-            session.check(self.used[who, cid], cid)
+            self.used[who, cid].check(cid, self.world.now)
         except (SequenceLost, SessionExpired):
             return False
         return True
@@ -71,7 +71,9 @@ class Clients(RuleBasedStateMachine):
         except (Exhausted, Unavailable, SessionExpired):
             return
         session = self.sessions[who]
-        assert session.announced_ms >= (need if need is not None else SETTINGS.unended_cooldown_ms)
+        assert session.lease.announced_ms >= (
+            need if need is not None else SETTINGS.unended_cooldown_ms
+        )
         assert len(set(cids)) == count
         for cid in cids:
             for other in range(2):
@@ -80,7 +82,7 @@ class Clients(RuleBasedStateMachine):
                     if other == who:
                         del self.used[who, cid]
             assert self.world.now >= self.free_from.pop(cid, 0.0), f"{cid} has not cooled"
-            self.used[who, cid] = session.epoch
+            self.used[who, cid] = session.lease
 
     # What is drawn must not depend on the world, which each run finds in another state.
     @rule(
@@ -94,21 +96,21 @@ class Clients(RuleBasedStateMachine):
             return
         cids = list(dict.fromkeys(mine[each % len(mine)] for each in which))
         for cid in cids:
-            epoch = self.used.pop((who, cid))
+            lease = self.used.pop((who, cid))
             session = self.sessions[who]
             # What nobody announced does not hold if we die before the manager hears of it.
             default = SETTINGS.unended_cooldown_ms if how is None else how
-            cooldown = min(default, session.announced_ms)
+            cooldown = min(default, session.lease.announced_ms)
             # Also with a lease that has run out: if it is renewed, nothing was lost.
-            ours = epoch == session.epoch and cid in session.cache.used
-            lapsed = session.now() >= session.lease_deadline
-            announced = session.announced_ms
-            session.release_from(epoch, cid, ENDED if how == ENDED else cooldown)
+            ours = cid in lease.cache.used
+            lapsed = session.now() >= session.lease.deadline
+            announced = session.lease.announced_ms
+            lease.release_from(cid, ENDED if how == ENDED else cooldown)
             if ours:
                 wait = SETTINGS.cooldown_ms if how == ENDED else cooldown
                 free_from = self.world.now + wait / 1000
                 if lapsed:  # not used since; if it is not renewed, it cools for what was announced
-                    free_from = min(free_from, session.lease_deadline + announced / 1000)
+                    free_from = min(free_from, session.lease.deadline + announced / 1000)
                 self.free_from[cid] = free_from
 
     @rule(fates=st.lists(st.sampled_from(["ok", "lost", "unanswered", "late"]), max_size=4))
@@ -139,7 +141,7 @@ class Clients(RuleBasedStateMachine):
     @rule(who=CLIENTS)
     def a_client_is_killed(self, who: int) -> None:
         self.note_the_lost()
-        announced = self.sessions[who].announced_ms / 1000
+        announced = self.sessions[who].lease.announced_ms / 1000
         for client, cid in list(self.used):
             if client == who:
                 if self.valid(who, cid):
@@ -149,11 +151,9 @@ class Clients(RuleBasedStateMachine):
 
     def note_the_lost(self) -> None:
         """An ID whose lease ran out was used until then, and cools from then on at least."""
-        for (who, cid), epoch in self.used.items():
-            session = self.sessions[who]
-            expired = epoch == session.epoch and session.now() >= session.lease_deadline
-            if expired and cid in session.cache.used:
-                cooled = session.lease_deadline + session.announced_ms / 1000
+        for (who, cid), lease in self.used.items():
+            if cid in lease.cache.used and self.sessions[who].now() >= lease.deadline:
+                cooled = lease.deadline + lease.announced_ms / 1000
                 self.free_from[cid] = max(self.free_from.get(cid, 0.0), cooled)
 
     @invariant()
@@ -167,7 +167,7 @@ class Clients(RuleBasedStateMachine):
     @invariant()
     def an_id_is_in_one_place(self) -> None:
         for session in self.sessions:
-            cache = session.cache
+            cache = session.lease.cache
             places = [cache.used, cache.fresh, [cid for _, cid in cache.cooling], cache.releasing]
             places += cache.to_release.values()
             assert sum(len(place) for place in places) == len(cache.known())
@@ -178,14 +178,14 @@ class Clients(RuleBasedStateMachine):
         self.world.fates.clear()
         session = self.sessions[who]
         self.world.keep(session, self.world.now + 5.0)
-        if session.opened:
+        if session.lease.opened:
             held = self.world.apply(self.held_request(session))
             if held.error is None:
-                assert set(held.output.tolist()) == session.cache.known()
+                assert set(held.output.tolist()) == session.lease.cache.known()
 
     @staticmethod
     def held_request(session: Session) -> Request:
-        return Request(Operation.HELD, parameters={"session": session._token})
+        return Request(Operation.HELD, parameters={"session": session.lease.token})
 
 
 Clients.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

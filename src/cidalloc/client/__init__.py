@@ -1,6 +1,6 @@
 """The client: correlation IDs from the manager on a Triton server, and sequences that use them."""
 
-from ..errors import *  # noqa: F403 all of them, for who catches them
+from ..errors import *  # noqa: F403 for callers that catch them
 from ..errors import __all__ as _errors
 from .asyncio.client import AsyncClient
 from .asyncio.sequence import AsyncSequence

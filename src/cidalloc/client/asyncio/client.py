@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from ...codes import Operation
-from ...protocol import MODEL, IDs, as_ids
-from ..core.client import Base, Fallback, several, whole
+from ...protocol import IDs
+from ..core.client import SEQUENCE_TIMEOUT_S, Base, whole
 from ..core.fork_guard import caller
-from ..core.id_cache import MAX_AHEAD
+from ..core.lease import Acquired
 from ..core.sequence import Plan
-from ..core.session import Acquired
 from .runner import AsyncRunner
 from .sequence import AsyncSequence
-from .transport import AsyncTransport, connect_async
+from .transport import connect_async
 
 __all__ = ["AsyncClient"]
 
@@ -28,26 +29,9 @@ class AsyncClient(Base):
     first.
     """
 
-    def __init__(
-        self,
-        url: str = "localhost:8001",
-        *,
-        model: str = MODEL,
-        ttl: float = 120.0,
-        label: str | None = None,
-        timeout: float = 10.0,
-        headers: Mapping[str, str] | None = None,
-        transport: AsyncTransport | None = None,
-        ahead: int = MAX_AHEAD,
-        fallback: Fallback = None,
-        **options: Any,
-    ) -> None:
-        transport = transport or connect_async(url, headers, options)
-        super().__init__(model, ttl, label, timeout, ahead, fallback, transport, caller())
-        self._runner = AsyncRunner(self._session, transport, model)
-
-    def _abandon(self) -> None:
-        self._runner.abandon()
+    _connect = staticmethod(connect_async)
+    _new_runner = AsyncRunner
+    _runner: AsyncRunner
 
     def _check_home(self) -> None:
         super()._check_home()
@@ -76,41 +60,30 @@ class AsyncClient(Base):
     async def acquire(self) -> int:
         """Acquire one ID and return it. See `Client.acquire`."""
         self._check_home()
-        session = self._session
-        cid = session.take()
+        lease = self._session.lease
+        cid = lease.take()
         if cid:
-            if session.needs_maintenance:
+            if lease.cache.needs_maintenance:
                 self._runner.wake()
             return cid
-        return int((await self._run_acquire(1))[0])
+        return int((await self._acquire(1))[0])
 
     async def acquire_many(self, count: int) -> IDs:
         """Acquire ``count`` IDs, all or none. See `Client.acquire_many`."""
-        return await self._run_acquire(whole("count", count))
+        self._check_home()
+        return await self._acquire(whole("count", count))
 
     async def release(
         self, cid: int, *, ended: bool = False, cooldown: float | None = None
     ) -> None:
         """Release one ID. See `Client.release`."""
-        self._check_home()
-        session = self._session
-        fast = ended and type(cid) is int and not session.closed
-        if fast and session.recycle(cid):
-            if session.needs_maintenance:
-                self._runner.wake()
-            return
-        await self.release_many([cid], ended=ended, cooldown=cooldown)
+        self._release(cid, ended, cooldown)
 
     async def release_many(
         self, cids: Iterable[int], *, ended: bool = False, cooldown: float | None = None
     ) -> None:
         """Release several IDs, all or none. See `Client.release_many`."""
-        self._check_home()
-        found = several(cids)
-        try:
-            self._give(found, bool(ended), cooldown)
-        finally:
-            self._runner.wake()
+        self._release_many(cids, ended, cooldown)
 
     async def active(self) -> int:
         """Return the number of IDs that all clients hold, those in their caches included."""
@@ -127,14 +100,14 @@ class AsyncClient(Base):
     async def status(self) -> dict[str, Any]:
         """Return the manager's status. See `Client.status`."""
         self._check_home()
-        return await self._runner.run(lambda: self._session.status(self._deadline()))
+        return await self._runner.run(self._session.status(self._deadline()))
 
     def sequence(
         self,
         model: str,
         *,
         streaming: bool = False,
-        timeout: float = 60.0,
+        timeout: float = SEQUENCE_TIMEOUT_S,
         cooldown: float | None = None,
         check: bool = True,
         end_inputs: list[Any] | None = None,
@@ -150,28 +123,27 @@ class AsyncClient(Base):
         async def begin(taken: Acquired) -> Plan:
             self._runner.start()
             plan = await self._runner.run(
-                lambda: self._begin_sequence(model, timeout, cooldown, check, end_inputs, taken)
+                self._begin_sequence(model, timeout, cooldown, check, end_inputs, taken)
             )
-            if self._session.needs_maintenance:
+            if self._session.lease.cache.needs_maintenance:
                 self._runner.wake()
             return plan
 
         return AsyncSequence(self._runner, model, begin, streaming, end_inputs, self, caller())
 
-    async def _run_acquire(self, count: int) -> IDs:
-        self._check_home()
-        taken = Acquired()
+    async def _acquire(self, count: int) -> IDs:
+        session, taken = self._session, Acquired()
         try:
             self._runner.start()
-            await self._runner.run(lambda: self._acquire(count, taken))
-            if self._session.needs_maintenance:
+            deadline = session.now() + self._timeout
+            await self._runner.run(session.acquire(count, None, deadline, taken))
+            if session.lease.cache.needs_maintenance:
                 self._runner.wake()
-            return as_ids(taken)
+            return np.array(taken, np.uint64)
         except BaseException as error:
             self._runner.take_back(taken, error)
             raise
 
     async def _number(self, operation: Operation) -> int:
         self._check_home()
-        event = await self._runner.run(lambda: self._session.read(operation, self._deadline()))
-        return int(event.output[0])
+        return await self._runner.run(self._session.number(operation, self._deadline()))

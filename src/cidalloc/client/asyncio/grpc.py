@@ -1,9 +1,8 @@
-"""gRPC for asyncio: as `_grpc`, but awaiting."""
+"""gRPC for asyncio."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -11,47 +10,36 @@ import grpc.aio
 import tritonclient.grpc
 
 from ... import protocol
-from ...errors import Unavailable
 from ..core.grpc_calls import (
     SHORT_S,
     Calls,
     Connections,
+    GrpcBase,
+    StreamBase,
     read_config,
-    read_stream,
-    stream_broke,
 )
 from ..core.transport import (
+    HURRY_S,
     Address,
     Done,
     Receive,
-    boottime,
     read_answer,
     translating,
 )
-from .tasks import CLOSE_S, Tasks, deliver
+from .tasks import Tasks, deliver
 
 __all__ = ["AsyncGrpcTransport"]
 
 
-class AsyncGrpcTransport:
-    """gRPC; the coroutines that send requests run in tasks that nobody cancels."""
-
-    inputs = tritonclient.grpc.InferInput
-    now = staticmethod(boottime)
+class AsyncGrpcTransport(GrpcBase):
+    """gRPC for asyncio. Requests are sent in tasks that are never cancelled."""
 
     def __init__(
         self, address: Address, headers: Mapping[str, str] | None, options: Mapping[str, Any]
     ) -> None:
-        self.url = address.url
-        self._calls = Calls(address, headers, options)
         self._tasks = Tasks()
-        self._asks, self._sequences = (
-            Connections(
-                lambda: self._calls.channel(grpc.aio),
-                lambda channel: self._tasks.start(channel.close()),
-            )
-            for _ in range(2)
-        )
+        shut = lambda channel: self._tasks.start(channel.close())  # noqa: E731
+        super().__init__(grpc.aio, shut, address, headers, options)
 
     async def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
         request, beside = self._calls.request(model, inputs, **options)
@@ -84,8 +72,8 @@ class AsyncGrpcTransport:
     async def close(self) -> None:
         self._asks.close()
         self._sequences.close()
-        # What takes longer goes on, unless the event loop ends.
-        await self._tasks.wait(CLOSE_S)
+        # Requests that take longer go on, unless the event loop ends.
+        await self._tasks.wait(HURRY_S)
 
     async def _wait(
         self,
@@ -105,54 +93,27 @@ class AsyncGrpcTransport:
             connections.release(connection)
 
 
-class _Stream:
+class _Stream(StreamBase):
     """A stream, and the task that reads it."""
 
     def __init__(
         self, connections: Connections, calls: Calls, receive: Receive, tasks: Tasks
     ) -> None:
-        self._connections, self._calls, self._receive = connections, calls, receive
-        self._queue: asyncio.Queue[Any] = asyncio.Queue()
-        self.over = False
-        self._connection = connections.take()
+        super().__init__(connections, calls, receive, asyncio.Queue())
         self._answers = self._connection.stream(self._requests(), metadata=calls.metadata)
         tasks.start(self._read())
-
-    def send(self, model: str, inputs: list[Any], /, **options: Any) -> None:
-        request, _ = self._calls.request(model, inputs, **options)
-        if self.over:
-            raise Unavailable(f"the stream to {self._calls.url} broke: open a new sequence")
-        self._calls.show(request)
-        self._queue.put_nowait(request)
-
-    def end(self) -> None:
-        self._queue.put_nowait(None)
-
-    def cut(self) -> None:
-        if not self.over:
-            self._answers.cancel()
-
-    def suspect(self) -> None:
-        self._connections.retire(self._connection)
 
     async def _requests(self) -> AsyncIterator[Any]:
         while (request := await self._queue.get()) is not None:
             yield request
 
     async def _read(self) -> None:
-        error: BaseException
+        failure = None
         try:
             async for answer in self._answers:
-                self._calls.show(answer)
-                self._receive(*read_stream(answer))
-            error = Unavailable(f"the stream to {self._calls.url} was closed")
-        except asyncio.CancelledError:  # `cut`, or the event loop ends
-            error = Unavailable(f"the stream to {self._calls.url} was closed")
-        except Exception as failed:
-            self.suspect()
-            error = stream_broke(failed, self._calls.url)
-        self.over = True
-        with contextlib.suppress(RuntimeError):
-            self._queue.put_nowait(None)
-        self._connections.release(self._connection)
-        self._receive("", True, None, error)
+                self._received(answer)
+        except asyncio.CancelledError:  # of `cut`, or the event loop ends
+            pass
+        except Exception as error:
+            failure = error
+        self._ended(failure)

@@ -1,4 +1,4 @@
-"""HTTP for asyncio, over tritonclient's client; any number of requests at once."""
+"""HTTP for asyncio, over tritonclient's client."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from ... import protocol
 from ...errors import InvalidArgument
 from ..core.tls import tls_context
 from ..core.transport import (
+    DAY_S,
+    HURRY_S,
     Address,
     Done,
     Receive,
@@ -24,16 +26,15 @@ from ..core.transport import (
     read_answer,
     translating,
 )
-from .tasks import CLOSE_S, Tasks, deliver
+from .tasks import Tasks, deliver
 
 __all__ = ["AsyncHttpTransport"]
 
-_DAY_S = 86_400.0
 _TLS = ("ssl_options", "ssl_context_factory", "insecure")  # of tritonclient's blocking client
 
 
 class AsyncHttpTransport:
-    """HTTP; each request has a connection of its own, and a time limit of its own."""
+    """HTTP for asyncio. Each request has a connection and a time limit of its own."""
 
     inputs = tritonclient.http.InferInput
     now = staticmethod(boottime)
@@ -48,7 +49,7 @@ class AsyncHttpTransport:
             tls = {name: options[name] for name in options.keys() - own.keys()}
             kind = tritonclient.http.InferenceServerClient
             own["ssl_context"] = tls_context(check_options(kind, address, tls))
-        self._options = {"conn_limit": 0, "conn_timeout": _DAY_S, **own}  # 0: no limit
+        self._options = {"conn_limit": 0, "conn_timeout": DAY_S, **own}  # 0: no limit
         self._verbose = bool(self._options.pop("verbose", False))
         aio: Any = tritonclient.http.aio.InferenceServerClient
         check_options(aio, address, self._options)
@@ -88,7 +89,7 @@ class AsyncHttpTransport:
             reading = self._triton(False).get_model_config(model, headers=dict(self._headers))
             config: Mapping[str, Any] = await self._within(timeout, reading)
             if not isinstance(config, dict):
-                raise TypeError("a model configuration that is no JSON object")
+                raise TypeError("a model configuration that is not a JSON object")
         return config
 
     def submit(
@@ -101,7 +102,7 @@ class AsyncHttpTransport:
 
     async def close(self) -> None:
         # Over HTTP the server does not notice that a request was given up.
-        await self._tasks.wait(CLOSE_S)
+        await self._tasks.wait(HURRY_S)
         opened, self._opened = self._opened, {}
         for triton in opened.values():
             await triton.close()

@@ -9,12 +9,11 @@ from typing import Any, TypeVar
 
 from ...errors import CidError, InvalidArgument, Unavailable
 from ..core.effects import Config, Effect, Flow, Idle, Reply, Send
-from ..core.runner import DAY_S, LOOK_S, RunnerBase
-from ..core.sequence import HURRY_S, SequenceCore
+from ..core.runner import LOOK_S, RunnerBase
+from ..core.sequence import SequenceCore
 from ..core.session import Session
-from ..core.transport import SLACK_S
+from ..core.transport import DAY_S, HURRY_S, SLACK_S, Transport
 from .tasks import Tasks, outlast
-from .transport import AsyncTransport
 
 __all__ = ["AsyncRunner"]
 
@@ -22,15 +21,14 @@ T = TypeVar("T")
 
 
 class AsyncRunner(RunnerBase):
-    """Runs flows of a session in the tasks that await, and its heartbeat in one of its own.
+    """Runs flows of a session in the tasks that await, and its heartbeat in a task of its own.
 
-    Only one task runs at a time, so its lock is never waited for. Requests and closings run in
-    tasks of the runner's, which go on when the task that waits for them is cancelled.
+    Only one task runs at a time, so the lock is always free. Requests and closings run in tasks of
+    the runner, which go on when a task that waits for them is cancelled.
     """
 
-    def __init__(self, session: Session, transport: AsyncTransport, model: str) -> None:
-        super().__init__(session, model, transport.now)
-        self.transport = transport
+    def __init__(self, session: Session, transport: Transport, model: str) -> None:
+        super().__init__(session, transport, model)
         self.tasks = Tasks()
         self._waiting: set[asyncio.Future[None]] = set()
         self._heartbeat: asyncio.Task[None] | None = None
@@ -40,13 +38,15 @@ class AsyncRunner(RunnerBase):
 
     def future(self) -> asyncio.Future[Any]:
         """Return a new future."""
-        return asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        future.add_done_callback(_retrieved)
+        return future
 
     def check_loop(self) -> None:
-        """See that this is the event loop that the client belongs to: the first one it is used in.
+        """Check that this is the event loop in which the client was used first.
 
         Raises:
-            InvalidArgument: it is another one, or none.
+            InvalidArgument: another event loop runs here, or none does.
         """
         try:
             loop = asyncio.get_running_loop()
@@ -60,20 +60,25 @@ class AsyncRunner(RunnerBase):
                 " each"
             )
 
-    async def run(self, flow: Callable[[], Flow[T]]) -> T:
+    async def run(self, flow: Flow[T]) -> T:
         """Run a flow to its end and return its value."""
-        steps = flow()
-        event: Reply | None = None
+        session = self.session
+        reply: Any = None  # a generator begins with None
         try:
             while True:
-                effect = self._step(steps, event)
-                event = await self._perform(effect)
+                seen = session.version
+                try:
+                    effect = flow.send(reply)
+                finally:
+                    if session.version != seen:
+                        self._notify()
+                reply = await self._perform(effect)
         except StopIteration as stop:
             value: T = stop.value
+            return value
         finally:
-            steps.close()
+            flow.close()
             self._notify()
-        return value
 
     def start(self) -> None:
         """Start the heartbeat, if it does not run yet."""
@@ -81,29 +86,29 @@ class AsyncRunner(RunnerBase):
             self._heartbeat = self.tasks.start(self._keep())
 
     def wake(self) -> None:
-        """Tell the heartbeat that there is something to do."""
-        self.session.needs_maintenance = False
+        """Tell the heartbeat that there is something to do. It starts if it does not run yet."""
+        self.session.lease.cache.needs_maintenance = False
         self.start()
         self._notify()
 
     def watch(self, core: SequenceCore) -> None:
-        """Look at a sequence every now and then, until nothing of it is on its way any more."""
+        """Call `SequenceCore.look` of a sequence repeatedly until it returns False."""
         self._watched[core] = None
         if not self._ticking:
             self._ticking = True
             asyncio.get_running_loop().call_later(LOOK_S, self._tick)
 
     def drop(self, core: SequenceCore) -> None:
-        """End a sequence whose handle was collected as garbage, which happens in any thread."""
+        """End a sequence whose handle was collected as garbage, in any thread."""
         core.dropped = True
         self._soon(lambda: None if core.on_way else core.finish())
 
     def abandon(self) -> None:
-        """Let a task close the session and the connections: nobody has the client."""
+        """Let a task close the session, since the client was collected as garbage."""
         self._soon(lambda: self.tasks.start(self._close(0.0)))
 
     async def close(self, patience: float) -> None:
-        """Close the session and the connections, even if the closing task is cancelled.
+        """Close the session and the connections, also if the task that waits is cancelled.
 
         Args:
             patience: seconds that the manager may take.
@@ -114,17 +119,16 @@ class AsyncRunner(RunnerBase):
 
     async def _keep(self) -> None:
         try:
-            await self.run(self.session.heartbeat)
-        except asyncio.CancelledError:  # the event loop ends, and nobody has closed the client
+            await self.run(self.session.heartbeat())
+        except asyncio.CancelledError:  # the event loop ends, and the client is still open
             with contextlib.suppress(CidError):
                 await self._close(HURRY_S)
             raise
 
     async def _close(self, patience: float) -> None:
         self.finish_all()
-        await self.run(lambda: self.session.close(self.now() + patience))
-        self._notify()
-        # What is on its way ends by itself; if the event loop ends before, that cancels it.
+        await self.run(self.session.close(self.now() + patience))
+        # Requests on their way end by themselves; if the event loop ends before, it cancels them.
         await self.tasks.wait(HURRY_S)
         await self.transport.close()
 
@@ -152,7 +156,7 @@ class AsyncRunner(RunnerBase):
             await asyncio.wait({changed}, timeout=left)
             self._waiting.discard(changed)
             return Reply()
-        # In a task of its own: a request that is on its way is not cancelled.
+        # In a task of its own, since a request on its way must not be cancelled.
         work = self.tasks.start(self._ask(effect))
         await asyncio.wait({work}, timeout=effect.timeout + SLACK_S)
         if not work.done():
@@ -168,3 +172,9 @@ class AsyncRunner(RunnerBase):
             return Reply(output, detail)
         except CidError as error:
             return Reply(error=error)
+
+
+def _retrieved(future: asyncio.Future[Any]) -> None:
+    """Keep asyncio from logging an error that the caller did not look at."""
+    if not future.cancelled():
+        future.exception()

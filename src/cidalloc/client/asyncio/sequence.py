@@ -1,22 +1,20 @@
-"""A sequence for asyncio: as `Sequence`, but awaiting."""
+"""A sequence for asyncio."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Generator
 from types import TracebackType
 from typing import Any
 
 from ..core.handle import SequenceHandle
-from ..core.sequence import HURRY_S, Plan, SequenceCore
-from ..core.session import Acquired
+from ..core.lease import Acquired
+from ..core.sequence import Plan, SequenceCore
+from ..core.transport import HURRY_S
 from .runner import AsyncRunner
 from .tasks import outlast
 
 __all__ = ["AsyncSequence"]
-
-_log = logging.getLogger("cidalloc.client")
 
 
 class AsyncSequence(SequenceHandle):
@@ -37,28 +35,26 @@ class AsyncSequence(SequenceHandle):
         client: object,
         opened_at: tuple[str, int],
     ) -> None:
-        super().__init__(runner, model, opened_at)
-        self._client = client  # which would be closed if nobody had it any more
+        super().__init__(runner, model, client, opened_at)
         self._beginning = begin
         self._streaming = streaming
         self._end_inputs = end_inputs
         self._closing: asyncio.Task[None] | None = None
 
     async def infer(self, inputs: list[Any], *, end: bool = False, **options: Any) -> Any:
-        """Send a request and return its result; as `Sequence.infer`.
+        """Send a request and return its result. See `Sequence.infer`.
 
-        A request that is on its way goes on when its task is cancelled.
+        A request that is on its way continues if its task is cancelled.
         """
         return await self.async_infer(inputs, end=end, **options)
 
     def async_infer(
         self, inputs: list[Any], *, end: bool = False, **options: Any
     ) -> asyncio.Future[Any]:
-        """Send a request and return the future of its result; as `Sequence.async_infer`."""
+        """Send a request and return a future of its result. See `Sequence.async_infer`."""
         self._check_home()
         core = self._begun
         future: asyncio.Future[Any] = core.submit(core.request(inputs, end, options))
-        future.add_done_callback(_retrieved)
         return future
 
     async def close(self) -> None:
@@ -79,17 +75,8 @@ class AsyncSequence(SequenceHandle):
     async def _close_once(self, patience: float) -> None:
         core = self._begun
         try:
-            if core.wants_end_inputs():
-                assert core.end_inputs is not None
-                try:
-                    end_inputs = core.submit(core.request(core.end_inputs, True, {}))
-                    await asyncio.wait_for(end_inputs, patience)
-                except (Exception, asyncio.CancelledError) as error:
-                    text = error or type(error).__name__
-                    _log.warning("END of %r failed: %s", self, text)
-            if core.on_way:
-                patience = HURRY_S if core.abandoned else patience
-                await asyncio.wait(core.unanswered(), timeout=patience)
+            for futures, limit in core.closing(patience):
+                await asyncio.wait(futures, timeout=limit)
         finally:
             core.finish()
 
@@ -119,9 +106,3 @@ class AsyncSequence(SequenceHandle):
     def _check_home(self) -> None:
         super()._check_home()
         self._runner.check_loop()
-
-
-def _retrieved(future: asyncio.Future[Any]) -> None:
-    """Keep asyncio from complaining of an error that nobody looked at."""
-    if not future.cancelled():
-        future.exception()

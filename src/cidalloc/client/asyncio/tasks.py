@@ -1,4 +1,4 @@
-"""Tasks that belong to a client: whoever waits for one may be cancelled, the task is not."""
+"""Tasks that belong to a client. They go on when a task that waits for them is cancelled."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from typing import Any, TypeVar
 from ...errors import Unavailable
 from ..core.transport import Done
 
-__all__ = ["CLOSE_S", "Tasks", "deliver", "outlast"]
-
-CLOSE_S = 2.0
-"""Seconds for which a client that is closed waits for what is on its way."""
+__all__ = ["Tasks", "deliver", "outlast"]
 
 T = TypeVar("T")
 
@@ -31,17 +28,17 @@ class Tasks:
         return task
 
     async def wait(self, seconds: float) -> None:
-        """Wait at most so long until all have ended, but for the one that waits."""
+        """Wait at most so long until all tasks have ended, except the current one."""
         others = self._running - {asyncio.current_task()}
         if others:
             await asyncio.wait(others, timeout=seconds)
 
 
 async def outlast(task: asyncio.Task[T]) -> T:
-    """Return what a task returns, which goes on when the waiting one is cancelled, be it often.
+    """Return the result of a task. If the current task is cancelled, it waits all the same.
 
     Raises:
-        asyncio.CancelledError: the waiting task was cancelled meanwhile.
+        asyncio.CancelledError: the current task was cancelled meanwhile.
     """
     cancelled: BaseException | None = None
     while not task.done():
@@ -55,7 +52,7 @@ async def outlast(task: asyncio.Task[T]) -> T:
 
 
 async def deliver(coroutine: Any, done: Done) -> None:
-    """Await a request, and hand on what became of it."""
+    """Await a request, and pass its result or its error on."""
     try:
         result = await coroutine
     except asyncio.CancelledError:  # the event loop ends

@@ -1,4 +1,4 @@
-"""What `Client` and `AsyncClient` have in common: everything but how they wait."""
+"""What `Client` and `AsyncClient` have in common: all that does not wait."""
 
 from __future__ import annotations
 
@@ -7,98 +7,131 @@ import operator
 import os
 import platform
 import random
-from collections.abc import Iterable
-from typing import Any, Literal, SupportsIndex
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal, SupportsIndex
 
 import numpy as np
 
 from ...errors import InvalidArgument, LimitExceeded, SessionExpired, Unavailable
-from ...protocol import MAX_COOLDOWN_MS, IDs, as_ids
+from ...protocol import MAX_COOLDOWN_MS, MODEL, IDs, as_ids
 from .effects import Flow
-from .fork_guard import ForkGuard
+from .fork_guard import ForkGuard, caller
 from .handle import warn_unclosed
 from .id_cache import ENDED, MAX_AHEAD, need_ms
+from .lease import Acquired
+from .link import Link
 from .model_info import HIGHEST_CID, ModelInfo
-from .sequence import UNMANAGED, Plan
-from .session import Acquired, Session
-from .transport import check_inputs
+from .sequence import Plan
+from .session import Session
+from .transport import DAY_S, DEFAULT_URL, Transport, check_inputs
 
-__all__ = ["Base", "several", "whole"]
+__all__ = ["SEQUENCE_TIMEOUT_S", "Base", "whole"]
 
 Fallback = Literal["random"] | None
 
-DAY_S = 86_400.0
-LABEL_BYTES = 64
-_FALLBACK_S = 1.0  # how long a sequence waits for the manager if it can do without
+SEQUENCE_TIMEOUT_S = 60.0
+"""Seconds that a request of a sequence may take, by default."""
+
+_MAX_TTL_S = 30 * DAY_S
+_MAX_COOLDOWN_S = MAX_COOLDOWN_MS / 1000
+_LABEL_BYTES = 64
+_FALLBACK_S = 1.0  # a sequence that can do without the manager waits for it so long
 _RANDOM_BITS = 62
 
 
 class Base(ForkGuard):
-    """A client without its ways to wait."""
+    """A client without its ways to wait. `Client` describes the arguments."""
+
+    _connect: ClassVar[Any]  # returns the transport for a URL, headers and options
+    _new_runner: ClassVar[Any]  # returns the runner of a session, a transport and a model
 
     def __init__(
         self,
-        model: str,
-        ttl: float,
-        label: str | None,
-        timeout: float,
-        ahead: int,
-        fallback: Fallback,
-        transport: Any,
-        opened_at: tuple[str, int],
+        url: str = DEFAULT_URL,
+        *,
+        model: str = MODEL,
+        ttl: float = 120.0,
+        label: str | None = None,
+        timeout: float = 10.0,
+        headers: Mapping[str, str] | None = None,
+        transport: Transport | None = None,
+        ahead: int = MAX_AHEAD,
+        fallback: Fallback = None,
+        **options: Any,
     ) -> None:
         super().__init__()
-        self._transport = transport
-        self._opened_at = opened_at
+        self._opened_at = caller()
+        self._transport: Transport = transport or self._connect(url, headers, options)
         if fallback not in (None, "random"):
             raise InvalidArgument(f"fallback={fallback!r} is neither None nor 'random'")
         self._model = model
-        self._url: str = transport.url
         self._timeout = seconds("timeout", timeout, DAY_S)
         self._fallback = fallback
         self._rng = random.SystemRandom()
-        self._session = Session(
-            ttl=seconds("ttl", ttl, 30 * DAY_S, low=0.001),
-            label=_label(label),
-            timeout=self._timeout,
-            rng=self._rng,
-            clock=transport.now,
-            ahead=_ahead(ahead),
-        )
+        ttl = seconds("ttl", ttl, _MAX_TTL_S, low=0.001)
+        link = Link(self._timeout, ttl, self._rng, self._transport.now)
+        self._session = Session(link, _label(label), _ahead(ahead))
+        self._runner = self._new_runner(self._session, self._transport, model)
 
     def __del__(self) -> None:
         session = getattr(self, "_session", None)
         if session is None or session.closed or not self._at_home:
             return
-        self._abandon()
-        if session.opened:
-            words = f"unclosed {type(self).__name__} of {self._url}"
+        self._runner.abandon()
+        if session.lease.opened:
+            words = f"unclosed {type(self).__name__} of {self._transport.url}"
             warn_unclosed(self, words, self._opened_at)
-
-    def _abandon(self) -> None:
-        """Let the background close what nobody has any more."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         session, name = self._session, type(self).__name__
-        held = len(session.cache.used)
-        return f"<cidalloc {name} of {self._model} at {self._url}, {session.state}, {held} in use>"
+        return (
+            f"<cidalloc {name} of {self._model} at {self._transport.url}, {session.state},"
+            f" {len(session.lease.cache.used)} in use>"
+        )
 
     def held(self) -> IDs:
-        """Return the IDs that are in use: acquired and not released, in order; no round trip.
+        """Return the IDs in use, in order: acquired and not released. Needs no round trip.
 
-        The manager counts those in stock as held, too.
+        The manager also counts the IDs in the client's cache as held.
         """
         super()._check_home()
-        return as_ids(sorted(self._session.cache.used))
+        return as_ids(sorted(self._session.lease.cache.used))
+
+    # ---- Releasing, which never waits
+
+    def _release(self, cid: int, ended: bool, cooldown: float | None) -> None:
+        self._check_home()
+        session, runner = self._session, self._runner
+        if ended and type(cid) is int and not session.closed:
+            with runner.lock:
+                cache = session.lease.cache
+                done = cache.recycle(cid, session.now())
+            if done:
+                if cache.needs_maintenance:
+                    runner.wake()
+                return
+        self._release_many([cid], ended, cooldown)
+
+    def _release_many(self, cids: Iterable[int], ended: bool, cooldown: float | None) -> None:
+        self._check_home()
+        found: list[int] = as_ids(cids).tolist()
+        if not found:
+            raise InvalidArgument("no correlation IDs to release: say which")
+        try:
+            with self._runner.lock:
+                self._session.check_open()
+                cooldown_ms = None
+                if cooldown is not None:
+                    limit = seconds("cooldown", cooldown, _MAX_COOLDOWN_S, low=0.0)
+                    cooldown_ms = math.ceil(limit * 1000)  # never shorter than asked for
+                self._session.lease.give(found, ENDED if ended else cooldown_ms)
+        finally:
+            self._runner.wake()
 
     # ---- Flows
 
     def _deadline(self) -> float:
         return self._session.now() + self._timeout
-
-    def _acquire(self, count: int, taken: Acquired) -> Flow[None]:
-        return self._session.acquire(count, None, self._deadline(), taken)
 
     def _begin_sequence(
         self,
@@ -109,7 +142,7 @@ class Base(ForkGuard):
         end_inputs: list[Any] | None,
         taken: Acquired,
     ) -> Flow[Plan]:
-        """Find out what the model needs, and get an ID that is good for it, which is ``taken``."""
+        """Read what the model needs, and acquire an ID for it into ``taken``."""
         session = self._session
         session.check_open()
         timeout = seconds("timeout", timeout, DAY_S)
@@ -123,9 +156,10 @@ class Base(ForkGuard):
                 " longer than an ID can cool"
             )
         alone = self._fallback == "random" and target.highest_cid == HIGHEST_CID
-        if alone and session.now() < session.away_until and session.now() >= session.lease_deadline:
+        now = session.now()
+        if alone and session.lease.deadline <= now < session.link.away_until:
             return self._random_plan(target, timeout, check)
-        deadline = session.now() + (min(self._timeout, _FALLBACK_S) if alone else self._timeout)
+        deadline = now + (min(self._timeout, _FALLBACK_S) if alone else self._timeout)
         try:
             if target.highest_cid < HIGHEST_CID:
                 pool = yield from session.pool(deadline)
@@ -140,13 +174,13 @@ class Base(ForkGuard):
             if not alone:
                 raise
             return self._random_plan(target, timeout, check)
-        return Plan(target, taken[0], taken.epoch, timeout, check)
+        return Plan(target, taken[0], taken.lease, timeout, check)
 
     def _target(
         self, model: str, timeout: float, cooldown: float | None, check: bool
     ) -> Flow[ModelInfo]:
         if cooldown is not None:
-            cooldown = seconds("cooldown", cooldown, MAX_COOLDOWN_MS / 1000, low=0.0)
+            cooldown = seconds("cooldown", cooldown, _MAX_COOLDOWN_S, low=0.0)
         if not check:
             if cooldown is None:
                 raise InvalidArgument("check=False: say with cooldown= when the model forgets")
@@ -159,34 +193,14 @@ class Base(ForkGuard):
 
     def _random_plan(self, target: ModelInfo, timeout: float, check: bool) -> Plan:
         cid = 2**_RANDOM_BITS + self._rng.getrandbits(_RANDOM_BITS)
-        return Plan(target, cid, UNMANAGED, timeout, check)
-
-    def _give(self, cids: list[int], ended: bool, cooldown: float | None) -> None:
-        self._session.check_open()
-        cooldown_ms = None
-        if cooldown is not None:
-            limit = seconds("cooldown", cooldown, MAX_COOLDOWN_MS / 1000, low=0.0)
-            cooldown_ms = math.ceil(limit * 1000)  # never shorter than asked for
-        self._session.give(cids, ENDED if ended else cooldown_ms)
-
-
-def several(cids: Iterable[int]) -> list[int]:
-    """Return IDs as a list.
-
-    Raises:
-        InvalidArgument, OutOfRange: something that are no IDs.
-    """
-    found: list[int] = as_ids(cids).tolist()
-    if not found:
-        raise InvalidArgument("no correlation IDs to release: say which")
-    return found
+        return Plan(target, cid, None, timeout, check)
 
 
 def whole(name: str, value: object) -> int:
     """Return a positive integer.
 
     Raises:
-        InvalidArgument, LimitExceeded: it is none.
+        InvalidArgument, LimitExceeded: it is something else, or out of range.
     """
     if isinstance(value, bool | np.bool_) or not isinstance(value, SupportsIndex):
         raise InvalidArgument(f"{name}={value!r} is not an integer")
@@ -196,7 +210,7 @@ def whole(name: str, value: object) -> int:
         raise InvalidArgument(f"{name}={value!r} is not an integer") from None
     if number < 1:
         raise InvalidArgument(f"{name}={number} is less than 1")
-    if number >= 2**63:
+    if number > HIGHEST_CID:
         raise LimitExceeded(f"{name}={number} is more than any pool has")
     return number
 
@@ -205,7 +219,7 @@ def seconds(name: str, value: object, high: float, low: float = 1e-6) -> float:
     """Return a time in seconds.
 
     Raises:
-        InvalidArgument: it is none within these bounds.
+        InvalidArgument: it is not a time within these bounds.
     """
     try:
         found = float(value)  # type: ignore[arg-type]
@@ -224,11 +238,11 @@ def _ahead(value: int) -> int:
 
 def _label(label: str | None) -> str:
     if label is None:
-        # Who that is, where people look for what holds so many IDs. Hosts have names of any kind.
+        # The status shows it beside the number of IDs. Host names may have any characters.
         node = "".join(each if each.isprintable() else "?" for each in platform.node())
-        node = node.encode(errors="replace")[: LABEL_BYTES - 16].decode(errors="ignore")
+        node = node.encode(errors="replace")[: _LABEL_BYTES - 16].decode(errors="ignore")
         return f"{node}:{os.getpid()}"
     fits = isinstance(label, str) and label.isprintable()
-    if not fits or len(label.encode(errors="replace")) > LABEL_BYTES:
-        raise InvalidArgument(f"label={label!r} is not printable text of {LABEL_BYTES} bytes")
+    if not fits or len(label.encode(errors="replace")) > _LABEL_BYTES:
+        raise InvalidArgument(f"label={label!r} is not printable text of {_LABEL_BYTES} bytes")
     return label

@@ -1,13 +1,14 @@
 """Flows: the client's decisions as generators, which say what they need and never do it.
 
-A flow yields one of the three effects below and is resumed with the `Reply` that came of it. Two
-short runners run flows, one blocking and one awaiting; so each decision is written once, and tests
-run it without a server, a thread or a clock. While a flow waits, others go on: after each yield it
-looks at the state anew.
+A flow yields one of the three effects below and is resumed with its `Reply`. Two short runners run
+flows, one blocking and one awaiting; so each decision is written once, and tests run it without a
+server, a thread or a clock. While a flow waits, other flows go on, so the state may be another one
+after each yield.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -17,9 +18,12 @@ import numpy as np
 from ...errors import CidError
 from ...protocol import IDs, Request
 
-__all__ = ["Config", "Effect", "Flow", "Idle", "Reply", "Send"]
+__all__ = ["NEVER", "Config", "Effect", "Flow", "Idle", "Reply", "Send", "runs"]
 
 T = TypeVar("T")
+
+NEVER = float("-inf")
+"""A time before all others."""
 
 _NOTHING: IDs = np.empty(0, np.uint64)
 
@@ -49,7 +53,7 @@ class Idle:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came of an effect: the answer to a request, a configuration, an error, or nothing."""
+    """The result of an effect: the answer to a request, a configuration, an error, or nothing."""
 
     output: IDs = field(default_factory=lambda: _NOTHING)
     detail: str = ""
@@ -59,3 +63,8 @@ class Reply:
 
 Effect = Send | Config | Idle
 Flow = Generator[Effect, Reply, T]
+
+
+def runs(flow: Flow[Any] | None) -> bool:
+    """Whether a flow has neither ended nor been broken off, for example by a signal handler."""
+    return flow is not None and inspect.getgeneratorstate(flow) != inspect.GEN_CLOSED

@@ -1,4 +1,4 @@
-"""Objects that belong to the process that made them, and say so in a forked child."""
+"""Objects that belong to one process, and raise `Forked` in a forked child."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["ForkGuard", "ProcessIdentity", "caller"]
 
 
 class ProcessIdentity:
-    """Stands for this process; a forked child has another one."""
+    """Identifies this process: a forked child gets another object."""
 
     current = object()
 
@@ -25,15 +25,15 @@ os.register_at_fork(after_in_child=_in_child)
 
 
 class ForkGuard:
-    """Remembers the process that made it; cannot be copied, nor sent to another process."""
+    """An object of one process, which cannot be copied or sent to another process."""
 
     def __init__(self) -> None:
         self._home = ProcessIdentity.current
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise InvalidArgument(
-            f"{self!r} cannot be copied or pickled: it is one session with the manager; make a"
-            " new one where you need it"
+            f"{self!r} cannot be copied or pickled, since it has one session with the manager; make"
+            " a new one where you need it"
         )
 
     @property

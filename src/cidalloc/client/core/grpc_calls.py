@@ -1,11 +1,12 @@
-"""gRPC: channels, how many requests are on their way over each, and what is sent.
+"""gRPC: channels, how many requests are on their way over each, messages, and streams.
 
-No request is cancelled in here. gRPC does so when a channel is closed, and when a deadline is over;
-so a channel is closed after the last of its requests, and no deadline is short.
+No request is cancelled here. gRPC cancels requests when a channel is closed and when a deadline is
+over; so a channel is closed after its last request, and no deadline is short.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 from collections.abc import Callable, Mapping
@@ -20,24 +21,23 @@ from tritonclient.utils import InferenceServerException
 
 from ... import protocol
 from ...errors import CidError, InvalidArgument, Unavailable
-from .transport import Address, check_options, encode, unreachable
+from .transport import Address, Receive, boottime, check_options, encode, unreachable
 
 __all__ = [
     "SHORT_S",
     "Calls",
     "Connection",
     "Connections",
-    "explained",
+    "GrpcBase",
+    "StreamBase",
     "read_config",
-    "read_stream",
-    "stream_broke",
 ]
 
 SHORT_S = 1.0
 """The shortest deadline: Triton 2.51 was seen to die of requests cancelled within 6 ms."""
 
 _MOST_AT_ONCE = 100
-# Proxies allow about so many requests on one connection; gRPC lets others wait behind them.
+# Proxies allow about so many requests on one connection; gRPC makes further ones wait.
 
 _DEFAULTS: dict[str, Any] = {
     "grpc.max_send_message_length": 2**31 - 1,
@@ -48,19 +48,29 @@ _DEFAULTS: dict[str, Any] = {
     "grpc.http2.max_pings_without_data": 0,
 }
 
+_INFER_DEFAULTS: dict[str, Any] = {
+    "model_version": "",
+    "outputs": None,
+    "request_id": "",
+    "sequence_id": 0,
+    "sequence_start": False,
+    "sequence_end": False,
+    "priority": 0,
+    "timeout": None,
+    "parameters": None,
+}
+
 
 class Connection:
-    """A channel, its methods, and how many requests are on their way over it."""
+    """A channel, its methods, and the number of requests on their way over it."""
 
     __slots__ = ("busy", "channel", "config", "infer", "stream")
 
     def __init__(self, channel: Any) -> None:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         self.channel = channel
-        self.infer, self.stream, self.config = (
-            *(stub.ModelInfer, stub.ModelStreamInfer),
-            stub.ModelConfig,
-        )
+        self.infer, self.stream = stub.ModelInfer, stub.ModelStreamInfer
+        self.config = stub.ModelConfig
         self.busy = 0
 
 
@@ -79,7 +89,7 @@ class Connections:
         self._closed = False
 
     def take(self) -> Connection:
-        """Return a connection for one request or stream; `release` it when that is over.
+        """Return a connection for one request or stream; the caller releases it afterwards.
 
         Raises:
             InvalidArgument: the client is closed.
@@ -97,20 +107,20 @@ class Connections:
         return connection
 
     def retire(self, connection: Connection) -> None:
-        """Send nothing more over a connection, since something was not answered on it."""
+        """Send nothing more over a connection, since a request on it was not answered."""
         with self._lock:
             if connection in self._usable:
                 self._usable.remove(connection)
 
     def failed(self, connection: Connection, error: Any, url: str) -> InferenceServerException:
         """Return tritonclient's exception for gRPC's; if no answer came, retire the connection."""
-        found = explained(error)
+        found = _explained(error)
         if unreachable(found, url):
             self.retire(connection)
         return found
 
     def release(self, connection: Connection) -> None:
-        """Note that a request is over; close the connection if it was the last of a retired one."""
+        """Note that a request is over; close a retired connection after its last request."""
         with self._lock:
             connection.busy -= 1
             last = not connection.busy and connection not in self._usable
@@ -118,10 +128,10 @@ class Connections:
             self._shut(connection.channel)
 
     def give_up(self, connection: Connection, error: BaseException) -> None:
-        """Leave a connection alone on which a request could not even begin.
+        """Retire a connection on which a request could not begin.
 
         Raises:
-            Unavailable: it was for want of a thread.
+            Unavailable: the system refuses a thread.
         """
         self.retire(connection)
         if isinstance(error, RuntimeError | MemoryError) and not isinstance(error, CidError):
@@ -130,7 +140,7 @@ class Connections:
             raise Unavailable(f"no thread can be started: {error}") from error
 
     def close(self) -> None:
-        """Close the connections, each when nothing is on its way over it any more."""
+        """Close the connections, each after its last request."""
         with self._lock:
             self._closed = True
             idle = [connection for connection in self._usable if not connection.busy]
@@ -140,15 +150,15 @@ class Connections:
 
 
 class Calls:
-    """What the blocking and the awaiting transport send, and to where.
+    """The messages and channels of the blocking and of the asyncio transport.
 
     Args:
         address: the server.
-        headers: go with every request.
-        options: of tritonclient's client.
+        headers: sent with every request.
+        options: options of tritonclient's client.
 
     Raises:
-        InvalidArgument: an option that is none, or a file that cannot be read.
+        InvalidArgument: an option is not valid, or a file cannot be read.
     """
 
     def __init__(
@@ -157,11 +167,11 @@ class Calls:
         found = check_options(tritonclient.grpc.InferenceServerClient, address, options)
         self.url, self.target = address.url, address.target
         self.verbose = found["verbose"]
-        self._metadata = _metadata(headers)
+        self.metadata = _metadata(headers)
         arguments = {**_DEFAULTS, **_keepalive(found["keepalive_options"])}
         if found["channel_args"] is not None:
             arguments = dict(found["channel_args"])
-        # Each client makes connections of its own, so that it can replace one that went silent.
+        # Each client has connections of its own, so that it can replace one that went silent.
         self.arguments = [*arguments.items(), ("grpc.use_local_subchannel_pool", 1)]
         self.credentials = found["creds"] or (_credentials(found) if address.tls else None)
 
@@ -177,80 +187,57 @@ class Calls:
         inputs: list[Any],
         /,
         *,
-        model_version: str = "",
-        outputs: list[Any] | None = None,
-        request_id: str = "",
-        sequence_id: int = 0,
-        sequence_start: bool = False,
-        sequence_end: bool = False,
-        priority: int = 0,
-        timeout: int | None = None,
         headers: Mapping[str, str] | None = None,
         compression_algorithm: str | None = None,
-        parameters: Mapping[str, Any] | None = None,
         tell_final: bool = False,
+        **options: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        """Return the message for what tritonclient's ``infer`` takes, and what goes beside it.
+        """Return the message and gRPC's arguments for the arguments of tritonclient's ``infer``.
 
-        With ``tell_final`` the server says which answer is the last one.
+        With ``tell_final`` the server marks the last answer.
         """
         request = _get_inference_request(
-            model_name=model,
-            inputs=inputs,
-            model_version=model_version,
-            request_id=request_id,
-            outputs=outputs,
-            sequence_id=sequence_id,
-            sequence_start=sequence_start,
-            sequence_end=sequence_end,
-            priority=priority,
-            timeout=timeout,
-            parameters=parameters,
+            model_name=model, inputs=inputs, **{**_INFER_DEFAULTS, **options}
         )
         if tell_final:
             request.parameters["triton_enable_empty_final_response"].bool_param = True
         beside: dict[str, Any] = {
-            "metadata": self._metadata if headers is None else _metadata(headers)
+            "metadata": self.metadata if headers is None else _metadata(headers)
         }
         if compression_algorithm is not None:
             beside["compression"] = _compression(compression_algorithm)
         return request, beside
 
     def manager_request(self, model: str, request: protocol.Request) -> tuple[Any, dict[str, Any]]:
-        """Return the message for a request to the manager, and what goes beside it."""
+        """Return the message and gRPC's arguments for a request to the manager."""
         arguments = encode(tritonclient.grpc, request)
         return self.request(model, arguments.pop("inputs"), **arguments)
 
     def config_request(self, model: str) -> tuple[Any, dict[str, Any]]:
-        """Return the message that asks for a configuration, and what goes beside it."""
-        return service_pb2.ModelConfigRequest(name=model), {"metadata": self._metadata}
-
-    @property
-    def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What goes with a stream."""
-        return self._metadata
+        """Return the message and gRPC's arguments that ask for a configuration."""
+        return service_pb2.ModelConfigRequest(name=model), {"metadata": self.metadata}
 
     def show(self, what: Any) -> None:
-        """Print what is sent or received for ``verbose``; the manager's requests have secrets."""
+        """Print a message of a sequence if ``verbose`` is set."""
         if self.verbose:
             print(what)
 
 
 def read_config(answer: Any) -> Mapping[str, Any]:
-    """Return a configuration as JSON has it."""
+    """Return a configuration as JSON."""
     config: Mapping[str, Any] = MessageToDict(answer, preserving_proto_field_name=True)["config"]
     return config
 
 
-def explained(error: Any) -> InferenceServerException:
-    """Return tritonclient's exception for one of gRPC's, as tritonclient does."""
+def _explained(error: Any) -> InferenceServerException:
+    """Return tritonclient's exception for an exception of gRPC, as tritonclient does."""
     code = error.code()
     text = error.details() or ""
     return InferenceServerException(text, str(code), error.debug_error_string())
 
 
 def _metadata(headers: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
-    # HTTP/2 has small letters only.
+    # HTTP/2 has lower case only.
     return tuple((name.lower(), value) for name, value in (headers or {}).items())
 
 
@@ -286,19 +273,96 @@ def _compression(name: str) -> Any:
     return kinds[name.lower()]
 
 
-def read_stream(answer: Any) -> tuple[str, bool, Any, BaseException | None]:
-    """Return what `Receive` takes, for what came over a stream."""
-    response = answer.infer_response
-    if answer.error_message:
-        return response.id, True, None, InferenceServerException(answer.error_message)
-    final = "triton_final_response"
-    last = final not in response.parameters or response.parameters[final].bool_param
-    return response.id, last, tritonclient.grpc.InferResult(response), None
+class GrpcBase:
+    """What the blocking and the asyncio transport have in common.
+
+    Args:
+        library: ``grpc`` or ``grpc.aio``.
+        shut: closes a channel.
+        address, headers, options: see `Calls`.
+    """
+
+    inputs = tritonclient.grpc.InferInput
+    now = staticmethod(boottime)
+
+    def __init__(
+        self,
+        library: Any,
+        shut: Callable[[Any], object],
+        address: Address,
+        headers: Mapping[str, str] | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.url = address.url
+        self._calls = Calls(address, headers, options)
+        # The manager's requests never wait for those of sequences.
+        self._asks, self._sequences = (
+            Connections(lambda: self._calls.channel(library), shut) for _ in range(2)
+        )
 
 
-def stream_broke(error: Exception, url: str) -> CidError:
-    """Return our error for what ended a stream; gRPC's errors run over many lines."""
-    details = getattr(error, "details", None)
-    text = details() if callable(details) else str(error)
-    first = str(text or type(error).__name__).splitlines()[0]
-    return Unavailable(f"the stream to {url} broke: {first}")
+class StreamBase:
+    """A `Stream`, without the thread or task that reads its answers.
+
+    Args:
+        connections: the stream takes one of these.
+        calls: makes the messages.
+        receive: is called with each answer.
+        queue: the requests that gRPC sends; None is the end.
+    """
+
+    _answers: Any  # gRPC's call
+
+    def __init__(
+        self, connections: Connections, calls: Calls, receive: Receive, queue: Any
+    ) -> None:
+        self.over = False
+        self._connections, self._calls, self._receive = connections, calls, receive
+        self._queue = queue
+        self._connection = connections.take()
+
+    def send(self, model: str, inputs: list[Any], /, **options: Any) -> None:
+        request, _ = self._calls.request(model, inputs, **options)
+        if self.over:
+            raise Unavailable(f"the stream to {self._calls.url} broke: open a new sequence")
+        self._calls.show(request)
+        self._queue.put_nowait(request)
+
+    def end(self) -> None:
+        self._queue.put_nowait(None)
+
+    def cut(self) -> None:
+        if not self.over:
+            self._answers.cancel()
+
+    def suspect(self) -> None:
+        self._connections.retire(self._connection)
+
+    def _received(self, answer: Any) -> None:
+        """Pass an answer on."""
+        self._calls.show(answer)
+        response = answer.infer_response
+        if answer.error_message:
+            error = InferenceServerException(answer.error_message)
+            self._receive(response.id, True, None, error)
+            return
+        final = "triton_final_response"
+        last = final not in response.parameters or response.parameters[final].bool_param
+        self._receive(response.id, last, tritonclient.grpc.InferResult(response), None)
+
+    def _ended(self, failure: Exception | None) -> None:
+        """Note that gRPC has closed the stream, and fail the requests that are unanswered."""
+        url = self._calls.url
+        error = Unavailable(f"the stream to {url} was closed")
+        if failure is not None:
+            self.suspect()
+            # gRPC's errors have many lines.
+            details = getattr(failure, "details", None)
+            text = details() if callable(details) else str(failure)
+            first = str(text or type(failure).__name__).splitlines()[0]
+            error = Unavailable(f"the stream to {url} broke: {first}")
+        self.over = True
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
+            self._queue.put_nowait(None)  # gRPC's sending thread or task ends
+        self._connections.release(self._connection)
+        self._receive("", True, None, error)

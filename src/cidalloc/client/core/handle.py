@@ -1,4 +1,4 @@
-"""What the application has of a sequence: the part that blocking and awaiting ones share."""
+"""The handle of a sequence that the application has: what `Sequence` and `AsyncSequence` share."""
 
 from __future__ import annotations
 
@@ -7,26 +7,28 @@ from typing import Any
 
 from ...errors import InvalidArgument
 from .fork_guard import ForkGuard
-from .sequence import Plan, SequenceCore
+from .sequence import SequenceCore
 
 __all__ = ["SequenceHandle", "warn_unclosed"]
 
 
 class SequenceHandle(ForkGuard):
-    """A sequence, but for its ways to wait.
+    """A sequence without its ways to wait.
 
     Args:
-        runner: of its client.
+        runner: the client's runner.
         model: the model.
-        opened_at: the file and the line where it was asked for.
+        client: the client, which is not collected as garbage before the sequence.
+        opened_at: the file and the line of the application's call.
     """
 
     _core: SequenceCore | None = None
 
-    def __init__(self, runner: Any, model: str, opened_at: tuple[str, int]) -> None:
+    def __init__(self, runner: Any, model: str, client: object, opened_at: tuple[str, int]) -> None:
         super().__init__()
         self._runner = runner
         self._model = model
+        self._client = client
         self._opened_at = opened_at
 
     def __repr__(self) -> str:
@@ -39,7 +41,7 @@ class SequenceHandle(ForkGuard):
         core = self._core
         if core is None or core not in self._runner.sequences or not self._at_home:
             return
-        # The ID cools; whatever is on its way may still be answered.
+        # The ID cools, and requests on their way may still be answered.
         self._runner.drop(core)
         warn_unclosed(self, f"unclosed sequence {core.plan.cid} on {self._model}", self._opened_at)
 
@@ -55,7 +57,7 @@ class SequenceHandle(ForkGuard):
 
     @property
     def state(self) -> str:
-        """The state of the sequence, in a word or two; docs/client.md has the diagram."""
+        """The state of the sequence in a word or two; docs/client.md has the diagram."""
         return "not begun" if self._core is None else self._core.state.words
 
     def infer_kwargs(self, *, end: bool = False) -> dict[str, Any]:
@@ -76,10 +78,6 @@ class SequenceHandle(ForkGuard):
         if self._core is None:
             raise InvalidArgument(f"{self!r}: enter it with async with, or await it")
         return self._core
-
-    @property
-    def _plan(self) -> Plan:
-        return self._begun.plan
 
 
 def warn_unclosed(thing: object, words: str, opened_at: tuple[str, int]) -> None:

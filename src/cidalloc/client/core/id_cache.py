@@ -1,12 +1,13 @@
 """The ID cache: the IDs of a session within its client, so that most need no round trip.
 
-Each ID of the session is in one place: *used* by the application; *fresh*, never used by us;
-*cooling*, ended and soon usable again; *to_release*; *releasing*, in a release request without an
-answer yet; or *awaiting_model*, to be released when its cooldown is known. Times are seconds, and
-come from the caller.
+Each ID of the session is in one place: *used* by the application; *fresh*, not used by this client
+yet; *cooling*, ended and soon usable again; *to_release*; *releasing*, in a release request without
+an answer yet; or *awaiting_model*, to be released when its cooldown is known. Times are seconds,
+and come from the caller.
 
-A signal handler may raise an exception anywhere in here. Then an ID may be in two places, used and
-where it goes to, but never in none while it is used, and never twice among those to be used again.
+A signal handler may raise an exception at any line. Then an ID may be in two places: in *used* and
+in the place it goes to. An ID in use is always in one place at least, and an ID that may be used
+again is never there twice.
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ from collections.abc import Iterable
 from itertools import islice
 
 from ...errors import Duplicate, NotHeld
+from .effects import NEVER
 
 __all__ = ["ENDED", "MAX_AHEAD", "IdCache", "need_ms"]
 
 ENDED = -1
-"""In place of a cooldown: the sequences were ended, so the manager's least cooldown will do."""
+"""In place of a cooldown: the sequences were ended, so the manager's minimum cooldown is enough."""
 
 MAX_AHEAD = 1024
-"""The most IDs in stock that nobody uses, if nothing else is said."""
+"""Maximum number of unused IDs in the cache, and the default."""
 
-_QUICK_S = 1.0  # a stock that is empty again so soon was too small
-_STALE_S = 30.0  # what was not needed for so long may go back
+_QUICK_S = 1.0  # a cache that is empty again so soon was too small
+_STALE_S = 30.0  # IDs that were not needed for so long may go back
+_REFILL_BACK_OFF_S = 10.0  # no IDs are fetched ahead for so long after the manager had no more
+_AWAIT_MODEL_S = 60.0  # a model that does not answer is asked for so long
 
 
 def need_ms(idle: float, timeout: float) -> int:
@@ -44,26 +48,14 @@ class IdCache:
     """The IDs of one session.
 
     Args:
-        cooldown: the least time in seconds between two uses.
-        ahead: the most IDs to keep that nobody uses.
-    """
+        cooldown: the minimum time in seconds between two uses of an ID.
+        ahead: the maximum number of unused IDs.
 
-    __slots__ = (
-        "ahead",
-        "awaiting_model",
-        "cooldown",
-        "cooling",
-        "fresh",
-        "needs_refill",
-        "refill_below",
-        "refilled_at",
-        "releasing",
-        "releasing_cooldown",
-        "taken_at",
-        "target_size",
-        "to_release",
-        "used",
-    )
+    Attributes:
+        needs_refill: few fresh IDs are left.
+        needs_maintenance: the heartbeat has something new to do.
+        trim_at: when to call `trim` next.
+    """
 
     def __init__(self, cooldown: float = 0.0, ahead: int = MAX_AHEAD) -> None:
         self.cooldown = cooldown
@@ -75,14 +67,15 @@ class IdCache:
         self.awaiting_model: dict[str, dict[int, tuple[float, float]]] = {}  # by model
         self.releasing: list[int] = []
         self.releasing_cooldown = ENDED
-        self._set_target_size(1)
-        self.needs_refill = False
-        self.refilled_at = self.taken_at = float("-inf")
+        self.target_size = min(1, ahead)  # IDs to fetch ahead
+        self.needs_refill = self.needs_maintenance = False
+        self.refilled_at = self.refill_after = self.taken_at = NEVER
+        self.trim_at = self.await_until = NEVER
 
-    # ---- The two that are called all the time
+    # ---- For each ID
 
     def take(self, now: float) -> int:
-        """Return an ID that is from now on used, or 0 if none is ready."""
+        """Move an ID to the used ones and return it; return 0 if no ID is ready."""
         self.taken_at, cid = now, 0
         cooling = self.cooling
         try:
@@ -90,8 +83,8 @@ class IdCache:
                 cid = cooling.popleft()[1]
             elif self.fresh:
                 cid = self.fresh.popleft()
-                if len(self.fresh) < self.refill_below:
-                    self.needs_refill = True
+                if 2 * len(self.fresh) < self.target_size and not self.needs_refill:
+                    self.needs_refill = self.needs_maintenance = True
             else:
                 return 0
             self.used.add(cid)
@@ -101,14 +94,14 @@ class IdCache:
             raise
 
     def take_back(self, cids: Iterable[int]) -> None:
-        """Take IDs back that nobody got to see; they are ready as they were before."""
+        """Take back IDs that the application never saw; they are ready again."""
         for cid in cids:
             if cid in self.used:
                 self.used.remove(cid)
                 self.fresh.appendleft(cid)
 
     def recycle(self, cid: int, now: float) -> bool:
-        """Let a used ID cool, whose sequence was ended; False if it is none."""
+        """Let a used ID cool after its sequence was ended; return False if it is not used."""
         try:
             self.used.remove(cid)
             if len(self.cooling) + len(self.fresh) < self.ahead:
@@ -130,8 +123,13 @@ class IdCache:
         """Whether IDs have to be released, or are in a release request without an answer."""
         return bool(self.to_release or self.releasing or self.awaiting_model)
 
+    def needs_round_trip(self, now: float) -> bool:
+        """Whether the heartbeat has to release IDs or to fetch some."""
+        refill = self.needs_refill and now >= self.refill_after
+        return bool(self.to_release or self.awaiting_model or refill)
+
     def ready(self, now: float, enough: int) -> int:
-        """Return how many IDs can be taken now, or at least ``enough`` if there are so many."""
+        """Return how many IDs can be taken now; it may stop counting at ``enough``."""
         count = len(self.fresh)
         for due, _ in self.cooling:
             if due > now or count >= enough:
@@ -140,68 +138,82 @@ class IdCache:
         return count
 
     def check_used(self, cids: Iterable[int]) -> None:
-        """See that all of these are used, each of them standing there once.
+        """Check that all of these are used, and that no ID is given twice.
 
         Raises:
-            Duplicate, NotHeld: which one is not.
+            Duplicate, NotHeld: one of them is not.
         """
         seen = set()
         for cid in cids:
             if cid in seen:
-                raise Duplicate(f"ID {cid} stands twice in this call")
+                raise Duplicate(f"ID {cid} is given twice in this call")
             seen.add(cid)
             if cid not in self.used:
-                raise NotHeld(f"this client holds no ID {cid}: it was released or never acquired")
+                raise NotHeld(
+                    f"this client does not hold ID {cid}: it was released, or was never acquired"
+                )
 
     def give_back(self, cids: Iterable[int], cooldown_ms: int) -> None:
-        """Let used IDs leave, to cool at the manager for so long."""
+        """Move used IDs to those that have to be released, with this cooldown."""
         for cid in cids:
             self._put_to_release(cid, cooldown_ms)
 
     def _put_to_release(self, cid: int, cooldown_ms: int) -> None:
         self.to_release.setdefault(cooldown_ms, {})[cid] = None
         self.used.discard(cid)
+        self.needs_maintenance = True
 
-    def await_model(self, cid: int, model: str, idle: float, timeout: float) -> None:
-        """Let a used ID wait until it is known for how long ``model`` keeps idle sequences now.
+    def await_model(self, cid: int, model: str, idle: float, timeout: float, now: float) -> None:
+        """Let a used ID wait until the present idle time of ``model`` is known.
 
         Args:
             cid: the ID.
-            model: the model that its sequence was on.
-            idle: seconds, the idle time that was known.
-            timeout: seconds that a request of it may have taken.
+            model: the model of its sequence.
+            idle: the idle time in seconds that was known.
+            timeout: seconds that a request of the sequence may have taken.
+            now: the time.
         """
         self.awaiting_model.setdefault(model, {})[cid] = idle, timeout
         self.used.discard(cid)
+        self.await_until = now + _AWAIT_MODEL_S
+        self.needs_maintenance = True
 
     def model_was_read(self, model: str, idle: float) -> None:
-        """Let those leave that waited for the idle time of ``model``, in seconds."""
+        """Let IDs leave that waited for the idle time of ``model``, in seconds."""
         for cid, (known, timeout) in self.awaiting_model[model].items():
             self._put_to_release(cid, need_ms(max(known, idle), timeout))
         del self.awaiting_model[model]
 
-    def refill(self, cids: Iterable[int]) -> None:
-        """Add IDs that were issued to the session and that it never used."""
-        self.fresh.extend(cids)
+    def refill(self, fresh: Iterable[int], used: Iterable[int], now: float) -> None:
+        """Add new IDs of the session, some of which are used from now on."""
+        self.used.update(used)
+        self.fresh.extend(fresh)
         self.needs_refill = False
+        self.taken_at = now
 
     def plan(self, now: float, taken: int) -> int:
-        """Return how many IDs to fetch ahead, on the occasion of a refill: what demand asks for.
+        """Return how many IDs to fetch ahead with the next refill, by the recent demand.
 
         Args:
             now: the time.
-            taken: how many of those in stock are about to be taken.
+            taken: how many IDs of the cache are about to be taken.
         """
+        if now < self.refill_after:
+            return 0
         if now - self.refilled_at < _QUICK_S:
-            self._set_target_size(2 * self.target_size)
+            self.target_size = min(2 * self.target_size, self.ahead)
         self.refilled_at = now
         left = len(self.cooling) + len(self.fresh) - taken
         return max(0, min(self.target_size, self.ahead - left))
 
-    def trim(self, now: float) -> float:
-        """Let those leave that nobody has needed for long; return when to look again."""
+    def refill_failed(self, now: float) -> None:
+        """Note that the manager has no more IDs: fetch none ahead for a while."""
+        self.refill_after = now + _REFILL_BACK_OFF_S
+
+    def trim(self, now: float) -> None:
+        """Release IDs that were not needed for long; set `trim_at`."""
         while self.target_size > 1 and now - self.refilled_at >= 2 * _STALE_S:
-            self._set_target_size(self.target_size // 2)
+            self.target_size //= 2
             self.refilled_at += _STALE_S
         gone: list[int] = []
         cooling = self.cooling
@@ -210,23 +222,19 @@ class IdCache:
             gone.append(cooling.popleft()[1])
         while now - self.refilled_at >= _STALE_S and len(self.fresh) > self.target_size:
             gone.append(self.fresh.popleft())
-        if now - self.taken_at >= 2 * _STALE_S:  # nobody needs any
+        if now - self.taken_at >= 2 * _STALE_S:  # no demand
             gone.extend(self.fresh)
             self.fresh.clear()
             while cooling and cooling[0][0] <= now:
                 gone.append(cooling.popleft()[1])
         for cid in gone:
             self._put_to_release(cid, ENDED)
-        return now + _STALE_S
+        self.trim_at = now + _STALE_S
 
-    def _set_target_size(self, target_size: int) -> None:
-        self.target_size = min(target_size, self.ahead)
-        self.refill_below = (self.target_size + 1) // 2
-
-    # ---- Giving back
+    # ---- Releasing
 
     def send(self, most: int) -> list[int]:
-        """Choose at most so many IDs with one cooldown that leave with the next request."""
+        """Choose at most so many IDs, all with one cooldown, for the next release request."""
         self.requeue()
         for cooldown_ms, cids in self.to_release.items():
             self.releasing_cooldown = cooldown_ms
@@ -236,13 +244,13 @@ class IdCache:
         return self.releasing
 
     def requeue(self) -> None:
-        """The request did nothing: these IDs have still to leave."""
+        """Note that the release request did nothing: its IDs have to be released again."""
         for cid in self.releasing:
             self._put_to_release(cid, self.releasing_cooldown)
         self.releasing = []
 
     def keep(self, cid: int, cooldown_ms: int) -> None:
-        """Let an ID that was to leave count as used: the manager does not take it."""
+        """Move an ID back to the used ones, since the manager refuses to release it."""
         self.used.add(cid)
         self._drop_to_release(cooldown_ms, {cid})
 
@@ -254,12 +262,12 @@ class IdCache:
             del self.to_release[cooldown_ms]
 
     def reconcile(self, held: set[int]) -> list[int]:
-        """Compare with what the manager says that the session holds, and believe it.
+        """Adopt the manager's list of the IDs that the session holds.
 
-        IDs that nobody here knows were issued in an answer that was lost, so they are fresh.
+        IDs that this client does not know were issued in an answer that was lost; they are fresh.
 
         Returns:
-            The used IDs that the session does not hold: they are lost.
+            The used IDs that the session does not hold; they are lost.
         """
         self.requeue()
         for waiting in self.awaiting_model.values():
@@ -275,7 +283,7 @@ class IdCache:
         return sorted(lost)
 
     def known(self) -> set[int]:
-        """Return all IDs, wherever they are."""
+        """Return all IDs of the session that this client knows."""
         found = self.used.union(
             self.fresh, self.releasing, *self.to_release.values(), *self.awaiting_model.values()
         )

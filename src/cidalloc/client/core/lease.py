@@ -1,282 +1,442 @@
-"""The lease: one session with the manager, and every decision on requests, time and errors.
+"""A lease: one session at the manager, from OPEN to its end, and the IDs that it holds.
 
-It has no socket and no thread, and its clock is given to it: seconds of a clock that runs on in
-suspend. A runner runs one step at a time.
+A client has one lease at a time. A lease that was lost is never used again: a new object takes its
+place, so an ID belongs to the lease that it was acquired with, and to no other. Flows that change
+what the session holds (`fetch`, `refill`, `release`, `reconcile`) run one at a time.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
-import random
-from collections.abc import Callable, Generator, Iterable
-from typing import Any
+from collections.abc import Iterable
 from uuid import UUID
 
 from ...codes import Operation
 from ...errors import (
     CidError,
+    Exhausted,
     InvalidArgument,
+    LimitExceeded,
+    NotHeld,
+    NotOwner,
+    OutOfRange,
     ProtocolError,
-    RegistryMismatch,
     Repeated,
+    SequenceLost,
     SessionExpired,
     SessionUnknown,
-    Unavailable,
 )
 from ...protocol import PROTOCOL, TOKEN_BYTES, Parameter, Request, as_ids
-from .effects import Flow, Idle, Reply, Send
+from .effects import NEVER, Flow, Reply, Send
+from .id_cache import ENDED, IdCache
+from .link import Link
+from .model_info import HIGHEST_CID
 
-__all__ = ["NEVER", "Lease", "runs"]
+__all__ = ["Acquired", "Lease"]
 
 _log = logging.getLogger("cidalloc.client")
 
-NEVER = float("-inf")
-_BACK_OFF_S = 0.05  # the first pause before another try; each is twice the one before
-_BACK_OFF_MOST_S = 2.0
-_AWAY_S = 5.0  # for so long a manager that did not answer is taken to be away
-_LOOK_S = 1.0  # whether a flow that had the turn was broken off, which nobody is told
-_STRANGERS = 3  # so many answers of another registry prove that ours is gone
-_TIMES_MS = (5_000, 120_000)  # cooldowns of a manager that does not say them
+_MOST_AT_ONCE = 1000  # IDs in one DELETE
+_TIMES_MS = (5_000, 120_000)  # cooldowns of a manager that does not tell them
+_NO_IDS = as_ids([])
+_CHANGES = (Operation.NEW, Operation.DELETE)
+_NOT_COUNTED = "the manager does not count it among the session's"
 
 
-def runs(flow: Flow[Any] | None) -> bool:
-    """Whether a flow has neither ended nor been broken off, be it by a signal handler."""
-    return flow is not None and inspect.getgeneratorstate(flow) != inspect.GEN_CLOSED
+class Acquired(list[int]):
+    """IDs on their way to the application, and the lease that they belong to."""
+
+    lease: Lease | None = None
 
 
 class Lease:
-    """A session, opened when it is first needed and again when it was lost.
+    """One session at the manager.
 
     Args:
-        ttl: seconds that the session lives without a word from us.
-        label: what the manager shows for it.
-        timeout: seconds that a request may take.
-        rng: draws tokens and pauses.
-        clock: returns the time in seconds.
+        link: the way to the manager.
+        label: the name of the session in the manager's status.
+        ahead: the maximum number of unused IDs in the cache.
+        lost: IDs in use when their session was lost, and why; the client's leases share it.
+
+    Attributes:
+        cache: the IDs that the session holds; empty when the lease has ended.
+        deadline: the IDs must not be used from this time on.
+        renew_at: when the heartbeat renews the lease.
+        retry_at: the heartbeat sends nothing before this time.
+        token: the secret that names the session.
+        first_sent: when OPEN was sent first.
+        generation: the manager's number of the session; 0 before OPEN is answered, and once lost.
+        default_ms: the cooldown that the manager takes if a release does not say one.
+        announced_ms: the cooldown of the IDs if the session expires.
+        doubtful: the result of a change is not known.
+        lost_why: why the lease has ended; empty while it has not.
+        pool: the manager's pool, once it is known.
     """
 
-    def __init__(
-        self,
-        *,
-        ttl: float,
-        label: str,
-        timeout: float,
-        rng: random.Random,
-        clock: Callable[[], float],
-    ) -> None:
-        self.now = clock
-        self.ttl = ttl
-        self.label = label
-        self.timeout = timeout
-        self.lease_deadline = NEVER  # from this time on its IDs must not be used
-        self.epoch = 0  # counts our sessions
+    def __init__(self, link: Link, label: str, ahead: int, lost: dict[int, str]) -> None:
+        self.cache = IdCache(ahead=ahead)
+        self.deadline = self.renew_at = self.retry_at = NEVER
+        self.token = f"{link.rng.getrandbits(8 * TOKEN_BYTES):0{2 * TOKEN_BYTES}x}"
+        self.first_sent = float("inf")
+        self.generation = 0
+        self.default_ms = self.announced_ms = 0
+        self.doubtful = False
         self.lost_why = ""
-        self.away_until = NEVER
-        self.version = 0  # rises when something changes that a flow may wait for
-        self.closed = False
-        self.abandoned = False  # nobody has the client any more
-        self._rng = rng
-        self._token = ""
-        self._first_sent = NEVER  # when this token was first sent
-        self._generation = 0  # 0 until OPEN is answered
-        self._registry: UUID | None = None
-        self._turn: Flow[None] | None = None  # the flow that has it, until that has ended
-        self._met = False  # the manager has answered once
-        self._renew_at = NEVER
-        self._retry_at = NEVER
+        self.pool: range | None = None
+        self.label = label
+        self._link = link
+        self._lost = lost
+        self._registry = ""  # its UUID
+        self._seq = 0
+        self._announcing_ms = 0  # announced by a NEW that is not answered yet
+        self._most = _MOST_AT_ONCE
 
     def __repr__(self) -> str:  # never with the token
         return f"<Session {self.label!r}, {self.state}>"
 
     @property
     def opened(self) -> bool:
-        """Whether there is a session, be it one whose lease has run out."""
-        return self._generation != 0
+        """Whether the session was opened and not lost; its time may have run out."""
+        return self.generation != 0
+
+    @property
+    def spent(self) -> bool:
+        """Whether the lease cannot be opened any more."""
+        return bool(self.lost_why) or self._link.now() >= self.first_sent + self._link.ttl
 
     @property
     def state(self) -> str:
-        """How it is, in a word."""
-        if self.closed:
-            return "closed"
+        """The state in a word or two."""
         if not self.opened:
             return "not opened"
-        return "open" if self.now() < self.lease_deadline else "expired"
+        return "open" if self._link.now() < self.deadline else "expired"
 
-    def _once(
-        self,
-        operation: Operation,
-        deadline: float,
-        cids: Iterable[int] = (),
-        *,
-        session: bool = True,
-        **parameters: Parameter,
-    ) -> Flow[Reply]:
-        """Send one request of the session, and note what its answer means for it."""
-        epoch, sent = self.epoch, self.now()
-        if session:
-            parameters["session"] = self._token
-            if self._registry is not None and operation is not Operation.OPEN:
-                parameters["registry"] = str(self._registry)
-        request = Request(operation, as_ids(list(cids)), parameters)
-        event = yield Send(request, self._limit(deadline))
-        error = event.error
-        if error is None or error.answered:
-            self._met = True
-        if session and epoch != self.epoch:
-            raise SessionUnknown(self.lost_why)
-        if error is not None:
-            if isinstance(error, Unavailable):
-                self.away_until = self.now() + _AWAY_S
-            if session and isinstance(error, SessionUnknown):
-                self._lose(f"the manager does not know its session any more ({error})")
-            raise error
-        if session and operation is not Operation.OPEN:
-            self._renewed(sent)
-        return event
+    # ---- IDs to and from the application: no round trip
 
-    def _limit(self, deadline: float) -> float:
-        return min(self.timeout, max(deadline - self.now(), self.timeout / 16))
+    def take(self) -> int:
+        """Take an ID out of the cache; return 0 if that needs a flow."""
+        now = self._link.now()
+        if now >= self.deadline or self.default_ms > self.announced_ms:
+            return 0
+        return self.cache.take(now)
 
-    def _renewed(self, sent: float) -> None:
-        self.lease_deadline = max(self.lease_deadline, sent + self.ttl)
-        self._renew_at = sent + self.ttl * self._rng.uniform(0.25, 0.35)
-        self._retry_at = NEVER
+    def take_ready(self, count: int, need_ms: int | None, taken: Acquired) -> None:
+        """Move ``count`` IDs from the cache to ``taken`` if so many are ready.
 
-    def _establish(self, deadline: float) -> Flow[None]:
-        """Open the session if there is none; renew it if its lease has run out."""
-        if not self.opened:
-            yield from self._open(deadline)
-        elif self.now() >= self.lease_deadline:
-            try:
-                yield from self._renew(deadline)
-            except Unavailable as error:
-                raise SessionExpired(f"{self._expired()}; {error}") from error
-        if self.opened and self.now() >= self.lease_deadline:
-            slow = Unavailable("the manager takes longer to answer than the lease lasts")
-            raise SessionExpired(f"{self._expired()}; {slow}") from slow
+        Args:
+            count: the number of IDs.
+            need_ms: their cooldown if this client dies; None: the manager's default.
+            taken: where they go.
+        """
+        now, cache = self._link.now(), self.cache
+        need = self.default_ms if need_ms is None else need_ms
+        if now < self.deadline and need <= self.announced_ms and cache.ready(now, count) >= count:
+            taken.lease = self
+            for _ in range(count):
+                taken.append(cache.take(now))
 
-    def _open(self, deadline: float) -> Flow[None]:
-        if not self._token or self.now() >= self._first_sent + self.ttl:
-            self._token = f"{self._rng.getrandbits(8 * TOKEN_BYTES):0{2 * TOKEN_BYTES}x}"
-            self._first_sent = self.now()
-        event = yield from self._once(
-            Operation.OPEN, deadline, ttl_ms=int(self.ttl * 1000), label=self.label
+    def take_back(self, taken: Acquired, error: BaseException) -> None:
+        """Take back IDs that an exception kept from reaching the application."""
+        self.cache.take_back(taken)
+        taken.clear()
+        if not isinstance(error, CidError):
+            self.doubtful = True  # raised at any line: an ID may be in no place at all
+
+    def give(self, cids: list[int], cooldown_ms: int | None) -> None:
+        """Take IDs back from the application, all or none.
+
+        Args:
+            cids: the IDs.
+            cooldown_ms: their cooldown; `ENDED` if their sequences were ended; None: the
+                manager's default.
+
+        Raises:
+            NotHeld, OutOfRange, Duplicate: an ID cannot be given back.
+            SessionExpired: an ID was lost with its session.
+        """
+        for cid in cids:
+            if not 0 < cid <= HIGHEST_CID:
+                raise OutOfRange(f"{cid} is not a correlation ID")
+        lost = {cid: self._lost.pop(cid) for cid in cids if cid in self._lost}
+        if lost:
+            others = "; no other was given back" if len(lost) < len(cids) else ""
+            why = next(iter(lost.values()))
+            raise SessionExpired(f"{_some(lost)} had been lost: {why}{others}")
+        self.cache.check_used(cids)
+        if cooldown_ms == ENDED:
+            for cid in cids:
+                self.cache.recycle(cid, self._link.now())
+        else:
+            self.cache.give_back(cids, self.default_ms if cooldown_ms is None else cooldown_ms)
+
+    def release_from(self, cid: int, cooldown_ms: int) -> None:
+        """Take back the ID of a sequence. A lost ID needs nothing more."""
+        if self._has(cid):
+            self.give([cid], cooldown_ms)
+
+    def release_unended(self, cid: int, model: str, idle: float, timeout: float) -> None:
+        """Take back the ID of a sequence without END, on a model that may have been reloaded.
+
+        Args:
+            cid: the ID.
+            model: the model.
+            idle: the model's idle time in seconds when the sequence began.
+            timeout: seconds that a request may have taken.
+        """
+        if self._has(cid):
+            self.cache.await_model(cid, model, idle, timeout, self._link.now())
+
+    def _has(self, cid: int) -> bool:
+        if cid in self.cache.used:
+            return True
+        self._lost.pop(cid, None)
+        return False
+
+    def check(self, cid: int, now: float) -> None:
+        """Check that a sequence may still use its ID.
+
+        Raises:
+            SequenceLost: the ID was lost with its session.
+            SessionExpired: no heartbeat was answered in time; a later answer may change that.
+        """
+        if cid not in self.cache.used:
+            raise SequenceLost(f"ID {cid} was lost: {self.lost_why or _NOT_COUNTED}")
+        if now >= self.deadline:
+            raise SessionExpired(self.expired())
+
+    def expired(self) -> str:
+        """Return what an error says of a lease that has run out."""
+        return (
+            f"no heartbeat was answered for {self._link.ttl:g} s: until one is, another client may"
+            " hold the IDs of this session"
         )
-        answer = event.output.tolist()
+
+    # ---- Its life
+
+    def open(self, deadline: float) -> Flow[None]:
+        """Open the session at the manager."""
+        self.first_sent = min(self.first_sent, self._link.now())
+        reply = yield from self._ask(
+            Operation.OPEN,
+            deadline,
+            {"ttl_ms": int(self._link.ttl * 1000), "label": self.label},
+        )
+        answer = reply.output.tolist()
         if len(answer) < 5 or answer[0] != PROTOCOL:
             raise ProtocolError(f"OPEN was answered with {answer}: a manager of another version?")
         _, generation, _, high, low, *times = answer
-        self._registry = UUID(int=high << 64 | low)
-        self._begin(*(times[:2] if len(times) >= 2 else _TIMES_MS))
-        # The first OPEN of this token that arrived began the lease, and none since renewed it.
-        self.lease_deadline, self._renew_at = NEVER, NEVER
-        self._renewed(self._first_sent)
-        self._generation = generation  # the last, so that all is done or nothing
-        self.version += 1
-        _log.info("%r: opened, generation %d of %s", self, self._generation, self._registry)
+        self._registry = str(UUID(int=high << 64 | low))
+        cooldown_ms, self.default_ms = times[:2] if len(times) >= 2 else _TIMES_MS
+        self.cache.cooldown = cooldown_ms / 1000
+        # The first OPEN of this token that arrived began the session; later ones renew nothing.
+        self._renewed(self.first_sent)
+        self.generation = generation  # the last step, so that all is done or nothing
+        _log.info("%r: opened, generation %d of %s", self, generation, self._registry)
 
-    def _renew(self, deadline: float, **parameters: Any) -> Flow[None]:
-        generation = self._generation
-        event = yield from self._once(Operation.RENEW, deadline, **parameters)
-        if event.output.tolist()[:1] != [generation] and self._generation == generation:
-            # An OPEN that was late on its way: nothing of before is in that session.
-            self._lose("the manager has another session under its name")
+    def renew(self, deadline: float, announced_ms: int | None = None) -> Flow[None]:
+        """Renew the session; announce this cooldown."""
+        what: dict[str, Parameter] = {}
+        if announced_ms is not None:
+            what["cooldown_ms"] = announced_ms
+        reply = yield from self._ask(Operation.RENEW, deadline, what)
+        if reply.output.tolist()[:1] != [self.generation]:
+            # A late OPEN made that session, and it holds no ID of this one.
+            self.lose("the manager has another session under its name")
             raise SessionUnknown(self.lost_why)
 
-    def _recover(self, error: CidError, tries: int, deadline: float) -> Flow[None]:
-        """Return when another try may help; raise the error if none can, or if it is too late."""
-        if isinstance(error, RegistryMismatch):
-            yield from self._probe(error, deadline)
-            return
-        # With a new session; or this very request was repeated by something on the way. That
-        # others failed before says nothing, but in the long run it is no use.
-        again = isinstance(error, SessionUnknown | Repeated)
-        if again and tries <= 3:
-            return
-        passes = again or isinstance(error, Unavailable) or isinstance(error.__cause__, Unavailable)
-        # A manager that was never there is more likely a wrong address.
-        if not passes or not (error.answered or self._met):
-            raise error
-        wait = self._pause(tries)
-        if self.now() + wait >= deadline:
-            raise error
-        yield from self._sleep(wait)
+    def announce(self, need_ms: int, deadline: float) -> Flow[None]:
+        """Tell the manager the cooldown of the IDs if this client dies, if it has to be longer."""
+        if need_ms > self.announced_ms:
+            yield from self.renew(deadline, need_ms)
+            self.announced_ms = max(self.announced_ms, need_ms)
 
-    def _probe(self, error: RegistryMismatch, deadline: float) -> Flow[None]:
-        """Another registry answers: has it replaced ours, or are there two?
+    def close(self, deadline: float, ended: bool) -> Flow[None]:
+        """Close the session at the manager, after `end`.
 
-        Raises:
-            RegistryMismatch: ours still answers, too.
+        Args:
+            deadline: when to stop waiting.
+            ended: no ID is in use, so all may cool for the minimum cooldown.
         """
-        epoch = self.epoch
-        for _ in range(_STRANGERS):
+        yield from self._ask(Operation.CLOSE, deadline, {"ended": ended})
+
+    def end(self, why: str) -> None:
+        """Stop using the lease. May be repeated."""
+        self.lost_why = self.lost_why or why
+        self.deadline = NEVER
+        self.cache = IdCache()
+
+    def lose(self, why: str) -> None:
+        """End the lease: the session does not exist any more, and its IDs are lost."""
+        if not self.lost_why:
+            _log.warning("%r: lost, since %s", self, why)
+        self._lost.update(dict.fromkeys(self.cache.used, why))
+        self.end(why)
+        self.generation = 0
+
+    def due(self) -> float:
+        """Return when the heartbeat has to do something next."""
+        if not self.opened:
+            return float("inf")
+        now, cache = self._link.now(), self.cache
+        if (self.doubtful or cache.needs_round_trip(now)) and now < self.deadline:
+            return self.retry_at
+        return max(min(self.renew_at, cache.trim_at), self.retry_at)
+
+    def put_off(self, tries: int) -> None:
+        """Let the heartbeat pause after so many tries that failed."""
+        self.retry_at = self._link.now() + self._link.pause(tries)
+
+    def _renewed(self, sent: float) -> None:
+        self.deadline = max(self.deadline, sent + self._link.ttl)
+        self.renew_at = sent + self._link.ttl * self._link.rng.uniform(0.25, 0.35)
+        self.retry_at = NEVER
+
+    def _ask(
+        self,
+        operation: Operation,
+        deadline: float,
+        parameters: dict[str, Parameter],
+        cids: list[int] | None = None,
+    ) -> Flow[Reply]:
+        """Send one request of the session, and note what its answer says of the session.
+
+        A change (NEW, DELETE) leaves the lease doubtful if its result is not known. After a success
+        the caller notes the result, and that no doubt is left.
+        """
+        closing = operation is Operation.CLOSE
+        if self.lost_why and not closing:
+            raise SessionUnknown(self.lost_why)
+        sent = self._link.now()
+        parameters["session"] = self.token
+        if self._registry and operation is not Operation.OPEN:
+            parameters["registry"] = self._registry
+        if operation in _CHANGES or operation is Operation.HELD:
+            self._seq += 1
+            parameters["seq"] = self._seq
+            self.doubtful = True  # until an answer tells the result, also if this is broken off
+        request = Request(operation, as_ids(cids) if cids else _NO_IDS, parameters)
+        reply = yield Send(request, self._link.limit(deadline))
+        error = self._link.note(reply)
+        if self.lost_why and not closing:
+            raise SessionUnknown(self.lost_why)
+        if error is None:
+            if operation is not Operation.OPEN and not closing:
+                self._renewed(sent)
+            return reply
+        if isinstance(error, SessionUnknown):
+            self.lose(f"the manager does not know its session any more ({error})")
+        # Triton refuses some requests by itself; those never reached the manager.
+        undone = error.answered or isinstance(error, InvalidArgument)
+        if undone and operation in _CHANGES and not isinstance(error, Repeated):
+            self.doubtful = False
+            self.cache.requeue()
+        raise error
+
+    # ---- IDs to and from the manager: one flow at a time
+
+    def fetch(
+        self, count: int, need_ms: int | None, deadline: float, taken: Acquired | None
+    ) -> Flow[None]:
+        """Ask for the IDs that the cache lacks, and for some ahead.
+
+        Args:
+            count: the number of IDs that the caller needs.
+            need_ms: see `take_ready`.
+            deadline: when to stop waiting.
+            taken: where new IDs go, with those of the cache that complete them. It stays empty if
+                another flow was faster or the lease has run out; then the IDs are in the cache.
+        """
+        if self.doubtful:
+            yield from self.reconcile(deadline)
+        link, cache = self._link, self.cache
+        need = max(self.announced_ms, self.default_ms if need_ms is None else need_ms)
+        ready = min(count, cache.ready(link.now(), count))
+        if ready == count > 0:
+            yield from self.announce(need, deadline)
+            return
+        lacking, ahead = count - ready, cache.plan(link.now(), ready)
+        while lacking + ahead > 0:
+            self._announcing_ms = need
             try:
-                yield from self._once(Operation.RENEW, deadline)
-            except RegistryMismatch:
-                continue
-            except CidError:
-                return
-            raise error
-        if epoch == self.epoch:
-            self._lose(
-                "another registry answers in place of its manager's: was the manager restarted"
-                " without a file to remember by?"
-            )
-
-    def _lose(self, why: str) -> None:
-        """The session is gone, and with it all that it held."""
-        _log.warning("%r: lost, since %s", self, why)
-        self._drop()
-        self.lost_why = why
-        self.epoch += 1
-        self.version += 1
-        self.lease_deadline = self._first_sent = NEVER
-        self._token, self._generation, self._registry = "", 0, None
-
-    def _expired(self) -> str:
-        return (
-            f"no heartbeat was answered for {self.ttl:g} s: until one is, the IDs of this session"
-            " may be somebody else's"
-        )
-
-    def _pause(self, tries: int) -> float:
-        """Return how long to wait before another try; not the same for all clients."""
-        most = min(_BACK_OFF_S * 2.0 ** min(tries - 1, 10), _BACK_OFF_MOST_S, self.ttl / 8)
-        return most * self._rng.uniform(0.5, 1.0)
-
-    def _sleep(self, seconds: float) -> Generator[Idle, Reply, None]:
-        until = self.now() + seconds
-        while self.now() < until:
-            yield Idle(until)
-
-    def _in_turn(self, flow: Flow[None], deadline: float) -> Flow[None]:
-        """Run a flow while no other has the turn."""
-        began = self.now()
-        while runs(self._turn):
-            if self.now() >= deadline:
-                flow.close()
-                raise Unavailable(
-                    f"no answer within {self.now() - began:.1f} s: other requests come first"
+                reply = yield from self._ask(
+                    Operation.NEW, deadline, {"count": lacking + ahead, "cooldown_ms": need}
                 )
-            yield Idle(min(deadline, self.now() + _LOOK_S))
-        self.check_open()
-        try:
-            self._turn = flow
-            yield from flow
-        finally:
-            flow.close()
-            self.version += 1
+            except (Exhausted, LimitExceeded):
+                cache.refill_failed(link.now())
+                if not (ahead and lacking):
+                    raise
+                ahead = 0
+                continue
+            cids = reply.output.tolist()
+            if len(cids) != lacking + ahead or not all(cids):
+                raise ProtocolError(f"asked for {lacking + ahead} IDs, got {len(cids)}")
+            self.announced_ms = need
+            self._hand_out(cids, lacking, ready, taken)
+            return
 
-    def check_open(self) -> None:
-        """Raise `InvalidArgument` if the client is closed."""
-        if self.closed:
-            raise InvalidArgument("this client is closed")
+    def _hand_out(self, cids: list[int], lacking: int, ready: int, taken: Acquired | None) -> None:
+        """Move ``lacking`` new IDs and ``ready`` cached ones to ``taken``; cache all other new IDs.
 
-    # ---- What a session does on the occasion
+        At whatever line an exception breaks it off, an ID is in ``taken``, in the cache, or found
+        again by `reconcile`, since the lease is doubtful until the end.
+        """
+        now, cache = self._link.now(), self.cache
+        for cid in self._lost.keys() & cids:
+            del self._lost[cid]
+        # Other calls may have taken IDs out of the cache meanwhile.
+        complete = not ready or cache.ready(now, ready) >= ready
+        if taken is not None and complete and now < self.deadline:
+            taken.lease = self
+            for _ in range(ready):
+                taken.append(cache.take(now))
+            taken.extend(cids[:lacking])
+            cache.refill(cids[lacking:], taken, now)
+        else:
+            cache.refill(cids, (), cache.taken_at)
+        self.doubtful = False
 
-    def _begin(self, cooldown_ms: int, default_ms: int) -> None:
-        """The session was opened; the manager's cooldowns are these."""
+    def reconcile(self, deadline: float) -> Flow[None]:
+        """Ask the manager what the session holds, after an answer was lost."""
+        reply = yield from self._ask(Operation.HELD, deadline, {})
+        held = set(reply.output.tolist())
+        if held - self.cache.known():  # a NEW was lost, and what it announced holds
+            self.announced_ms = max(self.announced_ms, self._announcing_ms)
+        lost = self.cache.reconcile(held)
+        for cid in self._lost.keys() & held:  # they belong to this session again
+            del self._lost[cid]
+        if lost:
+            _log.error("%r: %s are not the session's any more", self, _some(lost))
+            self._lost.update(dict.fromkeys(lost, _NOT_COUNTED))
+        self.doubtful = False
 
-    def _drop(self) -> None:
-        """The session is lost."""
+    def release(self, deadline: float) -> Flow[None]:
+        """Release at the manager the IDs that have to leave."""
+        while True:
+            if self.doubtful:
+                yield from self.reconcile(deadline)
+            cids = self.cache.send(self._most)
+            if not cids:
+                return
+            cooldown_ms = self.cache.releasing_cooldown
+            how: dict[str, Parameter] = {"ended": True}
+            if cooldown_ms != ENDED:
+                how = {"cooldown_ms": cooldown_ms}
+            try:
+                yield from self._ask(Operation.DELETE, deadline, how, cids)
+            except LimitExceeded as error:
+                self._most = max(1, len(cids) // 8)
+                if len(cids) == 1:  # not their number is too large, but the cooldown
+                    _log.error("%r: %s is held until close: %s", self, _some(cids), error)
+                    self.cache.keep(cids[0], cooldown_ms)
+                    self._most = _MOST_AT_ONCE
+            except (NotHeld, NotOwner, OutOfRange):
+                self.doubtful = True  # this client is wrong about what it holds
+            else:
+                self.cache.releasing = []
+                self.doubtful = False
+
+
+def _some(cids: Iterable[int]) -> str:
+    """Return the first few IDs as text."""
+    found = sorted(cids)
+    return ", ".join(f"ID {cid}" for cid in found[:3]) + (" and others" if len(found) > 3 else "")

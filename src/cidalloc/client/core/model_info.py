@@ -1,4 +1,4 @@
-"""What a client must know of the model it sends sequences to, read from its configuration."""
+"""What a client needs to know of a model before it sends sequences to it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .effects import Config, Flow
 __all__ = ["HIGHEST_CID", "KNOWN_S", "ModelCache", "ModelInfo", "read_model_info"]
 
 HIGHEST_CID = 2**63 - 1
-"""What gRPC carries."""
+"""The highest ID that gRPC carries."""
 
 KNOWN_S = 30.0
-"""For so many seconds a configuration is taken to be as it was read, without a look."""
+"""A configuration is read again after so many seconds."""
 
 _HIGHEST = {
     "TYPE_INT32": 2**31 - 1,
@@ -31,10 +31,10 @@ class ModelInfo:
 
     Args:
         name: the model.
-        idle_s: seconds without a request after which Triton forgets a sequence of it.
-        highest_cid: the highest ID that arrives whole; a higher one would be cut to its low
-            bits without a word, and meet another.
-        exact: ``idle_s`` is when Triton forgets, and not just a time that is long enough.
+        idle_s: the idle time: seconds without a request after which Triton forgets a sequence.
+        highest_cid: the highest ID that reaches the model whole. Triton would cut a higher ID to
+            its low bits without an error, and so use another ID.
+        exact: Triton forgets after ``idle_s``, and not earlier.
     """
 
     name: str
@@ -44,11 +44,10 @@ class ModelInfo:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelInfo:
-        """Read a configuration as Triton gives it (as JSON; gRPC's has strings for int64).
+        """Return what a configuration says: Triton's JSON, or gRPC's with strings for int64.
 
         Raises:
-            InvalidArgument: the model keeps no sequences, takes only strings as IDs, or is
-                decoupled.
+            InvalidArgument: the model keeps no sequences, needs strings as IDs, or is decoupled.
         """
         name = config.get("name", "")
         batching = config.get("sequence_batching")
@@ -76,7 +75,7 @@ class ModelInfo:
 
     @classmethod
     def of_steps(cls, name: str, steps: list[ModelInfo]) -> ModelInfo:
-        """Return what holds for an ensemble: the narrowest ID, and the longest idle time.
+        """Return what holds for an ensemble: the lowest maximum ID and the longest idle time.
 
         Raises:
             InvalidArgument: none of its steps keeps sequences.
@@ -87,32 +86,32 @@ class ModelInfo:
                 " Triton keeps no sequences for it, and needs no correlation IDs"
             )
         idle = [step.idle_s for step in steps]
-        # A step is forgotten before the others if it is not reached by every request.
+        # Triton may forget one step earlier than another, if not all requests reach it.
         exact = len(steps) == 1 and steps[0].exact
         return cls(name, max(idle), min(step.highest_cid for step in steps), exact)
 
 
 class ModelCache:
-    """The models that a client has read the configuration of. A reload may change it at any time.
+    """The models whose configurations a client has read. A reload may change one at any time.
 
-    Who begins a sequence may use what was read at most `KNOWN_S` before. For how long an ID cools
-    whose sequence got no END is reckoned with a configuration that was read after its last request.
+    A new sequence may use a configuration that was read at most `KNOWN_S` before. The cooldown
+    after a sequence without END needs a configuration that was read after its last request.
     """
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[ModelInfo, float]] = {}
         self._versions: dict[str, str] = {}
         self.to_check: dict[str, float] = {}
-        """ModelCache on which a sequence has begun since the last look, and its longest timeout."""
+        """Models with new sequences since the last look, and the longest timeout of these."""
 
     def begin(self, model: str, timeout: float, now: float, limit: float) -> Flow[ModelInfo]:
-        """Return what a new sequence on ``model`` is to know.
+        """Return what a new sequence on ``model`` needs to know.
 
         Args:
-            model: its name.
+            model: the name of the model.
             timeout: seconds that a request of the sequence may take.
             now: the time.
-            limit: seconds for each answer.
+            limit: seconds to wait for each answer.
 
         Raises what `read_model_info` does.
         """
@@ -123,18 +122,18 @@ class ModelCache:
         return known[0]
 
     def look(self, model: str, now: float, timeout: float) -> Flow[ModelInfo]:
-        """Read the configuration of ``model`` anew; raises what `read_model_info` does."""
+        """Read the configuration of ``model`` again; raises what `read_model_info` does."""
         self._known.pop(model, None)
         target = yield from read_model_info(model, timeout)
         self._known[model] = target, now
         return target
 
     def forget(self, model: str) -> None:
-        """There was a sign that the model was loaded anew."""
+        """Note a sign that the model was reloaded."""
         self._known.pop(model, None)
 
     def answered_by(self, model: str, version: str) -> None:
-        """Note which version of a model has answered; another one is such a sign."""
+        """Note which version of a model has answered. Another version is a sign of a reload."""
         if self._versions.setdefault(model, version) != version:
             self._versions[model] = version
             self.forget(model)
@@ -144,11 +143,11 @@ def read_model_info(model: str, timeout: float) -> Flow[ModelInfo]:
     """Read the configuration of a model, and of its steps if it is an ensemble.
 
     Args:
-        model: its name.
-        timeout: seconds for each answer.
+        model: the name of the model.
+        timeout: seconds to wait for each answer.
 
     Raises:
-        InvalidArgument: `ModelInfo.from_config` says when.
+        InvalidArgument: see `ModelInfo.from_config` and `ModelInfo.of_steps`.
         Unavailable: the server does not answer, or serves no such model.
     """
     config = yield from _read(model, timeout)
@@ -171,11 +170,11 @@ def read_model_info(model: str, timeout: float) -> Flow[ModelInfo]:
 
 
 def _read(model: str, timeout: float) -> Flow[Mapping[str, Any]]:
-    event = yield Config(model, timeout)
-    if event.error is not None:
-        raise event.error
-    assert event.config is not None
-    return event.config
+    reply = yield Config(model, timeout)
+    if reply.error is not None:
+        raise reply.error
+    assert reply.config is not None
+    return reply.config
 
 
 def _is_ensemble(config: Mapping[str, Any]) -> bool:

@@ -1,67 +1,78 @@
-"""What the blocking and the asyncio runner share; runners decide nothing."""
+"""What the blocking and the asyncio runner have in common. Runners decide nothing."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
-from .effects import Effect, Flow, Reply
+from .lease import Acquired
 from .sequence import SequenceCore
-from .session import Acquired, Session
+from .session import Session
+from .transport import Transport
 
-__all__ = ["DAY_S", "LOOK_S", "RunnerBase"]
+__all__ = ["LOOK_S", "RunnerBase"]
 
-T = TypeVar("T")
-
-DAY_S = 86_400.0
 LOOK_S = 0.15
 """Seconds between two looks for requests that got no answer in time."""
 
 
 class RunnerBase:
-    """What both runners do alike."""
+    """What both runners do alike.
 
-    def __init__(self, session: Session, model: str, now: Callable[[], float]) -> None:
+    Args:
+        session: the client's session.
+        transport: the way to the server.
+        model: the name of the manager model.
+
+    Attributes:
+        sequences: the sequences that hold an ID.
+        lock: held during each step of a flow, and while a sequence changes.
+    """
+
+    def __init__(self, session: Session, transport: Transport, model: str) -> None:
         self.session = session
+        self.transport = transport
         self.model = model
-        self.now = now
+        self.now: Callable[[], float] = transport.now
         self.lock = threading.Lock()
         self.sequences: dict[SequenceCore, None] = {}
         self._watched: dict[SequenceCore, None] = {}
 
-    def _step(self, steps: Flow[T], event: Reply | None) -> Effect:
-        session = self.session
-        seen = session.version
-        try:
-            # A generator takes nothing in its first step.
-            return next(steps) if event is None else steps.send(event)
-        finally:
-            if session.version != seen:
-                self._notify()
+    def future(self) -> Any:
+        """Return a new future."""
+        raise NotImplementedError
+
+    def watch(self, core: SequenceCore) -> None:
+        """Call `SequenceCore.look` of a sequence repeatedly until it returns False."""
+        raise NotImplementedError
+
+    def wake(self) -> None:
+        """Tell the heartbeat that there is something to do. It starts if it does not run yet.
+
+        Raises:
+            Unavailable: the system refuses its thread.
+        """
+        raise NotImplementedError
 
     def _look(self) -> bool:
-        """Look at all sequences that wait for something; False if there are none."""
+        """Look at all watched sequences; return whether to look again."""
         now = self.now()
         for core in list(self._watched):
-            self._watched.pop(core, None)  # first, since it may be watched anew at any time
+            self._watched.pop(core, None)  # first, since it may be watched again at any time
             if core.look(now):
                 self._watched[core] = None
         return bool(self._watched)
 
     def take_back(self, taken: Acquired, error: BaseException) -> None:
-        """Take back what an exception kept from reaching the application."""
+        """Take back IDs that an exception kept from reaching the application."""
         for core in list(self.sequences):
-            if core.plan.cid in taken and core.plan.epoch == taken.epoch:
+            if core.plan.cid in taken and core.plan.lease is taken.lease:
                 core.finish()
         with self.lock:
-            self.session.take_back(taken, error)
+            (taken.lease or self.session.lease).take_back(taken, error)
 
     def finish_all(self) -> None:
-        """End all sequences: their client is closed."""
+        """End all sequences, since the client is closed."""
         for core in list(self.sequences):
             core.finish()
-
-    def _notify(self) -> None:
-        """Let those look again that wait."""
-        raise NotImplementedError

@@ -1,48 +1,41 @@
 """A sequence without its handle: its state, and its requests that wait or are on their way.
 
-Threads, streams and futures hold on to this, and never to the handle that the application has; so a
-handle that nobody has any more is noticed. It does not block and does not await: what must be
-waited for is a future, and `SequenceCore.look` ends those that get no answer in time.
+Threads, streams and futures refer to this object and never to the handle that the application has,
+so a handle can be collected as garbage while requests are on their way. Nothing here blocks or
+awaits: what must be waited for is a future, and `SequenceCore.look` ends the futures that get no
+answer in time.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import logging
 import threading
 from collections import deque
-from collections.abc import Callable
-from concurrent import futures
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from tritonclient.utils import InferenceServerException
 
 from ...errors import CidError, InvalidArgument, SequenceLost, SessionExpired, Unavailable
 from .id_cache import ENDED, need_ms
+from .lease import Lease
 from .model_info import ModelInfo
 from .sequence_state import BackTo, SequenceState
-from .session import Session
-from .transport import SLACK_S, Stream, check_inputs, foreign, unreachable
+from .stream import Request, SequenceStream
+from .transport import HURRY_S, SLACK_S, check_inputs, foreign, unreachable, version_of
 
-__all__ = ["HURRY_S", "UNMANAGED", "Plan", "Request", "SequenceCore"]
+if TYPE_CHECKING:
+    from .runner import RunnerBase
 
-HURRY_S = 2.0
-"""How long a block that ends with an exception waits for a server that does not answer, and a
-stream that ends for its server."""
+__all__ = ["Plan", "SequenceCore"]
+
+_log = logging.getLogger("cidalloc.client")
 
 _LATE_S = SLACK_S / 2
-"""For how long after Triton's own limit a future waits for the answer, until it is looked at."""
-
-UNMANAGED = -1
-"""The epoch of an ID that was drawn at random, without the manager."""
-
-_DECOUPLED = (
-    "model {model} is decoupled: it answers a request any number of times, which a sequence cannot"
-    " tell apart yet; acquire an ID and send the requests by yourself"
-)
+"""A future waits so many seconds longer than Triton's own limit, then `look` ends it."""
 
 _SET_BY_US = {
     "sequence_id",
@@ -55,110 +48,71 @@ _SET_BY_US = {
 }
 
 
-class SequenceRunner(Protocol):
-    """What a sequence needs of its client's runner."""
-
-    session: Session
-    transport: Any
-    sequences: dict[SequenceCore, None]
-    """The sequences that hold an ID."""
-
-    @property
-    def lock(self) -> AbstractContextManager[Any]: ...
-
-    @property
-    def now(self) -> Callable[[], float]: ...
-
-    def future(self) -> Any:
-        """Return a new future."""
-
-    def watch(self, core: SequenceCore) -> None:
-        """Let somebody call `SequenceCore.look` every now and then until it returns False."""
-
-    def wake(self) -> None:
-        """Tell the heartbeat that there is something to do."""
-
-
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a sequence is given to begin with.
+    """What a sequence begins with.
 
     Args:
         target: the model.
         cid: the ID.
-        epoch: of which of the client's sessions the ID is.
+        lease: the lease that the ID belongs to; None for a random ID, which is not managed.
         timeout: seconds that a request may take.
         checked: the model's configuration was read.
     """
 
     target: ModelInfo
     cid: int
-    epoch: int
+    lease: Lease | None
     timeout: float
     checked: bool = True
-
-
-class Request:
-    """One request of a sequence.
-
-    Attributes:
-        future: what its user waits for; None if a thread sends it by itself.
-        until: the time at which it ends without an answer.
-    """
-
-    __slots__ = ("end", "future", "inputs", "number", "options", "until")
-
-    def __init__(self, inputs: list[Any], end: bool, options: dict[str, Any]) -> None:
-        self.inputs, self.end, self.options = inputs, end, options
-        self.future: Any = None
-        self.until = 0.0
-        self.number = ""
 
 
 class SequenceCore:
     """The state of one sequence.
 
     Args:
-        runner: of its client.
-        plan: what it begins with.
-        streaming: send over a stream of its own.
-        end_inputs: inputs to send with END if nobody else does.
+        runner: the client's runner.
+        plan: what the sequence begins with.
+        streaming: use a stream for this sequence.
+        end_inputs: inputs of the END request that is sent if the sequence is closed without END.
+
+    Attributes:
+        dropped: the handle was collected as garbage.
+        on_way: the requests that are not answered yet, in the order of their time limits.
 
     Raises:
-        InvalidArgument: a stream, and this is HTTP.
-        Unavailable: the system refuses the stream a thread.
+        InvalidArgument: streaming needs gRPC, and the transport is HTTP.
+        Unavailable: the system refuses the stream's thread.
     """
 
     def __init__(
-        self, runner: SequenceRunner, plan: Plan, streaming: bool, end_inputs: list[Any] | None
+        self, runner: RunnerBase, plan: Plan, streaming: bool, end_inputs: list[Any] | None
     ) -> None:
         self.plan = plan
         self.model = plan.target.name
         self.name = f"sequence {plan.cid} on {self.model}"
         self.state = SequenceState(self.name, plan.target.idle_s, plan.target.exact)
         self.end_inputs = end_inputs
-        self.dropped = False  # nobody has the handle any more
-        self.on_way: dict[Request, None] = {}  # not answered yet, in the order of their times
+        self.dropped = False
+        self.on_way: dict[Request, None] = {}
         self._runner = runner
-        self._queue: deque[Request] = deque()  # of those, the ones that wait for their turn
-        self._turn: Request | None = None  # and the one that has it
-        self._by_number: dict[str, Request] = {}
-        self._count = 0
+        self._turn: Request | None = None  # the request that Triton has; without a stream
+        self._queue: deque[Request] = deque()  # requests that wait for their turn
         self._version: str | None = None
-        self._order = threading.Lock()  # what is sent first goes first
-        self._cut_at = float("inf")
-        self._stream: Stream | None = None
+        self._order = threading.Lock()  # requests are sent in the order in which they were counted
+        self._stream: SequenceStream | None = None
         if streaming:
-            self._stream = runner.transport.open_stream(self._receive)
+            opener = runner.transport.open_stream
+            self._stream = SequenceStream(opener, self.model, plan.checked, self.over)
         runner.sequences[self] = None
 
     # ---- Sending
 
     def request(self, inputs: list[Any], end: bool, options: dict[str, Any]) -> Request:
-        """Return a request that is well-formed, and not sent yet.
+        """Return a request that is well-formed and not sent yet.
 
         Raises:
-            InvalidArgument: inputs that are none, or an argument that is the sequence's own.
+            InvalidArgument: the inputs are not valid, or the sequence sets an argument itself.
         """
         check_inputs(inputs, self._runner.transport.inputs)
         if not _SET_BY_US.isdisjoint(options):
@@ -172,43 +126,43 @@ class SequenceCore:
         return self.plan.timeout + SLACK_S
 
     def enter(self, request: Request) -> bool:
-        """Note a request as sent. True: send it at once; else its future tells what becomes of it.
+        """Count a request as sent.
 
-        Raises what `Sequence.infer` does, but for what Triton answers.
+        Returns:
+            True if the caller has to send it now; False if its future tells the result.
+
+        Raises what `Sequence.infer` does, except what Triton answers.
         """
         with self._order:
             with self._runner.lock:
-                free = self._turn is None and not self._queue and self._stream is None
-                if free:
-                    self._turn = request
-                self._begin(request, free)
-            if not free:
-                self._post(request)
-        return free
+                has_turn = self._begin(request, False)
+            if not has_turn:
+                self._post(request, False)
+        return has_turn
 
     def submit(self, request: Request) -> Any:
-        """Note a request as sent, and send it when its turn comes; return its future.
+        """Count a request as sent, and send it when its turn comes; return its future.
 
         Raises what `Sequence.async_infer` does.
         """
         try:
             with self._order:
                 with self._runner.lock:
-                    self._begin(request, False)
-                self._post(request)
+                    has_turn = self._begin(request, True)
+                self._post(request, has_turn)
         except BaseException as error:
             self.over(request, None, error)
             raise
         return request.future
 
     def lend(self, end: bool) -> dict[str, Any]:
-        """Return the flags for a request that somebody else sends."""
+        """Return the arguments for a request that the application sends itself."""
         with self._runner.lock:
             now = self.check_lease()
             return self._flags(self.state.lend(now, end), end)
 
-    def _begin(self, request: Request, at_once: bool) -> None:
-        """Count a request as sent. Under the lock, so that START goes first."""
+    def _begin(self, request: Request, with_future: bool) -> bool:
+        """Count a request as sent, and return whether it has the turn. Under the lock."""
         version = request.options.get("model_version", "")
         if self._version not in (None, version):
             raise InvalidArgument(
@@ -217,58 +171,56 @@ class SequenceCore:
             )
         now = self.check_lease()
         try:
-            start = self.state.send(now, request.end, not at_once and self._stream is None)
+            has_turn = self._turn is None and not self._queue and self._stream is None
+            if has_turn:
+                self._turn = request
+            waits = not has_turn and self._stream is None
+            start = self.state.send(now, request.end, waits)
             self._version = version
             request.until = now + self.plan.timeout + _LATE_S
             request.options.update(self._flags(start, request.end))
             self.on_way[request] = None
-            if not at_once:
-                self._line_up(request)
+            if with_future or not has_turn:
+                request.future = self._runner.future()
+            if waits:
+                self._queue.append(request)
         except CidError:  # nothing has changed
+            if self._turn is request:
+                self._turn = None
             raise
         except BaseException:
             self._doubt(request)
             raise
-
-    def _line_up(self, request: Request) -> None:
-        request.future = self._runner.future()
-        if self._stream is None:
-            self._queue.append(request)
-        else:
-            self._count += 1
-            request.number = str(self._count)
-            self._by_number[request.number] = request
+        return has_turn
 
     def _doubt(self, request: Request) -> None:
-        """Put things right after an exception that may have come from anywhere."""
+        """Restore a consistent state after an exception that may come from any line."""
         self.on_way.pop(request, None)
-        self._by_number.pop(request.number, None)
+        if self._stream is not None:
+            self._stream.forget(request)
         if request in self._queue:
             self._queue.remove(request)
         if self._turn is request:
             self._turn = None
         self.state.doubt(len(self.on_way), request.end)
 
-    def _post(self, request: Request) -> None:
-        """Send a request over the stream, or when its turn comes."""
+    def _post(self, request: Request, has_turn: bool) -> None:
+        """Send a request, over the stream or when its turn comes."""
         if self._stream is None:
             self._runner.watch(self)
-            self._advance()
+            self._advance(request if has_turn else None)
             return
-        options = {**request.options, "request_id": request.number}
-        if not self.plan.checked:
-            options["tell_final"] = True
-        _starts(request.future)
+        request.starts()
         try:
-            self._stream.send(self.model, request.inputs, **options)
+            self._stream.send(request)
             self._runner.watch(self)
         except Exception as error:
-            # Also if it broke before this request: the caller cannot know which, so need not.
+            # Also if the stream broke before: the caller cannot know when it breaks.
             self._finish(request, None, error)
 
     def _flags(self, start: bool, end: bool) -> dict[str, Any]:
-        # Without the timeout a request could wait in Triton for ever, and come to life when the ID
-        # is somebody else's.
+        # Without the timeout a request could wait in Triton for ever, and run when another client
+        # has the ID.
         return {
             "sequence_id": self.plan.cid,
             "sequence_start": start,
@@ -276,36 +228,50 @@ class SequenceCore:
             "timeout": int(self.plan.timeout * 1e6),
         }
 
-    def _advance(self) -> None:
-        """Send the next request whose turn it is."""
+    def _advance(self, ready: Request | None = None) -> None:
+        """Send the request that is next.
+
+        Args:
+            ready: a request that has the turn, and whose lease was just checked.
+        """
         while True:
-            with self._runner.lock:
-                if self._turn is not None or not self._queue:
-                    return
-                request = self._turn = self._queue.popleft()
-                waiting = request in self.on_way
-            error: Exception
-            if waiting and _starts(request.future):
-                try:
-                    self.check_again()
-                    limit = max(request.until - self._runner.now(), 0.001) + SLACK_S
-                    done = partial(self.over, request)
-                    self._runner.transport.submit(
-                        limit, self.model, request.inputs, done, **request.options
-                    )
-                    return
-                except Exception as failed:
-                    error = failed
-            else:
-                error = Unavailable(f"{self.name}: this request was not sent any more")
+            request = ready
+            if request is None:
+                with self._runner.lock:
+                    if self._turn is not None or not self._queue:
+                        return
+                    request = self._turn = self._queue.popleft()
+            error = self._launch(request, request is not ready)
+            if error is None:
+                return
+            ready = None
             self._end_turn(request, None, error)
             if foreign(error):
                 raise error
 
+    def _launch(self, request: Request, has_waited: bool) -> Exception | None:
+        """Hand a request to the transport; return an error if it was not sent."""
+        if request not in self.on_way or not request.starts():
+            return Unavailable(f"{self.name}: this request was not sent any more")
+        try:
+            if has_waited:
+                with self._runner.lock:
+                    self.state.goes_out(self.check_lease())
+            limit = max(request.until - self._runner.now(), 0.001) + SLACK_S
+            done = partial(self.over, request)
+            self._runner.transport.submit(
+                limit, self.model, request.inputs, done, **request.options
+            )
+        except Exception as error:
+            return error
+        return None
+
+    # ---- Answers
+
     def over(
         self, request: Request, result: Any, error: BaseException | None
     ) -> BaseException | None:
-        """Note that a request is over, and send the next one; return what its error means."""
+        """Note that a request is over, and send the next one; return the error in our terms."""
         meant = self._end_turn(request, result, error)
         if self._queue:
             self._advance()
@@ -319,72 +285,47 @@ class SequenceCore:
                 self._turn = None
         return self._finish(request, result, None if error is None else self._explain(error))
 
-    def _receive(self, number: str, final: bool, result: Any, error: BaseException | None) -> None:
-        """Take what came over the stream."""
-        with self._runner.lock:
-            if number:
-                found = self._by_number.get(number)
-                whose = [] if found is None else [found]
-            else:
-                # The stream does not say whose error it is, and the sequence is broken anyway.
-                whose = list(self._by_number.values())
-        one = error or self.plan.checked or (final and result.get_response().outputs)
-        if not one:
-            result, error = None, InvalidArgument(_DECOUPLED.format(model=self.model))
-        for request in whose:
-            self._finish(request, result, None if error is None else self._explain(error))
-
     def _finish(
         self, request: Request, result: Any, error: BaseException | None
     ) -> BaseException | None:
-        """Settle what became of a request, once: later news of it are dropped."""
+        """Settle a request with its result or error; what comes later for it is dropped."""
         with self._runner.lock:
             if request not in self.on_way:
                 return error
             try:
                 self.state.settle(self._runner.now(), request.end, error)
                 del self.on_way[request]
-                self._by_number.pop(request.number, None)
+                if self._stream is not None:
+                    self._stream.forget(request)
                 if error is None and self.state.answered == 1:
-                    self._runner.session.models.answered_by(self.model, _version_of(result))
+                    self._runner.session.models.answered_by(self.model, version_of(result))
             except BaseException:
                 self._doubt(request)
                 raise
             ended = self.state.ended and not self.on_way
-        if request.future is not None:
-            # Whoever waited for it may have cancelled it.
-            with contextlib.suppress(futures.InvalidStateError, asyncio.InvalidStateError):
-                if error is None:
-                    request.future.set_result(result)
-                else:
-                    request.future.set_exception(error)
-        if ended:  # nothing is left to be done
+        request.tell(result, error)
+        if ended:
             self.give_back()
         return error
 
-    # ---- Looking
+    # ---- Checks
 
     def check_lease(self) -> float:
-        """Return the time, after seeing that the ID may be used. Under the lock."""
+        """Check that the ID may be used, and return the time. Under the lock."""
         session = self._runner.session
         now = session.now()
         if session.closed:
             raise InvalidArgument("the client of this sequence is closed")
-        if self.plan.epoch != UNMANAGED and not self.state.closed:
+        if self.plan.lease is not None and not self.state.closed:
             try:
-                session.check(self.plan.epoch, self.plan.cid)
+                self.plan.lease.check(self.plan.cid, now)
             except SequenceLost:
                 self.state.lose()
                 raise
         return now
 
-    def check_again(self) -> None:
-        """See that the ID may still be used, right before a request that has waited is sent."""
-        with self._runner.lock:
-            self.state.goes_out(self.check_lease())
-
     def look(self, now: float) -> bool:
-        """End what got no answer in time. False: there is nothing more to look at."""
+        """End the requests that got no answer in time; return whether to look again."""
         late = []
         with self._runner.lock:
             for request in self.on_way:
@@ -392,23 +333,18 @@ class SequenceCore:
                     break
                 if request.future is not None:
                     late.append(request)
-        if late and self._stream is not None:
-            self._stream.suspect()
+        stream = self._stream
+        if late and stream is not None:
+            stream.suspect()
         for request in late:
-            self._finish(request, None, self.no_answer())
+            text = f"no answer to {self.name} within {self.plan.timeout:g} s"
+            self._finish(request, None, Unavailable(text))
         if self.dropped and not self.on_way:
             self.finish()
-        if self._stream is not None and (self._stream.over or now >= self._cut_at):
-            self._stream.cut()
-            self._cut_at = float("inf")
-        return bool(self.on_way) or self._cut_at < float("inf")
-
-    def no_answer(self) -> Unavailable:
-        """Return the error of a request that got no answer in time."""
-        return Unavailable(f"no answer to {self.name} within {self.plan.timeout:g} s")
+        return (stream is not None and stream.look(now)) or bool(self.on_way)
 
     def _explain(self, error: BaseException) -> BaseException:
-        """Return what a failed request means, if it is something of ours."""
+        """Return one of our errors for a failed request if it is not Triton's own matter."""
         if isinstance(error, CidError):
             return error
         text = str(error.message() or "") if isinstance(error, InferenceServerException) else ""
@@ -432,8 +368,30 @@ class SequenceCore:
 
     # ---- Closing
 
-    def wants_end_inputs(self) -> bool:
-        """Whether to send the end_inputs."""
+    def closing(self, patience: float) -> Iterator[tuple[list[Any], float]]:
+        """Send END with the end_inputs if Triton may still have the sequence; then call `finish`.
+
+        Yields futures and the seconds to wait for them, each time before it goes on.
+        """
+        if self._wants_end_inputs():
+            assert self.end_inputs is not None
+            why: object = None
+            try:
+                future = self.submit(self.request(self.end_inputs, True, {}))
+                yield [future], patience
+                if future.cancel() or future.cancelled() or not future.done():
+                    why = "no answer in time"
+                else:
+                    why = future.exception()
+            except Exception as error:
+                why = error
+            if why is not None:
+                _log.warning("END of %s failed: %s", self.name, why)
+        if self.on_way:
+            unanswered, cancelled = self._unanswered()
+            yield unanswered, HURRY_S if cancelled else patience
+
+    def _wants_end_inputs(self) -> bool:
         if self.end_inputs is None or not self.state.wants_end:
             return False
         with self._runner.lock:
@@ -443,23 +401,20 @@ class SequenceCore:
                 return False
         return not self.state.must_be_forgotten(now)
 
-    def unanswered(self) -> list[Any]:
-        """Return the futures of all that is on its way; those of cancelled ones are new."""
-        with self._runner.lock:
-            for request in self.on_way:
-                if request.future is None or request.future.cancelled():
-                    request.future = self._runner.future()
-            return [request.future for request in self.on_way]
+    def _unanswered(self) -> tuple[list[Any], bool]:
+        """Return the futures of all requests on their way, and whether the callers cancelled all.
 
-    @property
-    def abandoned(self) -> bool:
-        """Whether all that is on its way was cancelled by who waited for it."""
+        A request without a future, or with a cancelled one, gets a new future.
+        """
         with self._runner.lock:
-            futures = [request.future for request in self.on_way]
-        return all(future is not None and future.cancelled() for future in futures)
+            lacking = [each for each in self.on_way if each.future is None or each.is_cancelled]
+            cancelled = len(lacking) == len(self.on_way) and all(e.is_cancelled for e in lacking)
+            for request in lacking:
+                request.future = self._runner.future()
+            return [request.future for request in self.on_way], cancelled
 
     def finish(self) -> None:
-        """End it, whatever is unanswered; the ID goes back. Does not wait. Again: does nothing."""
+        """Release the ID, and fail all unanswered requests. Never waits. May be repeated."""
         self.give_back()
         with self._runner.lock:
             left = list(self.on_way)
@@ -469,45 +424,26 @@ class SequenceCore:
             self._finish(request, None, SequenceLost(words))
 
     def give_back(self) -> None:
-        """Give the ID back, and end the stream."""
+        """Release the ID, and end the stream. May be repeated."""
         runner, plan = self._runner, self.plan
         with runner.lock:
             if self not in runner.sequences:
                 return
             back_to = self.state.close()
-            session = runner.session
-            if plan.epoch == UNMANAGED:
+            if plan.lease is None:
                 pass
             elif back_to is BackTo.MANAGER and plan.checked:
                 idle_s = plan.target.idle_s
-                session.release_unended(plan.epoch, plan.cid, self.model, idle_s, plan.timeout)
+                plan.lease.release_unended(plan.cid, self.model, idle_s, plan.timeout)
             else:
                 cooldown_ms = ENDED
                 if back_to is BackTo.MANAGER:
                     cooldown_ms = need_ms(plan.target.idle_s, plan.timeout)
-                session.release_from(plan.epoch, plan.cid, cooldown_ms)
+                plan.lease.release_from(plan.cid, cooldown_ms)
             del runner.sequences[self]  # the last, so that closing again completes it
         if self._stream is not None:
-            self._stream.end()
-            # A server that has stopped never closes its side.
-            self._cut_at = runner.now() + HURRY_S
+            self._stream.end(runner.now() + HURRY_S)
             runner.watch(self)
-        if session.needs_maintenance:
+        if plan.lease is not None and plan.lease.cache.needs_maintenance:
             with contextlib.suppress(Unavailable):  # no thread: the next call tries
                 runner.wake()
-
-
-def _version_of(result: Any) -> str:
-    """Return which version of the model has answered, or "" if it does not say."""
-    response = result.get_response()
-    if isinstance(response, dict):
-        return str(response.get("model_version", ""))
-    return str(getattr(response, "model_version", ""))
-
-
-def _starts(future: Any) -> bool:
-    """Note that a request goes out; False if nobody wants it any more."""
-    begin = getattr(future, "set_running_or_notify_cancel", None)
-    if begin is None:
-        return not future.cancelled()
-    return bool(begin())

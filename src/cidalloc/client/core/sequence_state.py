@@ -1,7 +1,7 @@
-"""The state of a sequence, and what it says of the sequence's ID.
+"""The state of a sequence, which decides where the sequence's ID goes.
 
-Two things are followed: the *phase*, by one table, and a flag, *doubtful*, which is set when the
-outcome of a request is not known and never cleared. `diagram` draws the table as the picture in
+It has two parts: the *phase*, which follows a table, and the flag *doubtful*, which is set when the
+result of a request is not known and is never cleared. `diagram` draws the table as the picture in
 `docs/client.md`.
 """
 
@@ -20,13 +20,13 @@ class Phase(Enum):
     FRESH = "fresh"
     """Nothing was sent yet."""
     LIVE = "live"
-    """START was sent. END was not sent, or it failed."""
+    """START was sent. END was not sent, or END failed."""
     ENDING = "ending"
     """END was sent, and is not answered yet."""
     ENDED = "ended"
     """END was answered with success."""
     LOST = "lost"
-    """Triton has forgotten the sequence, or its ID is not ours any more."""
+    """Triton has forgotten the sequence, or the client has lost its ID."""
     CLOSED = "closed"
     """The sequence is closed, and its ID was released."""
 
@@ -61,20 +61,20 @@ TRANSITIONS: dict[tuple[Phase, Event], Phase] = {
     (Phase.ENDED, Event.FAIL): Phase.ENDED,
     **{(phase, Event.FORGET): Phase.LOST for phase in OPEN},
     **{(phase, Event.CLOSE): Phase.CLOSED for phase in (*OPEN, Phase.LOST)},
-    # Too late to matter.
+    # These come too late to matter.
     **{
         (phase, event): phase
         for phase in (Phase.LOST, Phase.CLOSED)
         for event in (*(Event.ANSWER, Event.ANSWER_END, Event.FAIL, Event.FAIL_END), Event.FORGET)
     },
 }
-"""The phase that follows. An event that is not in the table is refused."""
+"""The next phase. An event that is not in the table is refused."""
 
 
 class BackTo(Enum):
     """Where the ID goes when a sequence is closed."""
 
-    STOCK = "stock"
+    CACHE = "cache"
     MANAGER = "manager"
 
 
@@ -82,19 +82,19 @@ class SequenceState:
     """The state of one sequence. Times are seconds.
 
     Args:
-        name: what errors call the sequence.
+        name: the name of the sequence in errors.
         idle: seconds without a request after which Triton forgets the sequence.
-        exact: Triton forgets it then, and ``idle`` is not just a time that is long enough.
+        exact: Triton forgets the sequence after ``idle``, and not earlier.
 
     Attributes:
         phase: see `Phase`.
-        doubtful: the outcome of a request is not known.
-        recycled: it is closed, and its ID may be used again after the minimum cooldown.
+        doubtful: the result of a request is not known.
+        recycled: the sequence is closed, and its ID may be used again after the minimum cooldown.
         unanswered: requests that are not answered yet.
         answered: requests that were answered with success.
     """
 
-    # Triton's own timer may be late by so much.
+    # Triton's own timer may be late by so many seconds.
     _SLACK_S = 0.5
 
     def __init__(self, name: str, idle: float, exact: bool) -> None:
@@ -105,15 +105,15 @@ class SequenceState:
         self._name = name
         self._idle = idle
         self._exact = exact
-        self._late = ""  # why Triton may have forgotten it when the last request went out
+        self._late = ""  # why Triton may have forgotten it before the last request
         self._last_sent = float("inf")
         self._last_answered = float("-inf")
-        # Triton had queued everything by then, or nobody knows.
+        # Triton had queued all requests at this time; infinite if it is not known.
         self._queued_by = float("inf")
 
     @property
     def words(self) -> str:
-        """The state for a person."""
+        """The state in words."""
         if self.phase is Phase.CLOSED:
             return "closed, recycled" if self.recycled else "closed, cooling"
         if self.doubtful and self.phase is not Phase.LOST:
@@ -123,9 +123,9 @@ class SequenceState:
         return str(self.phase.value)
 
     def send(self, now: float, end: bool, waits: bool = False) -> bool:
-        """Note that a request is sent; return whether it is to carry START.
+        """Note that a request is sent; return whether it carries START.
 
-        If it ``waits`` for others, `goes_out` has to be told when it no longer does.
+        A request that ``waits`` for others needs a call of `goes_out` later.
 
         Raises:
             InvalidArgument: the sequence has ended, or is closed.
@@ -147,12 +147,12 @@ class SequenceState:
         return start
 
     def goes_out(self, now: float) -> None:
-        """Note that a request is handed to Triton."""
+        """Note that a request is passed to Triton."""
         self._late = ""
         if now >= self._last_answered + self._idle and now >= self._last_sent + self._idle:
             self._late = f"nothing was sent for its idle time, {self._idle:g} s"
         elif now >= self._last_sent + self._idle:
-            # Waiting for a slot does not count, and nobody can tell it from the model's own time.
+            # Waiting for a slot does not count, but it looks like the model's own time.
             self._late = (
                 f"the request before may have kept the model busy for its idle time, {self._idle:g}"
                 " s, which counts from when a request arrives"
@@ -161,16 +161,16 @@ class SequenceState:
 
     @property
     def why_forgotten(self) -> str:
-        """Why Triton has forgotten it, when it says so."""
+        """Why Triton has forgotten the sequence, once Triton has said so."""
         return self._late or (
             "the server was restarted or its model reloaded, or something else used this ID"
         )
 
     def lend(self, now: float, end: bool) -> bool:
-        """Note a request that the application sends, and whose answer is not seen here."""
+        """Note a request that the application sends, and whose answer the sequence never sees."""
         start = self.send(now, end)
         self.unanswered -= 1
-        self.answered += 1  # for all that can be known
+        self.answered += 1  # it may have been answered
         self.doubtful = True
         self._queued_by = float("inf")
         if end:
@@ -178,7 +178,7 @@ class SequenceState:
         return start
 
     def settle(self, now: float, end: bool, error: BaseException | None) -> None:
-        """Note how a request ended. One that failed may have been applied, or be on its way yet."""
+        """Note the end of a request. A failed one may be applied already, or later."""
         self.unanswered -= 1
         if error is None:
             self.answered += 1
@@ -192,11 +192,11 @@ class SequenceState:
             self._go(Event.FAIL_END if end else Event.FAIL)
 
     def doubt(self, unanswered: int, end: bool) -> None:
-        """Note that a request was broken off in the middle of `send` or `settle`.
+        """Note that an exception broke off `send` or `settle`.
 
         Args:
-            unanswered: the number of other requests that are unanswered.
-            end: the request would have been the last one.
+            unanswered: the number of other requests without an answer.
+            end: the request carries END.
         """
         self.unanswered = unanswered
         self.doubtful = self.doubtful or self.phase is not Phase.FRESH
@@ -205,15 +205,15 @@ class SequenceState:
         self.phase = TRANSITIONS.get((self.phase, event), self.phase)
 
     def lose(self) -> None:
-        """Note that its ID is not ours any more."""
+        """Note that the client has lost the ID."""
         self._go(Event.FORGET)
 
     def close(self) -> BackTo:
-        """Note that nobody uses it any more; return where its ID goes. May be repeated."""
+        """Note that the sequence is closed; return where its ID goes. May be repeated."""
         if not self.closed:
             self.recycled = self.phase is Phase.FRESH or self.ended
             self._go(Event.CLOSE)
-        return BackTo.STOCK if self.recycled else BackTo.MANAGER
+        return BackTo.CACHE if self.recycled else BackTo.MANAGER
 
     @property
     def closed(self) -> bool:
@@ -227,11 +227,11 @@ class SequenceState:
 
     @property
     def wants_end(self) -> bool:
-        """Whether Triton may still have it, and got no END."""
+        """Whether Triton may still have the sequence, and got no END."""
         return self.phase is Phase.LIVE
 
     def must_be_forgotten(self, now: float) -> bool:
-        """Whether Triton has certainly forgotten it by now."""
+        """Whether Triton has certainly forgotten the sequence."""
         if self.phase is Phase.LOST:
             return True
         known = self._exact and self.answered > 0 and not self.unanswered

@@ -12,7 +12,7 @@ __all__ = ["tls_context"]
 
 
 def tls_context(options: Mapping[str, Any]) -> ssl.SSLContext:
-    """Return how TLS is done, by the options of tritonclient."""
+    """Return the TLS context for the options of tritonclient."""
     factory = options["ssl_context_factory"] or ssl.create_default_context
     more = dict(options["ssl_options"] or {})
     try:

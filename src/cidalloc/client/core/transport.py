@@ -1,12 +1,10 @@
-"""Transports: one manager request over gRPC or HTTP, and any failure as one of our errors.
+"""Transports: requests to the server over gRPC or HTTP, and any failure as one of our errors.
 
-Also the time, since a client's only ways to the outside are its transport and its threads.
-
-A transport is the client's only way to the outside, so it is also where tests put something else.
-It owns the requests that are on their way. None of them is ever cancelled, since a request that is
-cancelled at the wrong moment can end Triton 2.51; each ends with its answer or by its time limit,
-and what nobody waits for any more is dropped. No request waits behind another in here: `_grpc` and
-`_http` take a further connection where the others are in use.
+A transport is the client's only way to the server, and its clock; tests put another one in its
+place. It owns the requests that are on their way. No request is ever cancelled, since a request
+that is cancelled at the wrong moment can end Triton 2.51: each one ends with its answer or by its
+time limit, and an answer that is not awaited any more is dropped. No request waits for another one:
+the transports open a further connection if the others are in use.
 """
 
 from __future__ import annotations
@@ -37,10 +35,16 @@ from ...errors import (
 )
 
 __all__ = [
+    "DAY_S",
+    "DEFAULT_URL",
+    "HURRY_S",
+    "SLACK_S",
     "STRANGE",
     "Address",
+    "Done",
     "Receive",
     "Stream",
+    "Transport",
     "boottime",
     "check_inputs",
     "check_options",
@@ -51,23 +55,78 @@ __all__ = [
     "translate",
     "translating",
     "unreachable",
+    "version_of",
 ]
 
-# No answer at all, and what tritonclient stumbles over when something else than Triton answers.
+# Without an answer, or when tritonclient cannot read what another server than Triton answers.
 STRANGE = (OSError, ValueError, LookupError, AttributeError, TypeError)
 
+DAY_S = 86_400.0
+
 SLACK_S = 0.4
-"""For how long after Triton's own limit on a request its answer is waited for."""
+"""An answer is awaited for so many seconds longer than Triton's own limit on its request."""
+
+HURRY_S = 2.0
+"""Closing waits so many seconds for a server, if the block has failed or the client is closed."""
 
 boottime: Callable[[], float] = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 """Returns the seconds since boot; it runs on in suspend and never jumps."""
 
-Done = Callable[[Any, BaseException | None], None]
-"""Takes what became of a request: its result, or None and an error."""
+Done = Callable[[Any, BaseException | None], object]
+"""Takes the result of a request, or None and its error."""
 
 Receive = Callable[[str, bool, Any, BaseException | None], None]
-"""Takes what came over a stream: the ID of the request, whether this was its last answer, and the
-result; or an error, which is for all requests that are unanswered, if the ID is empty."""
+"""Takes an answer of a stream: the ID of the request, whether this was its last answer, the result,
+the error. Without an ID, an error is for all requests that are unanswered."""
+
+
+class Transport(Protocol):
+    """What a client needs of a server.
+
+    For `AsyncClient`, `call`, `model_config` and `close` return awaitables, and `infer` is not
+    used.
+
+    Attributes:
+        url: the server, as errors name it.
+        inputs: the class of the inputs that `infer` takes, or `object`.
+    """
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def inputs(self) -> type: ...
+
+    def now(self) -> float:
+        """Return the time in seconds, by a clock that runs on in suspend."""
+
+    def call(self, model: str, request: protocol.Request, timeout: float) -> Any:
+        """Return the manager's OUTPUT, flat, and its DETAIL; ``timeout`` in seconds.
+
+        Raises:
+            CidError: the manager's error, or the reason why there is no answer.
+        """
+
+    def model_config(self, model: str, timeout: float) -> Any:
+        """Return a model's configuration as Triton's JSON."""
+
+    def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
+        """Send a request as tritonclient's ``infer`` does, and wait at most ``limit`` seconds."""
+
+    def submit(
+        self, limit: float, model: str, inputs: list[Any], done: Done, /, **options: Any
+    ) -> None:
+        """Send a request; ``done`` is called when it is over, at any time and in any thread."""
+
+    def open_stream(self, receive: Receive, /) -> Stream:
+        """Return a new gRPC stream; ``receive`` may be called in another thread.
+
+        Raises:
+            InvalidArgument: this is not gRPC.
+        """
+
+    def close(self) -> Any:
+        """Close all connections, each after its last request."""
 
 
 class Stream(Protocol):
@@ -80,17 +139,17 @@ class Stream(Protocol):
     over: bool
 
     def send(self, model: str, inputs: list[Any], /, **options: Any) -> None:
-        """Send a request, behind those that were sent before; never waits.
+        """Send a request after those that were sent before; never waits.
 
         Raises:
             Unavailable: the stream broke.
         """
 
     def end(self) -> None:
-        """Say that nothing more is sent. The stream closes when all is answered; never waits."""
+        """Send nothing more. The stream closes when all is answered; never waits."""
 
     def cut(self) -> None:
-        """Close it at once, if the server has not."""
+        """Close it now if the server has not closed it."""
 
     def suspect(self) -> None:
         """Note that an answer did not come in time: the next stream takes a new connection."""
@@ -116,7 +175,7 @@ def read_answer(
     """Return OUTPUT and DETAIL of what the manager answered.
 
     Raises:
-        ProtocolError: it is no manager's answer.
+        ProtocolError: it is not a manager's answer.
     """
     try:
         output, detail = result.as_numpy(protocol.OUTPUT), ""
@@ -131,7 +190,7 @@ def read_answer(
 
 @contextmanager
 def translating(model: str, url: str) -> Iterator[None]:
-    """Turn whatever goes wrong with a request to the manager into one of our errors."""
+    """Turn any failure of a request to the manager into one of our errors."""
     try:
         yield
     except CidError:
@@ -150,7 +209,7 @@ _INSIDE |= {"http", "socket", "ssl", "select", "urllib", "gzip", "zlib", "json",
 
 
 def foreign(error: BaseException) -> bool:
-    """Whether an error comes from elsewhere: a signal handler of the application has raised it."""
+    """Whether a signal handler of the application raised an error."""
     trace = error.__traceback__
     if trace is None:
         return False
@@ -164,11 +223,11 @@ class Address(NamedTuple):
     """Where a server is.
 
     Attributes:
-        url: with its scheme, as errors name it.
+        url: the URL with its scheme, as errors name it.
         kind: ``grpc`` or ``http``.
-        tls: whether it is with TLS.
-        target: what the connection is made to: ``host:port``, or any other of gRPC's names.
-        path: where Triton's own paths begin, for HTTP; mostly empty.
+        tls: whether TLS is used.
+        target: ``host:port``, or another kind of gRPC name.
+        path: the path under which HTTP serves Triton; usually empty.
     """
 
     url: str
@@ -179,19 +238,20 @@ class Address(NamedTuple):
 
 
 _PORTS = {"grpc": 8001, "http": 8000, "grpcs": 443, "https": 443}
+DEFAULT_URL = f"localhost:{_PORTS['grpc']}"
 _SCHEMES = ", ".join(_PORTS)
 # gRPC's own names, https://github.com/grpc/grpc/blob/master/doc/naming.md
 _GRPC_NAMES = ("unix", "unix-abstract", "dns", "ipv4", "ipv6", "vsock", "xds")
 
 
 def parse_url(url: str) -> Address:
-    """Return where ``url`` is; without a scheme it is gRPC's ``host:port``.
+    """Return the address for ``url``; without a scheme it is gRPC's ``host:port``.
 
     Raises:
-        InvalidArgument: no such URL; says what is wrong.
+        InvalidArgument: the URL is not valid.
     """
     if not isinstance(url, str) or not url.isprintable():
-        raise InvalidArgument(f"{url!r} is no URL: it is a text as scheme://host:port")
+        raise InvalidArgument(f"{url!r} is not a URL: a URL is text like scheme://host:port")
     if _is_grpc_name(url):
         return Address(f"grpc://{url}", "grpc", False, url)
     scheme, found, rest = url.partition("://")
@@ -214,7 +274,7 @@ def parse_url(url: str) -> Address:
         raise InvalidArgument(f"{url!r} is not of the form scheme://host:port")
     path = parts.path.rstrip("/")
     if path and not scheme.startswith("http"):
-        raise InvalidArgument(f"{url!r}: gRPC takes no path behind host and port")
+        raise InvalidArgument(f"{url!r}: gRPC takes no path after host and port")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     kind, tls = scheme[:4], scheme.endswith("s")
     return Address(full, kind, tls, f"{host}:{port}", path)
@@ -226,7 +286,7 @@ def _is_grpc_name(text: str) -> bool:
 
 
 def unreachable(error: BaseException, url: str) -> Unavailable | None:
-    """Return our error if ``error`` means that no answer came; None if it is one of Triton's."""
+    """Return our error if ``error`` means that no answer came; None if Triton answered it."""
     if isinstance(error, InferenceServerException):
         text, status = error.message() or "", error.status()
         away = status in _NO_ANSWER_STATUS or "RST_STREAM" in text
@@ -239,19 +299,19 @@ def unreachable(error: BaseException, url: str) -> Unavailable | None:
 
 
 _NO_ANSWER = (OSError, http.client.HTTPException, asyncio.TimeoutError, ssl.SSLError)
-# Of gRPC's, and what only proxies answer.
+# Statuses of gRPC itself, and those that only proxies answer with.
 _NO_ANSWER_STATUS = {"StatusCode.DEADLINE_EXCEEDED", "StatusCode.CANCELLED"}
 _NO_ANSWER_STATUS |= {"408", "429", "502", "504"}
-# What gRPC itself, and not the server, says with the status UNAVAILABLE.
+# Texts of gRPC itself, and not of the server, with the status UNAVAILABLE.
 _GRPC_AWAY = re.compile(
     "failed to connect|connection|socket|GOAWAY|keepalive|DNS|name resolution|Broken pipe", re.I
 )
-# A proxy's page, and what tritonclient's asyncio client makes of it.
+# A proxy's page, and the error of tritonclient's asyncio client for it.
 _NOT_TRITON = re.compile("<html|while decoding the response", re.I)
 
 
 def translate(error: Exception, model: str, url: str) -> CidError:
-    """Return our error for a failure that tritonclient, its sockets or Triton reported."""
+    """Return our error for a failure that tritonclient, a socket or Triton reported."""
     away = unreachable(error, url)
     if away is not None:
         return away
@@ -281,17 +341,17 @@ STATUSES: dict[str, type[CidError]] = {
     "StatusCode.DATA_LOSS": InternalError,
     "413": LimitExceeded,
 }
-"""What a status of gRPC or HTTP means for a request to the manager, but for those that mean no
-answer (`unreachable`); any other one is a `ProtocolError`."""
+"""The error for a status of gRPC or HTTP, for requests to the manager. `unreachable` knows the
+statuses that mean no answer; any other status is a `ProtocolError`."""
 
 
 def check_options(
     kind: Callable[..., Any], address: Address, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the options for tritonclient's client ``kind``, those that were left out included.
+    """Return all options of tritonclient's client ``kind``, with its defaults for absent ones.
 
     Raises:
-        InvalidArgument: an argument that it does not take, or a file that cannot be read.
+        InvalidArgument: the client does not take one of these options.
     """
     try:
         bound = inspect.signature(kind).bind(address.target, ssl=address.tls, **options)
@@ -302,10 +362,10 @@ def check_options(
 
 
 def check_inputs(inputs: Any, kind: type) -> None:
-    """See that these are inputs of tritonclient for one protocol.
+    """Check that these are inputs of tritonclient for one protocol.
 
     Raises:
-        InvalidArgument: says what they are in place of that.
+        InvalidArgument: they are something else.
     """
     if not isinstance(inputs, list | tuple):
         raise InvalidArgument(
@@ -317,3 +377,11 @@ def check_inputs(inputs: Any, kind: type) -> None:
             name = f"{type(each).__module__}.{type(each).__name__}"
             wanted = f"{kind.__module__.rsplit('.', 1)[0]}.InferInput"
             raise InvalidArgument(f"an input is a {name}, and this client sends {wanted}")
+
+
+def version_of(result: Any) -> str:
+    """Return the version of the model that has answered, or "" if the answer has none."""
+    response = result.get_response()
+    if isinstance(response, dict):
+        return str(response.get("model_version", ""))
+    return str(getattr(response, "model_version", ""))

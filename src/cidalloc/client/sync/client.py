@@ -2,56 +2,22 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import sys
-import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from ...codes import Operation
-from ...errors import CidError
-from ...protocol import MODEL, IDs, as_ids
-from ..core.client import Base, Fallback, several, whole
+from ...protocol import IDs
+from ..core.client import SEQUENCE_TIMEOUT_S, Base, whole
 from ..core.fork_guard import ProcessIdentity, caller
-from ..core.id_cache import MAX_AHEAD
-from ..core.sequence import HURRY_S
-from ..core.session import Acquired
-from ..core.transport import boottime
+from ..core.lease import Acquired
 from .runner import Runner
 from .sequence import Sequence
-from .transport import Transport, connect
+from .transport import connect
 
 __all__ = ["Client"]
-
-
-_open: weakref.WeakSet[Client] = weakref.WeakSet()
-
-
-def _close_all() -> None:
-    """Close the clients that the process leaves open when it ends."""
-    until = boottime() + HURRY_S  # for all of them
-    for client in list(_open):
-        if client._at_home and not client._session.closed:
-            with contextlib.suppress(CidError):
-                client._close(max(until - boottime(), 0.0))
-
-
-atexit.register(_close_all)
-_hooked: object = None  # the process in which multiprocessing closes them, which runs no atexit
-
-
-def _close_at_exit(client: Client) -> None:
-    global _hooked
-    _open.add(client)
-    # A child of multiprocessing has imported it.
-    if "multiprocessing.util" in sys.modules and _hooked is not ProcessIdentity.current:
-        from multiprocessing import parent_process, util
-
-        if parent_process() is not None:
-            _hooked = ProcessIdentity.current
-            util.Finalize(None, _close_all, exitpriority=100)
 
 
 class Client(Base):
@@ -73,7 +39,7 @@ class Client(Base):
         headers: sent with every request.
         transport: used instead of a connection to ``url``.
         ahead: maximum number of unused IDs in the cache. With 0 the client acquires each ID when it
-            is needed, and releases it when it is no longer used.
+            is needed, and releases it when its use ends.
         fallback: with ``"random"``, `sequence` uses a random 63-bit ID if the manager cannot be
             reached and the model's correlation IDs have 64 bits. Such an ID is not managed.
         options: further arguments of tritonclient's ``InferenceServerClient``, such as TLS options.
@@ -86,28 +52,9 @@ class Client(Base):
     `Forked` (the caller is a forked child process).
     """
 
-    def __init__(
-        self,
-        url: str = "localhost:8001",
-        *,
-        model: str = MODEL,
-        ttl: float = 120.0,
-        label: str | None = None,
-        timeout: float = 10.0,
-        headers: Mapping[str, str] | None = None,
-        transport: Transport | None = None,
-        ahead: int = MAX_AHEAD,
-        fallback: Fallback = None,
-        **options: Any,
-    ) -> None:
-        transport = transport or connect(url, headers, options)
-        super().__init__(model, ttl, label, timeout, ahead, fallback, transport, caller())
-        self._runner = Runner(self._session, transport, model)
-        self._lock = self._runner.lock
-        _close_at_exit(self)
-
-    def _abandon(self) -> None:
-        self._runner.abandon()
+    _connect = staticmethod(connect)
+    _new_runner = Runner
+    _runner: Runner
 
     def __enter__(self) -> Client:
         self._check_home()
@@ -129,15 +76,7 @@ class Client(Base):
         manager cannot be reached, it releases the IDs when the lease expires.
         """
         self._check_home()
-        self._close(self._timeout)
-
-    def _close(self, patience: float) -> None:
-        try:
-            self._runner.finish_all()
-            self._runner.run(lambda: self._session.close(self._session.now() + patience))
-        finally:
-            if self._session.closed:  # if it was broken off before, closing again goes on
-                self._runner.close()
+        self._runner.close(self._timeout)
 
     def acquire(self) -> int:
         """Acquire one ID and return it. Most calls need no round trip.
@@ -147,20 +86,20 @@ class Client(Base):
         """
         if self._home is not ProcessIdentity.current:
             self._check_home()
-        session, cid = self._session, 0
+        lease, cid = self._session.lease, 0
         try:
-            with self._lock:
-                cid = session.take()
+            with self._runner.lock:
+                cid = lease.take()
             if cid:
-                if session.needs_maintenance:
+                if lease.cache.needs_maintenance:
                     self._runner.wake()
                 return cid
-        except BaseException as error:  # out of a signal handler, say, or no thread can be started
+        except BaseException as error:  # of a signal handler, or no thread can be started
             taken = Acquired([cid] if cid else [])
-            taken.epoch = session.epoch
+            taken.lease = lease
             self._runner.take_back(taken, error)
             raise
-        return int(self._run_acquire(1)[0])
+        return int(self._acquire(1)[0])
 
     def acquire_many(self, count: int) -> IDs:
         """Acquire ``count`` IDs, all or none; return them as a uint64 array of shape [count].
@@ -170,37 +109,28 @@ class Client(Base):
             LimitExceeded: ``count`` is more than one request may acquire.
             Exhausted: the pool has fewer free IDs.
         """
-        return self._run_acquire(whole("count", count))
+        self._check_home()
+        return self._acquire(whole("count", count))
 
     def release(self, cid: int, *, ended: bool = False, cooldown: float | None = None) -> None:
-        """Give an ID back. It needs no round trip: the manager is told in the background.
+        """Release an ID. It needs no round trip: the heartbeat tells the manager.
 
         Args:
             cid: the ID.
-            ended: END was sent and answered with success, on every model it was used on. Then this
-                client may use the ID again after the manager's least cooldown.
-            cooldown: otherwise, seconds after which Triton has certainly forgotten the
-                sequence: its model's idle time, plus the longest time that a request may take.
-                If it is not said, the manager takes a time of its own, two minutes by default. Of a
-                client that dies before the manager hears of this, an ID cools for that time only,
-                or for the longest that its sequences need.
+            ended: END was sent and answered with success, on every model that the ID was used on.
+                Then this client may use the ID again after the manager's minimum cooldown.
+            cooldown: otherwise, seconds after which Triton has certainly forgotten the sequence:
+                the model's idle time, plus the longest time that a request may take. Default: the
+                manager's, which is two minutes by default. If the client dies before it has told
+                the manager, the ID cools for the manager's default, or for the longest time that
+                the client's sequences need.
 
         Raises:
-            NotHeld: this client does not hold it.
-            OutOfRange: no ID at all.
-            SessionExpired: it was lost with its session; it is the manager's already.
+            NotHeld: this client does not hold the ID.
+            OutOfRange: the number is not an ID.
+            SessionExpired: the ID was lost with its session, so the manager has it already.
         """
-        if self._home is not ProcessIdentity.current:
-            self._check_home()
-        session = self._session
-        if ended and type(cid) is int and not session.closed:
-            with self._lock:
-                done = session.recycle(cid)
-            if done:
-                if session.needs_maintenance:
-                    self._runner.wake()
-                return
-        self.release_many([cid], ended=ended, cooldown=cooldown)
+        self._release(cid, ended, cooldown)
 
     def release_many(
         self, cids: Iterable[int], *, ended: bool = False, cooldown: float | None = None
@@ -211,13 +141,7 @@ class Client(Base):
             Duplicate: an ID is given twice.
             NotHeld, OutOfRange, SessionExpired: an ID cannot be released.
         """
-        self._check_home()
-        found = several(cids)
-        try:
-            with self._lock:
-                self._give(found, bool(ended), cooldown)
-        finally:
-            self._runner.wake()
+        self._release_many(cids, ended, cooldown)
 
     def active(self) -> int:
         """Return the number of IDs that all clients hold, those in their caches included."""
@@ -234,14 +158,14 @@ class Client(Base):
     def status(self) -> dict[str, Any]:
         """Return the status of the manager: pool, sessions and counters."""
         self._check_home()
-        return self._runner.run(lambda: self._session.status(self._deadline()))
+        return self._runner.run(self._session.status(self._deadline()))
 
     def sequence(
         self,
         model: str,
         *,
         streaming: bool = False,
-        timeout: float = 60.0,
+        timeout: float = SEQUENCE_TIMEOUT_S,
         cooldown: float | None = None,
         check: bool = True,
         end_inputs: list[Any] | None = None,
@@ -273,29 +197,28 @@ class Client(Base):
         try:
             self._runner.start()
             plan = self._runner.run(
-                lambda: self._begin_sequence(model, timeout, cooldown, check, end_inputs, taken)
+                self._begin_sequence(model, timeout, cooldown, check, end_inputs, taken)
             )
-            if self._session.needs_maintenance:
+            if self._session.lease.cache.needs_maintenance:
                 self._runner.wake()
             return Sequence(self._runner, plan, streaming, end_inputs, self, caller())
         except BaseException as error:
             self._runner.take_back(taken, error)
             raise
 
-    def _run_acquire(self, count: int) -> IDs:
-        self._check_home()
-        taken = Acquired()
+    def _acquire(self, count: int) -> IDs:
+        session, taken = self._session, Acquired()
         try:
             self._runner.start()
-            self._runner.run(lambda: self._acquire(count, taken))
-            if self._session.needs_maintenance:
+            deadline = session.now() + self._timeout
+            self._runner.run(session.acquire(count, None, deadline, taken))
+            if session.lease.cache.needs_maintenance:
                 self._runner.wake()
-            return as_ids(taken)
+            return np.array(taken, np.uint64)
         except BaseException as error:
             self._runner.take_back(taken, error)
             raise
 
     def _number(self, operation: Operation) -> int:
         self._check_home()
-        event = self._runner.run(lambda: self._session.read(operation, self._deadline()))
-        return int(event.output[0])
+        return self._runner.run(self._session.number(operation, self._deadline()))

@@ -11,21 +11,19 @@ import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
 from ... import protocol
-from ...errors import CidError, Unavailable
 from ..core.grpc_calls import (
     SHORT_S,
     Calls,
     Connection,
     Connections,
+    GrpcBase,
+    StreamBase,
     read_config,
-    read_stream,
-    stream_broke,
 )
 from ..core.transport import (
     Address,
     Done,
     Receive,
-    boottime,
     read_answer,
     translating,
 )
@@ -34,22 +32,13 @@ from .threads import spawn
 __all__ = ["GrpcTransport"]
 
 
-class GrpcTransport:
-    """gRPC for threads. A request blocks the thread that sends it, without any other."""
-
-    inputs = tritonclient.grpc.InferInput
-    now = staticmethod(boottime)
+class GrpcTransport(GrpcBase):
+    """gRPC for threads. A request blocks only the thread that sends it."""
 
     def __init__(
         self, address: Address, headers: Mapping[str, str] | None, options: Mapping[str, Any]
     ) -> None:
-        self.url = address.url
-        self._calls = Calls(address, headers, options)
-        # The manager's requests never wait behind those of sequences.
-        self._asks, self._sequences = (
-            Connections(lambda: self._calls.channel(grpc), lambda channel: channel.close())
-            for _ in range(2)
-        )
+        super().__init__(grpc, lambda channel: channel.close(), address, headers, options)
 
     def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
         request, beside = self._calls.request(model, inputs, **options)
@@ -102,9 +91,10 @@ class GrpcTransport:
         self._sequences.close()
 
     def _block(self, request: Any, limit: float, beside: Mapping[str, Any]) -> Any:
-        """Send a request in this thread alone, which costs half of what others take.
+        """Send a request in this thread alone, which costs half as much as `_wait`.
 
-        If a signal handler raises an exception in the main thread meanwhile, gRPC cancels it.
+        If a signal handler raises an exception in the main thread meanwhile, gRPC cancels the
+        request.
         """
         connection = self._sequences.take()
         try:
@@ -122,7 +112,7 @@ class GrpcTransport:
         limit: float,
         beside: Mapping[str, Any],
     ) -> Any:
-        """Send a request in the background and wait for it; when that ends, it goes on."""
+        """Send a request in the background and wait for it. It goes on if the wait ends."""
         connection = connections.take()
         release: Callable[[Any], object] = lambda call: connections.release(connection)  # noqa: E731
         call = self._start(connections, connection, method, request, limit, beside, release)
@@ -155,51 +145,27 @@ class GrpcTransport:
         return call
 
 
-class _Stream:
+class _Stream(StreamBase):
     """A stream, and the thread that reads it. gRPC has another one, which sends."""
 
     def __init__(self, connections: Connections, calls: Calls, receive: Receive) -> None:
-        self._connections, self._calls, self._receive = connections, calls, receive
-        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.over = False
-        self._connection = connections.take()
+        requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        super().__init__(connections, calls, receive, requests)
         try:
             self._answers = self._connection.stream(
-                iter(self._queue.get, None), metadata=calls.metadata
+                iter(requests.get, None), metadata=calls.metadata
             )
             spawn(self._read, name="cidalloc-stream")
         except BaseException as error:
-            self._queue.put(None)
+            self.end()
             connections.give_up(self._connection, error)
             raise
 
-    def send(self, model: str, inputs: list[Any], /, **options: Any) -> None:
-        request, _ = self._calls.request(model, inputs, **options)
-        if self.over:
-            raise Unavailable(f"the stream to {self._calls.url} broke: open a new sequence")
-        self._calls.show(request)
-        self._queue.put(request)
-
-    def end(self) -> None:
-        self._queue.put(None)
-
-    def cut(self) -> None:
-        if not self.over:
-            self._answers.cancel()
-
-    def suspect(self) -> None:
-        self._connections.retire(self._connection)
-
     def _read(self) -> None:
+        failure = None
         try:
             for answer in self._answers:
-                self._calls.show(answer)
-                self._receive(*read_stream(answer))
-            error: CidError = Unavailable(f"the stream to {self._calls.url} was closed")
-        except Exception as failed:
-            self.suspect()
-            error = stream_broke(failed, self._calls.url)
-        self.over = True
-        self._queue.put(None)  # gRPC's other thread ends
-        self._connections.release(self._connection)
-        self._receive("", True, None, error)
+                self._received(answer)
+        except Exception as error:
+            failure = error
+        self._ended(failure)

@@ -1,7 +1,7 @@
-"""HTTP for threads: each request takes a connection that no other uses, and the calling thread.
+"""HTTP for threads: each request has a connection of its own, and runs in the calling thread.
 
 tritonclient's HTTP client runs on gevent, which ties it to its thread and gives every thread an
-event loop with file descriptors that it never takes back. So the bodies are tritonclient's, and the
+event loop whose file descriptors it never closes. So the bodies are tritonclient's, and the
 connections are the standard library's.
 """
 
@@ -38,14 +38,14 @@ from .threads import spawn
 
 __all__ = ["HttpTransport"]
 
-_IDLE_S = 30.0  # for how long a connection is kept that nobody uses
+_IDLE_S = 30.0  # an idle connection is kept so long
 _BODY = tritonclient.http.InferenceServerClient.generate_request_body
 _LENGTH = "Inference-Header-Content-Length"
 _PACK: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflate": zlib.compress}
 
 
 class HttpTransport:
-    """HTTP; any number of requests at once, none of which waits for another."""
+    """HTTP for threads. No request waits for another one."""
 
     inputs = tritonclient.http.InferInput
     now = staticmethod(boottime)
@@ -61,7 +61,7 @@ class HttpTransport:
         self._context = tls_context(found) if address.tls else None
         self._verbose = found["verbose"]
         self._lock = threading.Lock()
-        # The connections that nobody uses, those used last at the end.
+        # Idle connections and when they became idle, the latest at the end.
         self._idle: list[tuple[float, http.client.HTTPConnection]] = []
         self._closed = False
 
@@ -117,7 +117,7 @@ class HttpTransport:
             _, content = self._send("GET", path, b"", self._headers, timeout)
             config: Mapping[str, Any] = json.loads(content)
             if not isinstance(config, dict):
-                raise TypeError("a model configuration that is no JSON object")
+                raise TypeError("a model configuration that is not a JSON object")
         return config
 
     def submit(
@@ -207,7 +207,7 @@ def _set_timeout(connection: http.client.HTTPConnection, until: float) -> None:
 
 
 def _went_away(connection: http.client.HTTPConnection) -> bool:
-    """Whether the server has closed a connection: there is something to read that is no answer."""
+    """Whether the server has closed an idle connection: then there is something to read."""
     if connection.sock is None:
         return True
     poll = select.poll()
@@ -216,7 +216,7 @@ def _went_away(connection: http.client.HTTPConnection) -> bool:
 
 
 def _failure(status: int, content: bytes) -> InferenceServerException:
-    """Return tritonclient's exception for an answer that is no success, as tritonclient does."""
+    """Return tritonclient's exception for an answer with an error, as tritonclient does."""
     try:
         text = json.loads(content)["error"]
     except (ValueError, LookupError, TypeError):

@@ -1,6 +1,6 @@
-"""Runs flows in the threads that call, and the heartbeat and the watch in threads of its own.
+"""Runs flows in the calling threads, and the heartbeat and the watch in threads of its own.
 
-The heartbeat looks after the session; the watch ends requests of sequences that are not answered in
+The heartbeat keeps the session alive; the watch ends requests of sequences that are not answered in
 time.
 """
 
@@ -14,59 +14,64 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from ...errors import CidError
-from ..core.effects import Config, Effect, Flow, Idle, Reply
-from ..core.runner import DAY_S, LOOK_S, RunnerBase
+from ..core.effects import Config, Flow, Idle, Reply, Send
+from ..core.runner import LOOK_S, RunnerBase
 from ..core.sequence import SequenceCore
 from ..core.session import Session
+from ..core.transport import DAY_S, HURRY_S, Transport
+from .at_exit import close_at_exit
 from .threads import spawn
-from .transport import Transport
 
 __all__ = ["Runner"]
 
 T = TypeVar("T")
 
-_HEARTBEAT_JOIN_S = 2.0  # for what the heartbeat has just sent
-_REST_S = 1.0  # for how long the watch's thread waits for more to look at
+_REST_S = 1.0  # the watch's thread waits so long for another sequence before it ends
 
 
 class Runner(RunnerBase):
-    """Runs flows of a session in the threads that call, and its heartbeat in one of its own."""
+    """Runs flows of a session in the calling threads, and its heartbeat in a thread of its own."""
+
+    future: Callable[[], Future[Any]] = Future
 
     def __init__(self, session: Session, transport: Transport, model: str) -> None:
-        super().__init__(session, model, transport.now)
-        self.transport = transport
-        self.future: Callable[[], Future[Any]] = Future
+        super().__init__(session, transport, model)
         self._changed = threading.Condition(self.lock)
         self._heartbeat: threading.Thread | None = None
         self._dropped: deque[SequenceCore] = deque()
-        # The watch rests on this queue; others put something into it, which locks nothing.
+        # The watch sleeps on this queue; other threads wake it by an entry, which needs no lock.
         self._rest: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._resting = False
         self._watcher: threading.Thread | None = None
+        close_at_exit(self)
 
-    def run(self, flow: Callable[[], Flow[T]]) -> T:
+    def run(self, flow: Flow[T]) -> T:
         """Run a flow to its end and return its value."""
-        event: Reply | None = None
-        with self.lock:
-            steps = flow()
+        session = self.session
+        reply: Any = None  # a generator begins with None
         try:
             while True:
                 with self.lock:
-                    effect = self._step(steps, event)
+                    seen = session.version
+                    try:
+                        effect = flow.send(reply)
+                    finally:
+                        if session.version != seen:
+                            self._changed.notify_all()
                     if isinstance(effect, Idle):
                         left = effect.until - self.now()
                         self._changed.wait(min(max(left, 0.0), DAY_S))
                 if isinstance(effect, Idle):
                     self._finish_dropped()
-                    event = Reply()
+                    reply = Reply()
                 else:
-                    event = self._perform(effect)
+                    reply = self._perform(effect)
         except StopIteration as stop:
             value: T = stop.value
             return value
         finally:
             with self.lock:
-                steps.close()
+                flow.close()
                 self._changed.notify_all()
 
     def start(self) -> None:
@@ -81,14 +86,14 @@ class Runner(RunnerBase):
                     self._heartbeat = spawn(self._keep, name="cidalloc-client")
 
     def wake(self) -> None:
-        """Tell the heartbeat that there is something to do."""
+        """Tell the heartbeat that there is something to do. It starts if it does not run yet."""
         self.start()
         with self.lock:
-            self.session.needs_maintenance = False
+            self.session.lease.cache.needs_maintenance = False
             self._changed.notify_all()
 
     def watch(self, core: SequenceCore) -> None:
-        """Look at a sequence every now and then, until nothing of it is on its way any more."""
+        """Call `SequenceCore.look` of a sequence repeatedly until it returns False."""
         self._watched[core] = None
         if self._watcher is None:
             with self.lock:
@@ -97,31 +102,41 @@ class Runner(RunnerBase):
         self._wake_watch()
 
     def drop(self, core: SequenceCore) -> None:
-        """End a sequence whose handle was collected as garbage, which happens anywhere.
+        """End a sequence whose handle was collected as garbage.
 
-        So it takes no lock that somebody has, be it this very thread.
+        Garbage is collected at any line, so this waits for no lock: this thread may have it.
         """
         core.dropped = True
         self._dropped.append(core)
         self._poke()
 
     def abandon(self) -> None:
-        """Let the heartbeat close the session and the connections: nobody has the client."""
+        """Let the heartbeat close the session, since the client was collected as garbage."""
         self.session.abandoned = True
         self._poke()
 
-    def close(self) -> None:
-        """Close the connections, after the heartbeat, which ends when its session is closed."""
-        self._wake_watch()
-        if self._heartbeat is not None and self._heartbeat is not threading.current_thread():
-            self._heartbeat.join(_HEARTBEAT_JOIN_S)
-        self.transport.close()
+    def close(self, patience: float) -> None:
+        """Close the session and the connections. If it is broken off, closing again completes it.
+
+        Args:
+            patience: seconds that the manager may take.
+        """
+        try:
+            self.finish_all()
+            self.run(self.session.close(self.now() + patience))
+        finally:
+            if self.session.closed:
+                self._wake_watch()
+                # The heartbeat ends when its session is closed.
+                heartbeat = self._heartbeat
+                if heartbeat is not None and heartbeat is not threading.current_thread():
+                    heartbeat.join(HURRY_S)
+                self.transport.close()
 
     def _keep(self) -> None:
-        self.run(self.session.heartbeat)
+        self.run(self.session.heartbeat())
         if not self.session.closed:
-            self.run(lambda: self.session.close(self.now() + self.session.timeout))
-            self.close()
+            self.close(self.session.link.timeout)
 
     def _poke(self) -> None:
         if self.lock.acquire(blocking=False):
@@ -147,7 +162,7 @@ class Runner(RunnerBase):
             if self._look():
                 continue
             if rested or self.session.closed:
-                self._watcher = None  # first: who watches from now on starts another one
+                self._watcher = None  # first, so that `watch` starts another one from now on
                 with self.lock:
                     if self._watcher is not None or not self._watched:
                         return
@@ -159,15 +174,11 @@ class Runner(RunnerBase):
             self._resting = False
             self._rest.put(None)
 
-    def _notify(self) -> None:
-        self._changed.notify_all()
-
-    def _perform(self, effect: Effect) -> Reply:
+    def _perform(self, effect: Send | Config) -> Reply:
         try:
             if isinstance(effect, Config):
                 config = self.transport.model_config(effect.model, effect.timeout)
                 return Reply(config=config)
-            assert not isinstance(effect, Idle)
             output, detail = self.transport.call(self.model, effect.request, effect.timeout)
             return Reply(output, detail)
         except CidError as error:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import logging
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from types import TracebackType
 from typing import Any
 
 from ..core.handle import SequenceHandle
-from ..core.sequence import HURRY_S, Plan, SequenceCore
+from ..core.sequence import Plan, SequenceCore
+from ..core.transport import HURRY_S
 from .runner import Runner
 
 __all__ = ["Sequence"]
-
-_log = logging.getLogger("cidalloc.client")
 
 
 class Sequence(SequenceHandle):
@@ -37,8 +34,7 @@ class Sequence(SequenceHandle):
         client: object,
         opened_at: tuple[str, int],
     ) -> None:
-        super().__init__(runner, plan.target.name, opened_at)
-        self._client = client  # which would be closed if nobody had it any more
+        super().__init__(runner, plan.target.name, client, opened_at)
         self._transport = runner.transport
         self._core = SequenceCore(runner, plan, streaming, end_inputs)
 
@@ -101,16 +97,8 @@ class Sequence(SequenceHandle):
         self._check_home()
         core = self._begun
         try:
-            if core.wants_end_inputs():
-                assert core.end_inputs is not None
-                try:
-                    core.submit(core.request(core.end_inputs, True, {})).result(patience)
-                except (Exception, concurrent.futures.CancelledError) as error:
-                    text = error or type(error).__name__
-                    _log.warning("END of %r failed: %s", self, text)
-            if core.on_way:
-                patience = HURRY_S if core.abandoned else patience
-                concurrent.futures.wait(core.unanswered(), patience)
+            for futures, limit in core.closing(patience):
+                wait(futures, limit)
         finally:
             core.finish()
 

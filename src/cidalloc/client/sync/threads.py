@@ -1,4 +1,4 @@
-"""Threads of the client, which the system may refuse."""
+"""Threads of the client."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def spawn(target: Callable[..., object], *arguments: Any, name: str) -> threadin
     """Start a daemon thread, which does not keep the process from ending.
 
     Raises:
-        Unavailable: the system refuses it.
+        Unavailable: the system refuses the thread.
     """
     thread = threading.Thread(target=target, args=arguments, name=name, daemon=True)
     try:
