@@ -20,7 +20,9 @@ from cidalloc.client import AsyncClient, Client
 from cidalloc.client.core.lease import Lease
 from cidalloc.manager.settings import Settings
 
-SETTINGS = Settings(first=1, capacity=100_000, max_sessions=100, cooldown_ms=0, fresh=True)
+SETTINGS = Settings(
+    first=1, capacity=100_000, max_sessions=100, cooldown_ms=0, min_ttl_ms=1, fresh=True
+)
 
 
 class Slow(Loopback):
@@ -103,36 +105,36 @@ def test_a_client_that_nobody_has_ends_its_keeper() -> None:
 
 
 def test_the_keeper_renews_in_the_background() -> None:
-    with Client(transport=Loopback(SETTINGS), ttl=1.0) as cids:
+    with Client(transport=Loopback(SETTINGS), ttl=0.4) as cids:
         cid = cids.acquire()
         lease = cids._session.lease
-        time.sleep(2.5)
+        time.sleep(1.0)
         lease.check(cid, cids._session.now())
 
 
 def test_heartbeats_after_a_first_acquire_that_failed() -> None:
     """The session is open all the same."""
-    transport = Loopback(Settings(first=1, capacity=1, fresh=True))
+    transport = Loopback(Settings(first=1, capacity=1, min_ttl_ms=1, fresh=True))
     with Client(transport=transport) as holder:
         cid = holder.acquire()
-        with Client(transport=transport, ttl=1.0) as cids:
+        with Client(transport=transport, ttl=0.4) as cids:
             for acquire in (cids.acquire, lambda: cids.acquire_many(1)):
                 with pytest.raises(errors.Exhausted):
                     acquire()
-            time.sleep(2.5)
+            time.sleep(1.0)
             assert cids._session.state == "open"
         holder.release(cid, ended=True)
 
 
 def test_heartbeats_of_asyncio_after_a_first_acquire_that_failed() -> None:
     async def main() -> None:
-        transport = AsyncLoopback(Settings(first=1, capacity=1, fresh=True))
+        transport = AsyncLoopback(Settings(first=1, capacity=1, min_ttl_ms=1, fresh=True))
         async with AsyncClient(transport=transport) as holder:
             await holder.acquire()
-            async with AsyncClient(transport=transport, ttl=1.0) as cids:
+            async with AsyncClient(transport=transport, ttl=0.4) as cids:
                 with pytest.raises(errors.Exhausted):
                     await cids.acquire()
-                await asyncio.sleep(2.5)
+                await asyncio.sleep(1.0)
                 assert cids._session.state == "open"
 
     asyncio.run(main())
@@ -174,7 +176,7 @@ def test_a_cancelled_acquire_leaves_no_turn_behind() -> None:
             self, model: str, request: protocol.Request, timeout: float
         ) -> tuple[protocol.IDs, str]:
             if "count" in request.parameters and self.stuck:
-                await asyncio.sleep(3600)
+                await asyncio.sleep(1.0)
             return await super().call(model, request, timeout)
 
     async def main() -> None:
