@@ -23,6 +23,7 @@ __all__ = [
     "CORRELATION_ID",
     "DETAIL",
     "MAX_COOLDOWN_MS",
+    "MAX_SEQ",
     "MODEL",
     "OUTPUT",
     "PROTOCOL",
@@ -50,6 +51,8 @@ PROTOCOL = 1
 """The version of the protocol, which the answer to OPEN has."""
 TOKEN_BYTES = 16
 """Bytes of a session's token; requests have it as hexadecimal digits."""
+MAX_SEQ = 2**63 - 1
+"""The highest number of a session's change."""
 MAX_COOLDOWN_MS = 7 * 86_400_000
 """The longest cooldown that a client can ask for. It also keeps times far from overflow."""
 
@@ -67,7 +70,7 @@ class Request:
 
     operation: Operation
     ids: IDs = field(default_factory=lambda: _NO_IDS)
-    parameters: Mapping[str, Parameter] = field(default_factory=lambda: _NO_PARAMETERS)
+    parameters: Mapping[str, Any] = field(default_factory=lambda: _NO_PARAMETERS)
 
     def encode(self) -> dict[str, npt.NDArray[Any]]:
         """Return the input tensors by name.
@@ -87,7 +90,8 @@ class Request:
         """Return the request with these tensors, and with parameters as JSON.
 
         Raises:
-            InvalidArgument: a batch of more than one, or another type or shape.
+            InvalidArgument: a batch of more than one, another type or shape, or a parameter that
+                is not valid.
             UnknownOperation: no operation has this ``CODE``.
         """
         if code.shape != (1, 1):
@@ -117,64 +121,57 @@ class Request:
             read = None
         if not isinstance(read, dict):
             raise InvalidArgument("the request's parameters are not a JSON object")
+        _check_parameters(read)
         return cls(operation, ids, read)
-
-    def integer(self, name: str, default: int, low: int, high: int | None = None) -> int:
-        """Return the integer parameter ``name``; ``default`` if it is absent.
-
-        Raises:
-            InvalidArgument: it has another type, is less than ``low`` or more than ``high``.
-        """
-        value = self.parameters.get(name, default)
-        if type(value) is not int:
-            raise InvalidArgument(f"{name}={value!r} is not an integer")
-        if value < low:
-            raise InvalidArgument(f"{name}={value} is less than {low}")
-        if high is not None and value > high:
-            raise InvalidArgument(f"{name}={value} is more than {high}")
-        return value
-
-    def text(self, name: str) -> str | None:
-        """Return the text parameter ``name``; None if it is absent.
-
-        Raises:
-            InvalidArgument: it has another type.
-        """
-        value = self.parameters.get(name)
-        if value is not None and type(value) is not str:
-            raise InvalidArgument(f"{name} is not a text")
-        return value
 
     @property
     def token(self) -> bytes | None:
-        """The token of the request's session, or None.
+        """The token of the request's session, or None."""
+        text = self.parameters.get("session")
+        return None if text is None else bytes.fromhex(text)
 
-        Raises:
-            InvalidArgument: it is not a token; the message does not show it.
-        """
-        text = self.text("session")
-        if text is None:
-            return None
-        if not _TOKEN.fullmatch(text):
-            raise InvalidArgument(
-                f"session is not {2 * TOKEN_BYTES} hexadecimal digits: make them at random"
-            )
-        return bytes.fromhex(text)
 
-    def boolean(self, name: str) -> bool:
-        """Return the boolean parameter ``name``; False if it is absent.
+def _check_parameters(parameters: Mapping[str, Any]) -> None:
+    """Check the type and the bounds of each known parameter; others are ignored.
 
-        Raises:
-            InvalidArgument: it has another type.
-        """
-        value = self.parameters.get(name, False)
-        if type(value) is not bool:
-            raise InvalidArgument(f"{name}={value!r} is neither true nor false")
-        return value
+    Raises:
+        InvalidArgument: one of them is not valid. The message never shows a token.
+    """
+    for name in parameters.keys() & _KINDS.keys():
+        value, kind = parameters[name], _KINDS[name]
+        if kind is bool:
+            if type(value) is not bool:
+                raise InvalidArgument(f"{name}={value!r} is neither true nor false")
+        elif kind is str:
+            if type(value) is not str:
+                raise InvalidArgument(f"{name} is not a text")
+        elif type(value) is not int:
+            raise InvalidArgument(f"{name}={value!r} is not an integer")
+        elif value < kind:
+            raise InvalidArgument(f"{name}={value} is less than {kind}")
+        elif name == "seq" and value > MAX_SEQ:
+            raise InvalidArgument(f"seq={value} is more than {MAX_SEQ}")
+    if not _TOKEN.fullmatch(parameters.get("session", _ANY_TOKEN)):
+        raise InvalidArgument(
+            f"session is not {2 * TOKEN_BYTES} hexadecimal digits: make them at random"
+        )
 
+
+_KINDS: dict[str, Any] = {
+    "session": str,
+    "registry": str,
+    "label": str,
+    "ended": bool,
+    "count": 1,
+    "seq": 1,
+    "ttl_ms": 0,
+    "cooldown_ms": 0,
+}
+"""The parameters that operations know: their type; of an integer, its minimum."""
 
 _OPERATIONS = {operation.value: operation for operation in Operation}
 
+_ANY_TOKEN = "0" * 2 * TOKEN_BYTES
 _TOKEN = re.compile(rf"[0-9a-fA-F]{{{2 * TOKEN_BYTES}}}")
 _ERROR = re.compile(r"\[CIDALLOC (\d{1,9}) [A-Z_]+\] ?(.*)", re.DOTALL)
 

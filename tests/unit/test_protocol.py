@@ -72,22 +72,53 @@ def test_what_is_refused(
     assert words in str(caught.value)
 
 
+def decoded(**parameters: Any) -> Request:
+    return Request.decode(ONE, None, json.dumps(parameters))
+
+
 @pytest.mark.parametrize("value", ["3", 3.0, True, None, [3]])
-def test_integers_are_strict(value: Any) -> None:
-    with pytest.raises(InvalidArgument, match="count="):
-        Request(Operation.NEW, parameters={"count": value}).integer("count", 1, 1)
+@pytest.mark.parametrize("name", ["count", "seq", "ttl_ms", "cooldown_ms"])
+def test_integers_are_strict(name: str, value: Any) -> None:
+    with pytest.raises(InvalidArgument, match=f"{name}=.* is not an integer"):
+        decoded(**{name: value})
 
 
-@pytest.mark.parametrize("value", ["true", 1, 0, 1.0])
+@pytest.mark.parametrize(
+    ("name", "low"), [("count", 1), ("seq", 1), ("ttl_ms", 0), ("cooldown_ms", 0)]
+)
+def test_integers_have_bounds(name: str, low: int) -> None:
+    for value in (low, protocol.MAX_SEQ):
+        assert decoded(**{name: value}).parameters == {name: value}
+    with pytest.raises(InvalidArgument, match=f"{name}={low - 1} is less than {low}"):
+        decoded(**{name: low - 1})
+    with pytest.raises(InvalidArgument, match=f"seq={2**63} is more than {2**63 - 1}"):
+        decoded(seq=2**63)
+
+
+@pytest.mark.parametrize("value", ["true", 1, 0, 1.0, None])
 def test_booleans_are_strict(value: Any) -> None:
     with pytest.raises(InvalidArgument, match="ended="):
-        Request(Operation.DELETE, parameters={"ended": value}).boolean("ended")
+        decoded(ended=value)
 
 
-def test_defaults() -> None:
-    request = Request(Operation.NEW)
-    assert request.integer("count", 7, 1) == 7
-    assert request.boolean("ended") is False
+@pytest.mark.parametrize("name", ["session", "registry", "label"])
+def test_texts_are_strict(name: str) -> None:
+    for value in (1, True, None, ["a"]):
+        with pytest.raises(InvalidArgument, match=f"{name} is not a text"):
+            decoded(**{name: value})
+
+
+def test_unknown_parameters_are_ignored() -> None:
+    assert decoded(other=[1], count=2).parameters["count"] == 2
+
+
+def test_a_token() -> None:
+    assert decoded(session="0a" * 16).token == b"\n" * 16
+    assert decoded().token is None
+    for wrong in ("", "0a" * 15, "0a" * 17, "x" * 32, " " + "0a" * 15 + "0"):
+        with pytest.raises(InvalidArgument, match="32 hexadecimal digits") as caught:
+            decoded(session=wrong)
+        assert not wrong or wrong not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -341,7 +341,7 @@ def test_one_that_has_ended_its_work(service: Service) -> None:
 def test_nothing_escapes(
     service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(*arguments: Any) -> None:
+    def broken(*arguments: Any, **named: Any) -> None:
         raise ZeroDivisionError("/secret/path.py")
 
     monkeypatch.setattr(Registry, "acquire", broken)

@@ -126,7 +126,12 @@ class Service:
 
     def _answered(self, request: Request) -> Answer:
         registry = self._holder.registry()
-        _check_registry(registry, request)
+        wanted = request.parameters.get("registry")
+        if wanted is not None and wanted != str(registry.uuid):
+            raise RegistryMismatch(
+                f"this is the registry {registry.uuid}, not {wanted}: is there a load balancer"
+                " between client and server? A session belongs to one manager"
+            )
         now = self._clock()
         if request.operation is Operation.STATUS:
             return _NOTHING, json.dumps(self._status(registry, now, SHOWN))
@@ -152,15 +157,6 @@ class Service:
 _NOTHING: IDs = np.empty((1, 0), np.uint64)
 
 
-def _check_registry(registry: Registry, request: Request) -> None:
-    wanted = request.text("registry")
-    if wanted is not None and wanted != str(registry.uuid):
-        raise RegistryMismatch(
-            f"this is the registry {registry.uuid}, not {wanted}: does a load balancer stand"
-            " between? A session belongs to one manager"
-        )
-
-
 def _token(request: Request) -> bytes:
     token = request.token
     if token is None:
@@ -168,49 +164,35 @@ def _token(request: Request) -> bytes:
     return token
 
 
-def _seq(request: Request) -> int:
-    if "seq" not in request.parameters:
+def _change(request: Request) -> dict[str, Any]:
+    """Return the arguments that each change of a session has."""
+    given, token = request.parameters, request.token
+    if token is not None and "seq" not in given:
         raise InvalidArgument(
-            "a change of a session needs the parameter seq, which rises with each"
+            "a change of a session needs the parameter seq, which rises with each change"
         )
-    return request.integer("seq", 0, 1, 2**63 - 1)
-
-
-def _cooldown(request: Request) -> int | None:
-    if "cooldown_ms" not in request.parameters:
-        return None
-    return request.integer("cooldown_ms", 0, 0)
+    return {"token": token, "seq": given.get("seq", 0), "cooldown_ms": given.get("cooldown_ms")}
 
 
 def _new(registry: Registry, request: Request, now: int) -> IDs:
-    token, count = request.token, request.integer("count", 1, 1)
-    if token is None:
-        return registry.acquire(count, now)
-    seq, cooldown = _seq(request), _cooldown(request)
-    return registry.acquire(count, now, token=token, seq=seq, cooldown_ms=cooldown)
+    return registry.acquire(request.parameters.get("count", 1), now, **_change(request))
 
 
 def _delete(registry: Registry, request: Request, now: int) -> int:
-    token = request.token
-    return registry.release(
-        request.ids,
-        now,
-        token=token,
-        seq=0 if token is None else _seq(request),
-        ended=request.boolean("ended"),
-        cooldown_ms=_cooldown(request),
-    )
+    ended = request.parameters.get("ended", False)
+    return registry.release(request.ids, now, ended=ended, **_change(request))
 
 
 def _open(registry: Registry, request: Request, now: int) -> list[int]:
-    if "ttl_ms" not in request.parameters:
+    given = request.parameters
+    if "ttl_ms" not in given:
         raise InvalidArgument("OPEN needs the parameter ttl_ms")
     grant = registry.open(
         _token(request),
         now,
-        ttl_ms=request.integer("ttl_ms", 0, 0),
-        cooldown_ms=_cooldown(request),
-        label=request.text("label") or "",
+        ttl_ms=given["ttl_ms"],
+        cooldown_ms=given.get("cooldown_ms"),
+        label=given.get("label", ""),
     )
     high, low = divmod(registry.uuid.int, 2**64)
     times = (registry.settings.cooldown_ms, registry.settings.unended_cooldown_ms)
@@ -218,14 +200,15 @@ def _open(registry: Registry, request: Request, now: int) -> list[int]:
 
 
 def _renew(registry: Registry, request: Request, now: int) -> list[int]:
-    grant = registry.renew(_token(request), now, cooldown_ms=_cooldown(request))
+    cooldown = request.parameters.get("cooldown_ms")
+    grant = registry.renew(_token(request), now, cooldown_ms=cooldown)
     return [grant.generation, grant.ttl_ms]
 
 
 def _close(registry: Registry, request: Request, now: int) -> int:
-    return registry.close_session(_token(request), now, ended=request.boolean("ended"))
+    ended = request.parameters.get("ended", False)
+    return registry.close_session(_token(request), now, ended=ended)
 
 
 def _held(registry: Registry, request: Request, now: int) -> IDs:
-    seq = _seq(request) if "seq" in request.parameters else None
-    return registry.held(_token(request), now, seq=seq)
+    return registry.held(_token(request), now, seq=request.parameters.get("seq"))

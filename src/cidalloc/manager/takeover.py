@@ -119,6 +119,8 @@ class RegistryHolder:
             Unavailable: another process has it, or is about to.
             RegistryLocked: a process that is not visible here has it, and does not end.
         """
+        if self._registry is not None:
+            return self._registry
         now = self._clock()
         if self._let_go_at is not None and now - self._let_go_at >= _TAKE_BACK_MS:
             # Requests still come: the process that wanted it may have died, and we serve on.

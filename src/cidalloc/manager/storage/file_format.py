@@ -124,15 +124,13 @@ class Shape:
 
     def ids(self, numbers: IDs) -> IDs:
         """Return the IDs that the allocator has under these numbers of its own."""
-        return self._rotated(numbers, self.offset)
+        return self._rotated(numbers, self.offset) if self.offset else numbers
 
     def numbers(self, ids: IDs) -> IDs:
         """Return the allocator's numbers of these IDs; of none of the pool, one outside it."""
-        return self._rotated(ids, self.modulus - self.offset)
+        return self._rotated(ids, self.modulus - self.offset) if self.offset else ids
 
     def _rotated(self, numbers: IDs, by: int) -> IDs:
-        if not self.offset:
-            return numbers
         if len(numbers) == 1:  # the usual case; an array operation takes longer than all of this
             place = int(numbers[0]) - self.first
             if not 0 <= place < self.modulus:
