@@ -318,7 +318,7 @@ def test_a_holder_in_another_pid_namespace(values: Settings, clock: Clock) -> No
             mine.poll()
             away(mine, "writes")
             clock.now += 2_400
-        with pytest.raises(RegistryLocked, match=r"cannot be seen from here.*another container"):
+        with pytest.raises(RegistryLocked, match=r"is not visible from here.*another container"):
             mine.registry()
         assert other.stdin
         other.stdin.write("\n")

@@ -178,12 +178,7 @@ def model(
         raise InvalidArgument(
             "--python needs --vendor: it checks the Python version of the copy that --vendor makes"
         )
-    folder = Path(values.state)
-    if values.state and repository.resolve() in (folder.resolve(), *folder.resolve().parents):
-        raise InvalidArgument(
-            f"--state {folder} is inside the model repository, where Triton reloads a model when a"
-            " file changes: choose a folder outside"
-        )
+    _check_folder(values.state, repository)
     place = export(
         repository,
         values,
@@ -197,11 +192,25 @@ def model(
     click.echo(f"Wrote {place / 'config.pbtxt'} and {place / str(modver) / 'model.py'}.")
     if before:
         click.echo(f"{_kept(values, chosen)} Use --reset to restore the defaults.")
+    _tell_next(values, name, vendor)
+
+
+def _check_folder(state: str, repository: Path) -> None:
+    folder = Path(state).resolve()
+    if state and repository.resolve() in (folder, *folder.parents):
+        raise InvalidArgument(
+            f"--state {state} is inside the model repository, where Triton reloads a model when a"
+            " file changes: choose a folder outside"
+        )
+
+
+def _tell_next(values: Settings, name: str, vendor: bool) -> None:
+    """Print what the operator has to know and to do next."""
     if (last := values.first + values.capacity - 1) > EXACT:
         click.echo(f"warning: the pool ends at {last}: {INEXACT}.", err=True)
     if values.state:
-        click.echo(f"The manager will store held IDs in {folder / name}.cidalloc.")
-        if not folder.is_dir():
+        click.echo(f"The manager will store held IDs in {Path(values.state) / name}.cidalloc.")
+        if not Path(values.state).is_dir():
             click.echo("The manager creates this folder on the server, for the server's user only.")
     if vendor:
         click.echo("Next: load the model. Its folder contains a copy of cidalloc.")

@@ -119,20 +119,23 @@ class RegistryHolder:
             Unavailable: another process has it, or is about to.
             RegistryLocked: a process that is not visible here has it, and does not end.
         """
-        if self._registry is not None:
-            return self._registry
-        now = self._clock()
-        if self._let_go_at is not None and now - self._let_go_at >= _TAKE_BACK_MS:
-            # Requests still come: the process that wanted it may have died, and we serve on.
-            self._let_go_at = now
-            self._try_take()
-        if self._registry is None:
-            if self._unseen_since is not None and now - self._unseen_since >= _UNSEEN_MS:
+        registry = self._registry or self._taken_back()
+        if registry is None:
+            unseen = self._unseen_since
+            if unseen is not None and self._clock() - unseen >= _UNSEEN_MS:
                 raise RegistryLocked(
-                    f"{self._trouble}; that process cannot be seen from here: is it in another"
+                    f"{self._trouble}; that process is not visible from here: is it in another"
                     " container, or was it stopped?"
                 )
             raise Unavailable(f"{self._trouble}; try again")
+        return registry
+
+    def _taken_back(self) -> Registry | None:
+        """Try to take the file back, if the process that requested it has not taken it for long."""
+        now = self._clock()
+        if self._let_go_at is not None and now - self._let_go_at >= _TAKE_BACK_MS:
+            self._let_go_at = now
+            self._try_take()
         return self._registry
 
     def poll(self) -> None:

@@ -62,14 +62,7 @@ def export(
         InvalidArgument: the model exists, a name or number is not valid, or this package was
             built for another Python than the server's.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        raise InvalidArgument(
-            f"{name!r} is not a valid model name: use letters, digits, '_', '-' and '.'"
-        )
-    if type(version) is not int or version < 1:
-        raise InvalidArgument(f"{version!r} is not a valid model version: use 1 or more")
-    if type(batch_size) is not int or batch_size < 1:
-        raise InvalidArgument(f"batch_size={batch_size!r} is not valid: use 1 or more")
+    _check_numbers(name, version, batch_size)
     if vendor:
         _check_python(vendor)
     folder = Path(repository) / name
@@ -102,6 +95,17 @@ def export(
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return folder
+
+
+def _check_numbers(name: str, version: int, batch_size: int) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise InvalidArgument(
+            f"{name!r} is not a valid model name: use letters, digits, '_', '-' and '.'"
+        )
+    if type(version) is not int or version < 1:
+        raise InvalidArgument(f"{version!r} is not a valid model version: use 1 or more")
+    if type(batch_size) is not int or batch_size < 1:
+        raise InvalidArgument(f"batch_size={batch_size!r} is not valid: use 1 or more")
 
 
 def _fill(folder: Path, version: int, config: str, *, vendor: bool) -> None:

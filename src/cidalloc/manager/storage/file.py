@@ -67,6 +67,7 @@ class Storage:
         self.records = Mapping(shape.granules * GRANULE)
         for part in Part:
             self._memory(part).extend(self.granules(part) * GRANULE, fd, part.place)
+            self._grow_to(part, 1)  # a new one gets row 0 and record 0
         _stores.add(self)
 
     # ---- Making and opening
@@ -76,9 +77,7 @@ class Storage:
         """Return a storage in memory alone."""
         header = memoryview(bytearray(HEADER_BYTES)).cast("Q")
         fill_header(header, shape)
-        store = cls(header, shape, -1, None)
-        store._begin()
-        return store
+        return cls(header, shape, -1, None)
 
     @classmethod
     def open(cls, path: Path, shape: Shape | None, *, boot: bytes, waiting_ms: int = 0) -> Storage:
@@ -152,11 +151,6 @@ class Storage:
             _check(fd, path, shape)
         finally:
             os.close(fd)
-
-    def _begin(self) -> None:
-        """Give a new storage the row and the record that belong to no session and no ID."""
-        for part in Part:
-            self._grow_to(part, 1)
 
     # ---- Content
 
@@ -321,7 +315,6 @@ def _fill(draft: Path, shape: Shape, path: Path, boot: bytes, waiting_ms: int) -
         os.close(fd)
         raise
     try:
-        store._begin()
         if waiting_ms:
             # As after a power cut: all IDs that may have been issued cool first.
             store.header[Word.HORIZON] = waiting_ms
@@ -359,9 +352,7 @@ def _check(
         raise InvalidArgument(f"cannot use {path}: it is not a file")
     if status.st_size < GRANULE:
         raise RegistryCorrupt(f"{path} is too short for a registry: {status.st_size} bytes")
-    copy = memoryview(bytearray(HEADER_BYTES))
-    _read(fd, copy, 0)
-    header = copy.cast("Q")
+    header = memoryview(bytearray(os.pread(fd, HEADER_BYTES, 0))).cast("Q")
     shape = shape_of(header, path)
     if wanted is not None and (wanted.first, wanted.capacity) != (shape.first, shape.capacity):
         raise RegistryMismatch(
@@ -374,8 +365,8 @@ def _check(
         raise RegistryCorrupt(
             f"{path} is truncated: {status.st_size} bytes, and at least {records} were in use"
         )
-    # The length of a part is stored before anything beyond it. While we read, a writer may store
-    # both; the lock tells that there is none.
+    # The length of a part is stored before anything beyond it. Without the lock, a writer may store
+    # both between our reads.
     blank = _is_blank(fd, rows, Part.RECORDS.place) and _is_blank(fd, records, status.st_size)
     if not blank and (locked or not header[Word.PID]):
         raise RegistryCorrupt(f"{path} is damaged: it has records beyond what it says is in use")
