@@ -7,6 +7,8 @@ def main() -> None:
     """Run the ``cidalloc`` command."""
     try:
         from .cli import run
+
+        run()
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("cidalloc"):
             raise
@@ -14,7 +16,6 @@ def main() -> None:
             f"error: UNAVAILABLE: {error.name} is missing: the cidalloc command needs"
             " pip install 'cidalloc[client]'"
         )
-    run()
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ _NEXT = ";;"
 FORKING = """
 import gc, os, sys
 from cidalloc import cli
+from cidalloc.cli import ask, demo, doctor, model, registry, serve, top  # noqa: F401
 
 gc.freeze()  # what is shared stays shared, so that a child ends quickly
 folder, stdout, *words = sys.argv[1:]

@@ -8,37 +8,65 @@ import io
 import os
 import signal
 import sys
+from importlib import import_module
 
 import click
 
 from .. import __version__
 from ..codes import Code
 from ..errors import CidError
-from . import ask, demo, doctor, model, registry, serve, top
 
 __all__ = ["main", "run"]
 
 
-_GROUPS: dict[str, list[click.Command]] = {
-    "Try it": [demo.demo, demo.stress, serve.serve],
-    "Deploy the manager": [model.model],
-    "Watch a manager": [ask.status, top.top, ask.probe, doctor.doctor],
-    "Use IDs in scripts": [ask.acquire, ask.release],
-    "Repair": [registry.registry],
+_GROUPS: dict[str, dict[str, tuple[str, str]]] = {
+    "Try it": {
+        "demo": ("demo", "Run two sequences with managed IDs and check every sum."),
+        "stress": ("demo", "Run many client processes and check every sum."),
+        "serve": ("serve", "Run a Triton server for development, on loopback."),
+    },
+    "Deploy the manager": {
+        "model": ("model", "Write the manager model into a model repository."),
+    },
+    "Watch a manager": {
+        "status": ("ask", "Print how many IDs are held, and by which clients."),
+        "top": ("top", "Watch the status of a manager, live."),
+        "probe": ("ask", "Check that a manager answers."),
+        "doctor": ("doctor", "Check a deployment and recommend actions."),
+    },
+    "Use IDs in scripts": {
+        "acquire": ("ask", "Acquire IDs and print them."),
+        "release": ("ask", "Release IDs that 'acquire' printed."),
+    },
+    "Repair": {
+        "registry": ("registry", "Show, check or enlarge a manager's file."),
+    },
 }
+"""The commands by purpose: the module of each, which is imported when it runs, and its help."""
 
 
-class _Grouped(click.Group):
-    """A group that lists its commands by purpose."""
+class _Lazy(click.Group):
+    """A group that lists its commands by purpose, and imports the one that runs."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return [name for commands in _GROUPS.values() for name in commands]
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        for commands in _GROUPS.values():
+            if name in commands:
+                module = import_module(f".{commands[name][0]}", __package__)
+                found: click.Command = getattr(module, name)
+                return found
+        return None
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         for title, commands in _GROUPS.items():
             with formatter.section(title):
-                formatter.write_dl([(str(c.name), c.get_short_help_str(60)) for c in commands])
+                formatter.write_dl([(name, words) for name, (_, words) in commands.items()])
 
 
 @click.group(
-    cls=_Grouped,
+    cls=_Lazy,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit status: 0 on success; 1 after an error (one line on stderr: code and message) or a"
     " failed check; 2 if the arguments are wrong.",
@@ -49,11 +77,6 @@ def main(context: click.Context) -> None:
     """Manage correlation IDs of stateful models on Triton: no two live sequences share one."""
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         context.color = False  # as rich does; otherwise click checks whether this is a terminal
-
-
-for commands in _GROUPS.values():
-    for command in commands:
-        main.add_command(command)
 
 
 _PLAIN = {"→": "->", "…": "...", "–": "-", "×": "x", "µ": "u"}

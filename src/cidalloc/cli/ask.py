@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import click
-from rich.console import Console
 
+from ..client.core.transport import parse_url
 from ..client.sync.transport import connect
 from ..codes import Operation
 from ..errors import InvalidArgument, ProtocolError
 from ..protocol import MODEL, IDs, Parameter, Request, as_ids
-from .screen import status_view
 
-__all__ = ["Manager", "acquire", "ask_options", "probe", "release", "status"]
+__all__ = ["URL_VARIABLE", "Manager", "acquire", "probe", "release", "status", "with_manager"]
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+URL_VARIABLE = "CIDALLOC_URL"
+"""The environment variable with the URL for commands without one."""
 
 
 class Manager:
@@ -29,12 +31,24 @@ class Manager:
         url: address of the server.
         model: name of the manager model.
         timeout: seconds to wait for each answer.
+        headers: sent with every request.
+        options: further arguments of tritonclient's ``InferenceServerClient``, for TLS.
     """
 
-    def __init__(self, url: str, model: str, timeout: float) -> None:
-        self.transport = connect(url)
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        timeout: float,
+        headers: Mapping[str, str] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.url = url
         self.model = model
         self.timeout = timeout
+        self.headers = dict(headers or {})
+        self.options = dict(options or {})
+        self.transport = connect(url, self.headers, self.options)
 
     def ask(
         self, operation: Operation, ids: Iterable[int] = (), **parameters: Parameter
@@ -61,9 +75,38 @@ class Manager:
         self.transport.close()
 
 
-def ask_options(command: Command) -> Command:
-    """Add URL, --model and --timeout to a command."""
-    options: list[Any] = [
+def with_manager(command: Callable[..., None]) -> Callable[..., None]:
+    """Add URL and the options of a connection to a command. It gets a `Manager` in their place."""
+
+    @functools.wraps(command)
+    def connected(
+        url: str,
+        model: str,
+        timeout: float,
+        header: tuple[str, ...],
+        ca: str | None,
+        cert: str | None,
+        key: str | None,
+        **rest: Any,
+    ) -> None:
+        if url.isdigit() and "cid" in rest:  # URL was left out before the IDs
+            rest["cid"] = (int(url), *rest["cid"])
+            url = os.environ.get(URL_VARIABLE) or _missing_url()
+        options = _tls_options(url, ca, cert, key)
+        with Manager(url, model, timeout, dict(map(_header, header)), options) as manager:
+            command(manager=manager, **rest)
+
+    file = click.Path(exists=True, dir_okay=False)
+    for option in (
+        click.option("--key", type=file, help="File with the private key of --cert."),
+        click.option("--cert", type=file, help="File with the client's certificate, for TLS."),
+        click.option("--ca", type=file, help="File with the certificates to trust, for TLS."),
+        click.option(
+            "--header",
+            multiple=True,
+            metavar="'NAME: VALUE'",
+            help="Header to send with each request. May be repeated.",
+        ),
         click.option(
             "--timeout",
             type=click.FloatRange(0.0, min_open=True),
@@ -74,37 +117,66 @@ def ask_options(command: Command) -> Command:
         click.option(
             "--model", default=MODEL, show_default=True, help="Name of the manager model."
         ),
-        click.argument("url"),
-    ]
-    for option in options:
-        command = option(command)
-    return command
+        click.argument("url", envvar=URL_VARIABLE),
+    ):
+        connected = option(connected)
+    return connected
+
+
+def _missing_url() -> str:
+    raise click.UsageError(f"Missing argument 'URL': give it, or set {URL_VARIABLE}.")
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not colon or not name.strip():
+        raise InvalidArgument(f"--header {text!r} is not 'NAME: VALUE'")
+    return name.strip(), value.strip()
+
+
+def _tls_options(url: str, ca: str | None, cert: str | None, key: str | None) -> dict[str, Any]:
+    """Return tritonclient's options for these files; its clients have different names for them."""
+    files = {name: file for name, file in (("ca", ca), ("cert", cert), ("key", key)) if file}
+    if not files:
+        return {}
+    address = parse_url(url)
+    if not address.tls:
+        raise InvalidArgument(f"--{next(iter(files))} needs a URL that begins with grpcs or https")
+    if ("cert" in files) != ("key" in files):
+        raise InvalidArgument("--cert and --key belong together: give both")
+    if address.kind == "http":
+        names = {"ca": "ca_certs", "cert": "certfile", "key": "keyfile"}
+        return {"ssl_options": {names[name]: file for name, file in files.items()}}
+    names = {"ca": "root_certificates", "cert": "certificate_chain", "key": "private_key"}
+    return {names[name]: file for name, file in files.items()}
 
 
 @click.command(
-    short_help="Print how many IDs are held, and by which clients.",
     epilog="Example: cidalloc status localhost:8001",
 )
-@ask_options
+@with_manager
 @click.option("--json", "as_json", is_flag=True, help="Print the manager's status as JSON.")
-def status(url: str, model: str, timeout: float, as_json: bool) -> None:
+def status(manager: Manager, as_json: bool) -> None:
     """Print the status of the manager at URL: its pool, its sessions, and its error counts.
 
-    URL is host:port, or starts with grpc://, grpcs://, http:// or https://.
+    URL is host:port, or starts with grpc://, grpcs://, http:// or https://. If it is left out, the
+    environment variable CIDALLOC_URL is used.
     """
-    with Manager(url, model, timeout) as manager:
-        found = manager.status()
+    found = manager.status()
     if as_json:
         click.echo(json.dumps(found))
-    else:
-        Console(highlight=False).print(status_view(found))
+        return
+    from rich.console import Console  # a tenth of a second that other commands do not need
+
+    from .screen import status_view
+
+    Console(highlight=False).print(status_view(found))
 
 
 @click.command(
-    short_help="Acquire IDs and print them.",
     epilog="Example: cid=$(cidalloc acquire localhost:8001)",
 )
-@ask_options
+@with_manager
 @click.option(
     "--count",
     default=1,
@@ -112,17 +184,17 @@ def status(url: str, model: str, timeout: float, as_json: bool) -> None:
     type=click.IntRange(1),
     help="Number of IDs to acquire. They are printed one per line.",
 )
-def acquire(url: str, model: str, timeout: float, count: int) -> None:
+def acquire(manager: Manager, count: int) -> None:
     """Acquire a correlation ID that no live sequence uses, and print it.
 
     The ID is held without a session, so the manager cannot see when the script dies. It takes the
     ID back after a day (setting anonymous_age_ms). Release the ID with 'cidalloc release'. In
     programs, use the client: its IDs are released soon after the program dies.
 
-    URL is host:port, or starts with grpc://, grpcs://, http:// or https://.
+    URL is host:port, or starts with grpc://, grpcs://, http:// or https://. If it is left out, the
+    environment variable CIDALLOC_URL is used.
     """
-    with Manager(url, model, timeout) as manager:
-        ids, _ = manager.ask(Operation.NEW, count=count)
+    ids, _ = manager.ask(Operation.NEW, count=count)
     click.echo("\n".join(map(str, ids.tolist())))
     if sys.stderr.isatty():
         click.echo(
@@ -132,11 +204,10 @@ def acquire(url: str, model: str, timeout: float, count: int) -> None:
 
 
 @click.command(
-    short_help="Release IDs that 'acquire' printed.",
     epilog="Example: cidalloc release localhost:8001 --ended 1073741824",
 )
-@ask_options
-@click.argument("cid", nargs=-1, required=True, type=int)
+@with_manager
+@click.argument("cid", nargs=-1, type=int)
 @click.option(
     "--ended",
     is_flag=True,
@@ -148,40 +219,39 @@ def acquire(url: str, model: str, timeout: float, count: int) -> None:
     help="Seconds until an ID may be issued again. Use at least the idle time of the model."
     "  [default: the manager's unended_cooldown_ms]",
 )
-def release(
-    url: str, model: str, timeout: float, cid: tuple[int, ...], ended: bool, cooldown: float | None
-) -> None:
+def release(manager: Manager, cid: tuple[int, ...], ended: bool, cooldown: float | None) -> None:
     """Release IDs that 'cidalloc acquire' printed.
 
     If one of the IDs is not held, the command releases none of them.
 
-    URL is host:port, or starts with grpc://, grpcs://, http:// or https://.
+    URL is host:port, or starts with grpc://, grpcs://, http:// or https://. If it is left out, the
+    environment variable CIDALLOC_URL is used.
     """
+    if not cid:
+        raise click.UsageError("Missing argument 'CID...'.")
     if ended and cooldown is not None:
         raise InvalidArgument("--ended and --cooldown cannot be combined: give one of them")
     parameters: dict[str, Parameter] = {"ended": ended}
     if cooldown is not None:
         parameters["cooldown_ms"] = round(cooldown * 1000)
-    with Manager(url, model, timeout) as manager:
-        manager.ask(Operation.DELETE, cid, **parameters)
+    manager.ask(Operation.DELETE, cid, **parameters)
 
 
 @click.command(
-    short_help="Check that a manager answers.",
     epilog="Example: cidalloc probe localhost:8001 --timeout 2",
 )
-@ask_options
-def probe(url: str, model: str, timeout: float) -> None:
+@with_manager
+def probe(manager: Manager) -> None:
     """Exit with status 0 if the manager at URL answers, and with 1 if it does not.
 
     The probe is a real inference. Before version 26.01, Triton reports a Python model as ready even
     if its process is dead.
 
-    URL is host:port, or starts with grpc://, grpcs://, http:// or https://.
+    URL is host:port, or starts with grpc://, grpcs://, http:// or https://. If it is left out, the
+    environment variable CIDALLOC_URL is used.
     """
     began = time.monotonic()
-    with Manager(url, model, timeout) as manager:
-        held, _ = manager.ask(Operation.ACTIVE)
+    held, _ = manager.ask(Operation.ACTIVE)
     if held.shape != (1,):
         raise ProtocolError(
             f"model {manager.model} is not a cidalloc manager: its answer has another shape"

@@ -37,7 +37,7 @@ def _server_or(url: str | None) -> Iterator[str]:
             yield server.grpc_url
 
 
-@click.command(short_help="Run two sequences with managed IDs and check every sum.")
+@click.command()
 @click.option(
     "--async", "asynchronous", is_flag=True, help="Send all requests before reading answers."
 )
@@ -132,7 +132,7 @@ def show_lanes(console: Console, lanes: tuple[Lane, Lane], managed: bool) -> Non
             console.print(f"[dim]{words}[/dim]")
 
 
-@click.command(short_help="Run many client processes and check every sum.")
+@click.command()
 @click.option("-p", "--parents", default=10, show_default=True, help="Number of process groups.")
 @click.option("-e", "--each", default=5, show_default=True, help="Client processes per group.")
 @click.option("--url", help="Triton to use, as HOST:PORT of gRPC. [default: start a server]")

@@ -17,7 +17,7 @@ from tritonclient.utils import InferenceServerException
 from ..client.core.transport import STRANGE, parse_url
 from ..client.sync.transport import Transport
 from ..errors import CidError
-from .ask import Manager, ask_options
+from .ask import Manager, with_manager
 from .rules import Facts, Finding, examine
 
 __all__ = ["doctor"]
@@ -27,10 +27,9 @@ _NONESUCH = "cidalloc-doctor-asks-for-a-model-that-is-not-there"
 
 
 @click.command(
-    short_help="Check a deployment and recommend actions.",
     epilog="Example: cidalloc doctor localhost:8001 --target my_asr_model",
 )
-@ask_options
+@with_manager
 @click.option(
     "--target",
     "targets",
@@ -38,7 +37,7 @@ _NONESUCH = "cidalloc-doctor-asks-for-a-model-that-is-not-there"
     help="Model to check. May be repeated.  [default: all models with sequence batching]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def doctor(url: str, model: str, timeout: float, targets: tuple[str, ...], as_json: bool) -> None:
+def doctor(manager: Manager, targets: tuple[str, ...], as_json: bool) -> None:
     """Check the manager at URL, its Triton server, and the models that use its IDs.
 
     Each finding has a level, an explanation, and an action if one is needed. The command changes
@@ -46,10 +45,10 @@ def doctor(url: str, model: str, timeout: float, targets: tuple[str, ...], as_js
     that does not exist. The exit status is 1 if a finding is a FAIL. A --target is a FAIL if its
     configuration cannot be read, or if the client refuses the model.
 
-    URL is host:port, or starts with grpc://, grpcs://, http:// or https://.
+    URL is host:port, or starts with grpc://, grpcs://, http:// or https://. If it is left out, the
+    environment variable CIDALLOC_URL is used.
     """
-    with Manager(url, model, timeout) as manager:
-        findings = examine(_gather(manager, url, targets))
+    findings = examine(_gather(manager, targets))
     if as_json:
         click.echo(json.dumps([each.as_json() for each in findings]))
     else:
@@ -65,7 +64,7 @@ def _print(finding: Finding) -> None:
         click.echo(f"      → {finding.todo}")
 
 
-def _gather(manager: Manager, url: str, targets: tuple[str, ...]) -> Facts:
+def _gather(manager: Manager, targets: tuple[str, ...]) -> Facts:
     facts = Facts(manager=manager.model)
     began = time.monotonic()
     try:
@@ -74,7 +73,7 @@ def _gather(manager: Manager, url: str, targets: tuple[str, ...]) -> Facts:
         facts.error = f"{error.code.name}: {error}"
         facts.reachable = False
     facts.answered_ms = (time.monotonic() - began) * 1e3
-    with _triton(url, manager.timeout) as ask:
+    with _triton(manager) as ask:
         metadata, words = ask("get_server_metadata")
         if metadata is None:
             facts.error = facts.error or words
@@ -109,27 +108,30 @@ def _config(
 
 
 @contextlib.contextmanager
-def _triton(url: str, timeout: float) -> Iterator[Any]:
+def _triton(manager: Manager) -> Iterator[Any]:
     """Yield a function that calls a method of tritonclient.
 
     It returns the answer and an empty text, or None and the text of the error.
     """
-    address = parse_url(url)
+    address = parse_url(manager.url)
     client: Any
+    more: dict[str, Any] = {"headers": manager.headers}
     if address.kind == "grpc":
-        client = tritonclient.grpc.InferenceServerClient(address.target, ssl=address.tls)
-        more = {"client_timeout": timeout}
+        client = tritonclient.grpc.InferenceServerClient(
+            address.target, ssl=address.tls, **manager.options
+        )
+        more["client_timeout"] = manager.timeout
     else:
         client = tritonclient.http.InferenceServerClient(
             address.target + address.path,
             ssl=address.tls,
-            connection_timeout=timeout,
-            network_timeout=timeout,
+            connection_timeout=manager.timeout,
+            network_timeout=manager.timeout,
+            **manager.options,
         )
-        more = {}
 
     def ask(method: str, *arguments: str) -> tuple[Any, str]:
-        options: dict[str, Any] = dict(more)
+        options = dict(more)
         if address.kind == "grpc" and not arguments:
             options["as_json"] = True
         try:

@@ -86,7 +86,6 @@ def _settings_options(command: Command) -> Command:
 
 
 @click.command(
-    short_help="Write the manager model into a model repository.",
     epilog="Example: cidalloc model /models --state /var/lib/cidalloc --max-ttl 5m --vendor",
 )
 @click.argument("repository", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))

@@ -24,7 +24,7 @@ __all__ = ["registry"]
 _FILE = click.argument("file", type=click.Path(path_type=Path))
 
 
-@click.group(short_help="Show, check or enlarge a manager's file.")
+@click.group()
 def registry() -> None:
     """Show, check or enlarge the file in which a manager stores held IDs."""
 

@@ -36,7 +36,6 @@ def started(server: AbstractContextManager[TritonServer]) -> Iterator[TritonServ
 
 
 @click.command(
-    short_help="Run a Triton server for development, on loopback.",
     epilog="Example: cidalloc serve --repository ./models -- --log-verbose=1",
 )
 @click.option(

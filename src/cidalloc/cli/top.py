@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from ..errors import CidError, Unavailable
-from .ask import Manager, ask_options
+from .ask import Manager, with_manager
 from .screen import rates_between, status_view
 
 __all__ = ["View", "top"]
@@ -23,10 +23,8 @@ __all__ = ["View", "top"]
 _AROUND = 14  # lines of the screen around the sessions
 
 
-@click.command(
-    short_help="Watch the status of a manager, live.", epilog="Example: cidalloc top localhost:8001"
-)
-@ask_options
+@click.command(epilog="Example: cidalloc top localhost:8001")
+@with_manager
 @click.option(
     "--interval",
     type=click.FloatRange(0.1),
@@ -34,38 +32,37 @@ _AROUND = 14  # lines of the screen around the sessions
     show_default=True,
     help="Seconds between two updates.",
 )
-def top(url: str, model: str, timeout: float, interval: float) -> None:
+def top(manager: Manager, interval: float) -> None:
     """Watch the manager at URL: IDs held, clients, and rates.
 
     Press q or Ctrl-C to quit. While the manager does not answer, the last status stays on the
     screen. If the output is not a terminal, or TERM is dumb, the status is printed once.
 
-    URL is host:port, or starts with grpc://, grpcs://, http:// or https://.
+    URL is host:port, or starts with grpc://, grpcs://, http:// or https://. If it is left out, the
+    environment variable CIDALLOC_URL is used.
     """
     console = Console(highlight=False)
-    with Manager(url, model, timeout) as manager:
-        view = View(manager, url)
-        shown = view.look(console.height)
-        if view.error:
-            raise view.error
-        if not sys.stdout.isatty() or console.is_dumb_terminal:
-            console.print(shown)
-            return
-        with (
-            contextlib.suppress(KeyboardInterrupt),
-            _keys() as pressed,
-            Live(shown, console=console, screen=True, auto_refresh=False) as live,
-        ):
-            while pressed(interval) not in ("q", "Q", "\x1b"):
-                live.update(view.look(console.height), refresh=True)
+    view = View(manager)
+    shown = view.look(console.height)
+    if view.error:
+        raise view.error
+    if not sys.stdout.isatty() or console.is_dumb_terminal:
+        console.print(shown)
+        return
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        _keys() as pressed,
+        Live(shown, console=console, screen=True, auto_refresh=False) as live,
+    ):
+        while pressed(interval) not in ("q", "Q", "\x1b"):
+            live.update(view.look(console.height), refresh=True)
 
 
 class View:
     """The last status of a manager, and the one before to compute rates."""
 
-    def __init__(self, manager: Manager, url: str) -> None:
+    def __init__(self, manager: Manager) -> None:
         self._manager = manager
-        self._url = url
         self._status: dict[str, Any] | None = None
         self._body: RenderableType = Text()
         self.error: CidError | None = None
@@ -81,7 +78,7 @@ class View:
             rates = rates_between(self._status, status)
             self._status = status
             self._body = status_view(status, rates, max(height - _AROUND, 1))
-        head = Text(f"{self._manager.model} at {self._url}", style="bold")
+        head = Text(f"{self._manager.model} at {self._manager.url}", style="bold")
         head.append(time.strftime("  %H:%M:%S"), style="dim")
         head.append("  q quits", style="dim")
         if self.error is not None:

@@ -21,6 +21,7 @@ from ..core.transport import (
     Receive,
     Stream,
     boottime,
+    check_headers,
     check_options,
     encode,
     read_answer,
@@ -43,7 +44,7 @@ class AsyncHttpTransport:
         self, address: Address, headers: Mapping[str, str] | None, options: Mapping[str, Any]
     ) -> None:
         self.url = address.url
-        self._headers = dict(headers or {})
+        self._headers = check_headers(headers)
         own = {name: value for name, value in options.items() if name not in _TLS}
         if address.tls and len(own) < len(options):
             tls = {name: options[name] for name in options.keys() - own.keys()}

@@ -21,7 +21,7 @@ from tritonclient.utils import InferenceServerException
 
 from ... import protocol
 from ...errors import CidError, InvalidArgument, Unavailable
-from .transport import Address, Receive, boottime, check_options, encode, unreachable
+from .transport import Address, Receive, boottime, check_headers, check_options, encode, unreachable
 
 __all__ = [
     "SHORT_S",
@@ -238,7 +238,7 @@ def _explained(error: Any) -> InferenceServerException:
 
 def _metadata(headers: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
     # HTTP/2 has lower case only.
-    return tuple((name.lower(), value) for name, value in (headers or {}).items())
+    return tuple((name.lower(), value) for name, value in check_headers(headers).items())
 
 
 def _keepalive(options: Any) -> dict[str, Any]:

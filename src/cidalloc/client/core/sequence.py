@@ -25,7 +25,15 @@ from .lease import Lease
 from .model_info import ModelInfo
 from .sequence_state import BackTo, SequenceState
 from .stream import Request, SequenceStream
-from .transport import HURRY_S, SLACK_S, check_inputs, foreign, unreachable, version_of
+from .transport import (
+    HURRY_S,
+    SLACK_S,
+    check_headers,
+    check_inputs,
+    foreign,
+    unreachable,
+    version_of,
+)
 
 if TYPE_CHECKING:
     from .runner import RunnerBase
@@ -118,6 +126,7 @@ class SequenceCore:
         if not _SET_BY_US.isdisjoint(options):
             taken = ", ".join(sorted(_SET_BY_US & options.keys()))
             raise InvalidArgument(f"the sequence sets {taken} by itself")
+        check_headers(options.get("headers"))
         return Request(inputs, end, options)
 
     @property

@@ -46,6 +46,7 @@ __all__ = [
     "Stream",
     "Transport",
     "boottime",
+    "check_headers",
     "check_inputs",
     "check_options",
     "encode",
@@ -359,6 +360,27 @@ def check_options(
         raise InvalidArgument(f"tritonclient's client: {error}") from None
     bound.apply_defaults()
     return bound.arguments
+
+
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
+
+
+def check_headers(headers: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return headers as a new dict.
+
+    Raises:
+        InvalidArgument: a name or a value that HTTP does not allow. The message shows no value.
+    """
+    if headers is not None and not isinstance(headers, Mapping):
+        raise InvalidArgument(f"headers are a dict, not {type(headers).__name__}")
+    found = dict(headers or {})
+    for name, value in found.items():
+        if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
+            raise InvalidArgument(f"{name!r} is not a valid name of a header")
+        binary = isinstance(value, bytes) and name.lower().endswith("-bin")  # gRPC encodes these
+        if not binary and not (isinstance(value, str) and value.isascii() and value.isprintable()):
+            raise InvalidArgument(f"the value of header {name!r} is not printable ASCII text")
+    return found
 
 
 def check_inputs(inputs: Any, kind: type) -> None:

@@ -29,6 +29,7 @@ from ..core.transport import (
     Receive,
     Stream,
     boottime,
+    check_headers,
     check_options,
     encode,
     read_answer,
@@ -57,7 +58,7 @@ class HttpTransport:
         self.url = address.url
         self._target = address.target
         self._path = f"{address.path}/v2/models/"
-        self._headers = dict(headers or {})
+        self._headers = check_headers(headers)
         self._context = tls_context(found) if address.tls else None
         self._verbose = found["verbose"]
         self._lock = threading.Lock()
