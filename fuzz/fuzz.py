@@ -27,10 +27,11 @@ with atheris.instrument_imports(include=["cidalloc"]):
     from cidalloc.client.core.transport import parse_url
     from cidalloc.codes import Code, Operation
     from cidalloc.errors import CidError, RegistryCorrupt
+    from cidalloc.manager.inspection import look
     from cidalloc.manager.registry import Registry
     from cidalloc.manager.service import Service
     from cidalloc.manager.settings import Settings
-    from cidalloc.manager.storage.file_format import GRANULE, Word
+    from cidalloc.manager.storage.file_format import GRANULE, Part, Word
     from cidalloc.triton_model.config import settings_from
 
 TOKENS = ["0123456789abcdef" * 2, "f" * 32, "0" * 31, "x" * 32, ""]
@@ -94,6 +95,9 @@ def parameters(some: atheris.FuzzedDataProvider) -> str:
     )
 
 
+PLACES = [0, Part.ROWS.place, Part.RECORDS.place]
+
+
 class Files:
     """A registry's file, patched and cut, and then looked at and opened."""
 
@@ -108,34 +112,48 @@ class Files:
         registry.release(np.array([10, 12], np.uint64), 0, token=b"a" * 16, seq=2)
         registry.acquire(3, 0)
         registry.close()
-        self.sound = self.path.read_bytes()
+        self.size = self.path.stat().st_size
+        self.sound = self.read()
+
+    def read(self) -> dict[int, bytes]:
+        """Return what is in use of each part of the file; between them are holes."""
+        with self.path.open("rb") as file:
+            return {place: os.pread(file.fileno(), GRANULE, place) for place in PLACES}
+
+    def write(self, content: dict[int, bytearray], size: int) -> None:
+        """Let the file have this content, up to a length."""
+        with self.path.open("r+b") as file:
+            file.truncate(0)
+            for place, part in content.items():
+                os.pwrite(file.fileno(), part, place)
+            file.truncate(size)
 
     def __call__(self, data: bytes) -> None:
         """Patch, then open it as this boot and as another, if it is not refused."""
         some = atheris.FuzzedDataProvider(data)
-        content = bytearray(self.sound)
+        content = {place: bytearray(part) for place, part in self.sound.items()}
         for _ in range(some.ConsumeIntInRange(0, 8)):
-            granule = some.ConsumeIntInRange(0, len(content) // GRANULE - 1) * GRANULE
-            at = granule + some.ConsumeIntInRange(0, 4096)
+            part, at = content[some.PickValueInList(PLACES)], some.ConsumeIntInRange(0, 4096)
             patch = some.ConsumeBytes(some.ConsumeIntInRange(0, 16))
             if some.ConsumeBool():
                 patch = struct.pack("=Q", some.ConsumeIntInRange(0, 2**64 - 1))
-            content[at : at + len(patch)] = patch
-        if some.ConsumeIntInRange(0, 3) == 0:
-            del content[some.ConsumeIntInRange(0, len(content)) :]
+            part[at : at + len(patch)] = patch
+        cut = some.ConsumeIntInRange(0, 3) == 0
+        size = some.ConsumeIntInRange(0, self.size) if cut else self.size
         boot = self.boot if some.ConsumeBool() else b"another boot of i"[:16]
-        self.path.write_bytes(content)
+        self.write(content, size)
+        before = self.read()
         for call in (
-            lambda: Registry.look(self.path, 0, boot),
+            lambda: look(self.path, 0, boot),
             lambda: Registry.in_file(self.path, SMALL, 0, boot),
         ):
             try:
                 registry = call()
             except CidError:
-                after = bytearray(self.path.read_bytes())
-                for each in (after, content):  # who writes it is noted
-                    each[Word.PID * 8 : Word.REQUESTER * 8] = b""
-                assert after == content, "a file that was refused was written to"
+                after = self.read()
+                for each in (after, before):  # the writer notes itself
+                    each[0] = each[0][: Word.PID * 8] + each[0][Word.REQUESTER * 8 :]
+                assert after == before, "a file that was refused was written to"
                 return
             registry._check()
         held = {

@@ -158,7 +158,7 @@ def test_a_certificate_that_does_not_fit(
     )
     with (
         terminated(behind, ours) as port,
-        Client(f"{scheme}://127.0.0.1:{port}", timeout=3, **options[scheme]) as cids,
+        Client(f"{scheme}://127.0.0.1:{port}", timeout=3, **options) as cids,
         pytest.raises(Unavailable, match=r"(?i)certificate|ssl|failed to connect"),
     ):
         cids.acquire()

@@ -71,11 +71,15 @@ def _serve(listener: socket.socket, context: ssl.SSLContext, port: int) -> None:
 
 
 def _connect(plain: socket.socket, context: ssl.SSLContext, port: int) -> None:
-    with contextlib.suppress(OSError):
-        outer = context.wrap_socket(plain, server_side=True)
-        inner = socket.create_connection(("127.0.0.1", port))
-        threading.Thread(target=_pump, args=(inner, outer), daemon=True).start()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.suppress(OSError))
+        stack.enter_context(plain)
+        outer = stack.enter_context(context.wrap_socket(plain, server_side=True))
+        inner = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        back = threading.Thread(target=_pump, args=(inner, outer), daemon=True)
+        back.start()
         _pump(outer, inner)
+        back.join()
 
 
 def _pump(source: socket.socket, target: socket.socket) -> None:
