@@ -91,11 +91,6 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("narrow_sequence", "TYPE_UINT64", "TYPE_INT32"),
         ("idle_sequence", "idle_microseconds: 5000000", "idle_microseconds: 200000"),
         ("patient_sequence", "idle_microseconds: 5000000", "idle_microseconds: 60000000"),
-        (
-            "decoupled_sequence",
-            "instance_group",
-            "model_transaction_policy { decoupled: true }\ninstance_group",
-        ),
         ("one_slot_sequence", "max_batch_size: 128", "max_batch_size: 1"),
     ):
         shutil.copytree(accumulator, folder / name)

@@ -417,11 +417,6 @@ def test_timeouts_that_are_none(cids: Client, kind: str, timeout: Any) -> None:
     assert cids.held().tolist() == []
 
 
-def test_decoupled_models_are_refused(cids: Client) -> None:
-    with pytest.raises(errors.InvalidArgument, match="decoupled"):
-        cids.sequence("decoupled_sequence")
-
-
 def test_a_closed_client_is_closed_for_sequences(triton: TritonServer) -> None:
     cids = Client(triton.grpc_url)
     sequence = cids.sequence(MODEL)

@@ -37,7 +37,8 @@ from cidalloc import protocol
 from cidalloc.client.core.client import Base
 from cidalloc.client.core.effects import Config, Idle, Reply, Send
 from cidalloc.client.core.lease import Acquired
-from cidalloc.client.core.sequence import Plan, SequenceCore
+from cidalloc.client.core.plan import Plan
+from cidalloc.client.core.sequence import SequenceCore
 from cidalloc.codes import Operation
 from cidalloc.errors import CidError, Unavailable
 from cidalloc.manager import takeover as handover

@@ -89,16 +89,6 @@ def test_nothing_to_complain_of() -> None:
         (
             facts(
                 targets={
-                    "asr": SEQUENCES
-                    | {"name": "asr", "model_transaction_policy": {"decoupled": True}}
-                }
-            ),
-            "warn",
-            "the client refuses this model",
-        ),
-        (
-            facts(
-                targets={
                     "asr": {"sequence_batching": {"max_sequence_idle_microseconds": 9 * 10**8}}
                 }
             ),

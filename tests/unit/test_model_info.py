@@ -92,8 +92,14 @@ def test_an_ensemble_is_as_narrow_as_its_narrowest_step_and_as_slow_as_its_slowe
 def test_ensembles_that_are_refused() -> None:
     with pytest.raises(InvalidArgument, match="no step of the ensemble all"):
         read({"all": ensemble("plain"), "plain": {}}, "all")
-    with pytest.raises(InvalidArgument, match="decoupled"):
-        read({"all": ensemble("m", model_transaction_policy={"decoupled": True})}, "all")
+
+
+def test_decoupled_models_and_ensembles() -> None:
+    policy = {"decoupled": True}
+    steps = {"m": {"sequence_batching": {}}}
+    assert read({"m": {**steps["m"], "model_transaction_policy": policy}}, "m").decoupled
+    assert read({**steps, "all": ensemble("m", model_transaction_policy=policy)}, "all").decoupled
+    assert not read({**steps, "all": ensemble("m")}, "all").decoupled
 
 
 def test_a_server_that_does_not_answer() -> None:

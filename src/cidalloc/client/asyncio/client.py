@@ -13,7 +13,7 @@ from ...protocol import IDs
 from ..core.client import SEQUENCE_TIMEOUT_S, Base, whole
 from ..core.fork_guard import caller
 from ..core.lease import Acquired
-from ..core.sequence import Plan
+from ..core.plan import Plan
 from .runner import AsyncRunner
 from .sequence import AsyncSequence
 from .transport import connect_async

@@ -9,12 +9,29 @@ from typing import Any
 
 from ..core.handle import SequenceHandle
 from ..core.lease import Acquired
-from ..core.sequence import Plan, SequenceCore
+from ..core.plan import Plan
+from ..core.sequence import SequenceCore
+from ..core.stream import Answers
 from ..core.transport import HURRY_S
 from .runner import AsyncRunner
 from .tasks import outlast
 
-__all__ = ["AsyncSequence"]
+__all__ = ["AsyncSequence", "AsyncStreamedAnswers"]
+
+
+class AsyncStreamedAnswers(Answers):
+    """An iterator over the answers to one request. `AsyncSequence.stream` returns it."""
+
+    def __aiter__(self) -> AsyncStreamedAnswers:
+        return self
+
+    async def __anext__(self) -> Any:
+        try:
+            return self._next(
+                await self._answers.get() if self._over is None else (None, self._over)
+            )
+        except StopIteration:
+            raise StopAsyncIteration from None
 
 
 class AsyncSequence(SequenceHandle):
@@ -56,6 +73,17 @@ class AsyncSequence(SequenceHandle):
         core = self._begun
         future: asyncio.Future[Any] = core.submit(core.request(inputs, end, options))
         return future
+
+    def stream(
+        self, inputs: list[Any], *, end: bool = False, **options: Any
+    ) -> AsyncStreamedAnswers:
+        """Send a request and return an asynchronous iterator over its answers.
+
+        See `Sequence.stream`.
+        """
+        self._check_home()
+        answers: asyncio.Queue[Any] = asyncio.Queue()
+        return AsyncStreamedAnswers(self._begun.stream(inputs, end, options, answers), answers)
 
     async def close(self) -> None:
         """Send END with ``end_inputs`` if needed, wait for answers, and release the ID.

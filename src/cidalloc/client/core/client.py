@@ -8,6 +8,7 @@ import os
 import platform
 import random
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, SupportsIndex
 
 import numpy as np
@@ -21,7 +22,7 @@ from .id_cache import ENDED, MAX_AHEAD, need_ms
 from .lease import Acquired
 from .link import Link
 from .model_info import HIGHEST_CID, ModelInfo
-from .sequence import Plan
+from .plan import Plan
 from .session import Session
 from .transport import DAY_S, DEFAULT_URL, Transport, check_inputs
 
@@ -188,7 +189,7 @@ class Base(ForkGuard):
         session = self._session
         target = yield from session.models.begin(model, timeout, session.now(), self._timeout)
         if cooldown is not None:
-            target = ModelInfo(model, max(cooldown, target.idle_s), target.highest_cid, exact=False)
+            target = replace(target, idle_s=max(cooldown, target.idle_s), exact=False)
         return target
 
     def _random_plan(self, target: ModelInfo, timeout: float, check: bool) -> Plan:

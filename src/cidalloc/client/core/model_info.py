@@ -35,19 +35,21 @@ class ModelInfo:
         highest_cid: the highest ID that reaches the model whole. Triton would cut a higher ID to
             its low bits without an error, and so use another ID.
         exact: Triton forgets after ``idle_s``, and not earlier.
+        decoupled: it answers a request any number of times.
     """
 
     name: str
     idle_s: float
     highest_cid: int = HIGHEST_CID
     exact: bool = True
+    decoupled: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelInfo:
         """Return what a configuration says: Triton's JSON, or gRPC's with strings for int64.
 
         Raises:
-            InvalidArgument: the model keeps no sequences, needs strings as IDs, or is decoupled.
+            InvalidArgument: the model keeps no sequences, or needs strings as IDs.
         """
         name = config.get("name", "")
         batching = config.get("sequence_batching")
@@ -57,7 +59,6 @@ class ModelInfo:
                 " sequences for it, and needs no correlation IDs (if the model itself does, say"
                 " check=False and cooldown=)"
             )
-        _refuse_decoupled(name, config)
         idle_us = int(batching.get("max_sequence_idle_microseconds", 0)) or 1_000_000
         highest = HIGHEST_CID
         for control_input in batching.get("control_input", ()):
@@ -71,10 +72,10 @@ class ModelInfo:
                             " TYPE_UINT64"
                         )
                     highest = min(highest, _HIGHEST[kind])
-        return cls(name, idle_us / 1e6, highest)
+        return cls(name, idle_us / 1e6, highest, decoupled=_is_decoupled(config))
 
     @classmethod
-    def of_steps(cls, name: str, steps: list[ModelInfo]) -> ModelInfo:
+    def of_steps(cls, name: str, steps: list[ModelInfo], decoupled: bool) -> ModelInfo:
         """Return what holds for an ensemble: the lowest maximum ID and the longest idle time.
 
         Raises:
@@ -88,7 +89,7 @@ class ModelInfo:
         idle = [step.idle_s for step in steps]
         # Triton may forget one step earlier than another, if not all requests reach it.
         exact = len(steps) == 1 and steps[0].exact
-        return cls(name, max(idle), min(step.highest_cid for step in steps), exact)
+        return cls(name, max(idle), min(step.highest_cid for step in steps), exact, decoupled)
 
 
 class ModelCache:
@@ -153,7 +154,6 @@ def read_model_info(model: str, timeout: float) -> Flow[ModelInfo]:
     config = yield from _read(model, timeout)
     if not _is_ensemble(config):
         return ModelInfo.from_config(config)
-    _refuse_decoupled(model, config)
     found: list[ModelInfo] = []
     names, seen = _steps(config), {model}
     while names:
@@ -166,7 +166,7 @@ def read_model_info(model: str, timeout: float) -> Flow[ModelInfo]:
             names += _steps(step)
         elif "sequence_batching" in step:
             found.append(ModelInfo.from_config(step))
-    return ModelInfo.of_steps(model, found)
+    return ModelInfo.of_steps(model, found, _is_decoupled(config))
 
 
 def _read(model: str, timeout: float) -> Flow[Mapping[str, Any]]:
@@ -185,9 +185,5 @@ def _steps(config: Mapping[str, Any]) -> list[str]:
     return [step["model_name"] for step in config["ensemble_scheduling"].get("step", ())]
 
 
-def _refuse_decoupled(name: str, config: Mapping[str, Any]) -> None:
-    if config.get("model_transaction_policy", {}).get("decoupled"):
-        raise InvalidArgument(
-            f"model {name} is decoupled: its requests have any number of answers, which a"
-            " sequence cannot tell apart yet; acquire an ID and send the requests by yourself"
-        )
+def _is_decoupled(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("model_transaction_policy", {}).get("decoupled"))

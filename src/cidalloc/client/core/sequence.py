@@ -13,7 +13,6 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +20,12 @@ from tritonclient.utils import InferenceServerException
 
 from ...errors import CidError, InvalidArgument, SequenceLost, SessionExpired, Unavailable
 from .id_cache import ENDED, need_ms
-from .lease import Lease
-from .model_info import ModelInfo
+from .plan import Plan
 from .sequence_state import BackTo, SequenceState
-from .stream import Request, SequenceStream
+from .stream import Request, SequenceStream, decoupled
 from .transport import (
     HURRY_S,
     SLACK_S,
-    check_headers,
-    check_inputs,
     foreign,
     unreachable,
     version_of,
@@ -44,35 +40,6 @@ _log = logging.getLogger("cidalloc.client")
 
 _LATE_S = SLACK_S / 2
 """A future waits so many seconds longer than Triton's own limit, then `look` ends it."""
-
-_SET_BY_US = {
-    "sequence_id",
-    "sequence_start",
-    "sequence_end",
-    "request_id",
-    "timeout",
-    "client_timeout",
-    "tell_final",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a sequence begins with.
-
-    Args:
-        target: the model.
-        cid: the ID.
-        lease: the lease that the ID belongs to; None for a random ID, which is not managed.
-        timeout: seconds that a request may take.
-        checked: the model's configuration was read.
-    """
-
-    target: ModelInfo
-    cid: int
-    lease: Lease | None
-    timeout: float
-    checked: bool = True
 
 
 class SequenceCore:
@@ -109,25 +76,26 @@ class SequenceCore:
         self._version: str | None = None
         self._order = threading.Lock()  # requests are sent in the order in which they were counted
         self._stream: SequenceStream | None = None
-        if streaming:
-            opener = runner.transport.open_stream
-            self._stream = SequenceStream(opener, self.model, plan.checked, self.over)
+        if streaming or plan.target.decoupled:
+            self._stream = SequenceStream(
+                runner.transport.open_stream, plan.target, plan.checked, self._more, self.over
+            )
         runner.sequences[self] = None
 
     # ---- Sending
 
-    def request(self, inputs: list[Any], end: bool, options: dict[str, Any]) -> Request:
-        """Return a request that is well-formed and not sent yet.
+    def request(
+        self, inputs: list[Any], end: bool, options: dict[str, Any], many: bool = False
+    ) -> Request:
+        """Return a request that is not sent yet.
 
         Raises:
-            InvalidArgument: the inputs are not valid, or the sequence sets an argument itself.
+            InvalidArgument: see `Request`; or the model is decoupled, and the caller does not take
+                ``many`` answers.
         """
-        check_inputs(inputs, self._runner.transport.inputs)
-        if not _SET_BY_US.isdisjoint(options):
-            taken = ", ".join(sorted(_SET_BY_US & options.keys()))
-            raise InvalidArgument(f"the sequence sets {taken} by itself")
-        check_headers(options.get("headers"))
-        return Request(inputs, end, options)
+        if self.plan.target.decoupled and not many:
+            raise decoupled(self.model)
+        return Request(inputs, self._runner.transport.inputs, end, options, many)
 
     @property
     def limit(self) -> float:
@@ -163,6 +131,15 @@ class SequenceCore:
             self.over(request, None, error)
             raise
         return request.future
+
+    def stream(
+        self, inputs: list[Any], end: bool, options: dict[str, Any], answers: Any
+    ) -> Request:
+        """Send a request whose answers go into a queue; raises the same as `submit`."""
+        request = self.request(inputs, end, options, many=True)
+        request.answers = answers
+        self.submit(request)
+        return request
 
     def lend(self, end: bool) -> dict[str, Any]:
         """Return the arguments for a request that the application sends itself."""
@@ -277,6 +254,18 @@ class SequenceCore:
 
     # ---- Answers
 
+    def _more(self, request: Request, result: Any) -> None:
+        """Pass on an answer that is not the last one, and wait as long again for the next one."""
+        with self._runner.lock:
+            if request not in self.on_way:
+                return
+            del self.on_way[request]
+            request.until = self._runner.now() + self.plan.timeout + _LATE_S
+            self.on_way[request] = None  # it is the last one now
+            answers = request.answers
+        if answers is not None:
+            answers.put_nowait((result, None))
+
     def over(
         self, request: Request, result: Any, error: BaseException | None
     ) -> BaseException | None:
@@ -386,7 +375,7 @@ class SequenceCore:
             assert self.end_inputs is not None
             why: object = None
             try:
-                future = self.submit(self.request(self.end_inputs, True, {}))
+                future = self.submit(self.request(self.end_inputs, True, {}, many=True))
                 yield [future], patience
                 if future.cancel() or future.cancelled() or not future.done():
                     why = "no answer in time"

@@ -9,40 +9,81 @@ from concurrent import futures
 from typing import Any
 
 from ...errors import InvalidArgument
-from .transport import Receive, Stream
+from .model_info import ModelInfo
+from .transport import Receive, Stream, check_headers, check_inputs, has_outputs
 
-__all__ = ["Request", "SequenceStream"]
+__all__ = ["Answers", "Request", "SequenceStream", "decoupled"]
+
+
+_SET_BY_US = {
+    "sequence_id",
+    "sequence_start",
+    "sequence_end",
+    "request_id",
+    "timeout",
+    "client_timeout",
+    "tell_final",
+}
 
 
 class Request:
     """One request of a sequence.
 
+    Args:
+        inputs: tritonclient's inputs.
+        kind: their class.
+        end: END goes with it.
+        options: further arguments of tritonclient's ``infer``.
+        many: it may have any number of answers.
+
     Attributes:
         future: gets the result; None if the calling thread sends the request itself.
+        answers: the queue for answers before the last one; None if nothing reads them.
+        left: its caller does not read its answers any more.
         until: the time at which the request ends without an answer.
         number: its number on a stream.
+
+    Raises:
+        InvalidArgument: the inputs are not valid, or the sequence sets an option itself.
     """
 
-    __slots__ = ("end", "future", "inputs", "number", "options", "until")
+    __slots__ = (
+        *("answers", "end", "future", "inputs", "left", "many", "number", "options", "until"),
+    )
 
-    def __init__(self, inputs: list[Any], end: bool, options: dict[str, Any]) -> None:
-        self.inputs, self.end, self.options = inputs, end, options
+    def __init__(
+        self, inputs: list[Any], kind: type, end: bool, options: dict[str, Any], many: bool
+    ) -> None:
+        check_inputs(inputs, kind)
+        if not _SET_BY_US.isdisjoint(options):
+            taken = ", ".join(sorted(_SET_BY_US & options.keys()))
+            raise InvalidArgument(f"the sequence sets {taken} by itself")
+        check_headers(options.get("headers"))
+        self.inputs, self.end, self.options, self.many = inputs, end, options, many
         self.future: Any = None
+        self.answers: Any = None
+        self.left = False
         self.until = 0.0
         self.number = ""
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether its caller has cancelled it."""
-        return self.future is not None and bool(self.future.cancelled())
+        """Whether its caller does not wait for it any more."""
+        return self.left or (self.future is not None and bool(self.future.cancelled()))
 
     def starts(self) -> bool:
         """Note that it is sent; return False if its caller has cancelled it."""
         begin = getattr(self.future, "set_running_or_notify_cancel", None)  # not in asyncio
-        return not self.is_cancelled if begin is None else bool(begin())
+        if begin is not None:
+            return bool(begin())
+        return self.future is None or not self.future.cancelled()
 
     def tell(self, result: Any, error: BaseException | None) -> None:
         """Pass the result or the error on to its caller, which may have cancelled it."""
+        if self.answers is not None:
+            if error is None and has_outputs(result):
+                self.answers.put_nowait((result, None))
+            self.answers.put_nowait((None, error or StopIteration()))
         if self.future is None:
             return
         with contextlib.suppress(futures.InvalidStateError, asyncio.InvalidStateError):
@@ -52,14 +93,43 @@ class Request:
                 self.future.set_exception(error)
 
 
+class Answers:
+    """The answers to one request, in their order. `Sequence.stream` makes it.
+
+    Args:
+        request: the request, which is sent.
+        answers: the queue of the answers; one for threads, or one of asyncio.
+    """
+
+    def __init__(self, request: Request, answers: Any) -> None:
+        self._request = request
+        self._answers = answers
+        self._over: BaseException | None = None
+
+    def _next(self, answer: tuple[Any, BaseException | None]) -> Any:
+        """Return an answer; raise the error or `StopIteration` that the queue ends with."""
+        result, self._over = answer
+        if self._over is not None:
+            raise self._over
+        return result
+
+    def close(self) -> None:
+        """Read no more answers. The request goes on; until its last answer the END is in doubt."""
+        self._request.left, self._request.answers = True, None
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class SequenceStream:
     """The stream of one sequence. It numbers the requests, and finds the request of an answer.
 
     Args:
         opener: opens the stream.
-        model: the model.
-        checked: the model's configuration was read, so it answers each request once.
-        over: is called with each request that is over, and its result or error.
+        target: the model.
+        checked: the model's configuration was read: if it is not decoupled, it answers once.
+        more: is called with a request and an answer that is not the last one.
+        over: is called with each request that is over, and its last answer or its error.
 
     Raises:
         InvalidArgument: streaming needs gRPC, and the transport is HTTP.
@@ -69,17 +139,24 @@ class SequenceStream:
     def __init__(
         self,
         opener: Callable[[Receive], Stream],
-        model: str,
+        target: ModelInfo,
         checked: bool,
+        more: Callable[[Request, Any], object],
         over: Callable[[Request, Any, BaseException | None], object],
     ) -> None:
-        self._model = model
+        self._model = target.name
         self._checked = checked
+        self._more = more
         self._over = over
         self._waiting: dict[str, Request] = {}
         self._count = 0
         self._cut_at = float("inf")
-        self._stream = opener(self._receive)
+        try:
+            self._stream = opener(self._receive)
+        except InvalidArgument as error:
+            if target.decoupled:
+                raise InvalidArgument(f"model {target.name} is decoupled: {error}") from None
+            raise
 
     def send(self, request: Request) -> None:
         """Send a request.
@@ -91,7 +168,7 @@ class SequenceStream:
         request.number = str(self._count)
         self._waiting[request.number] = request
         options = {**request.options, "request_id": request.number}
-        if not self._checked:
+        if request.many or not self._checked:
             options["tell_final"] = True
         self._stream.send(self._model, request.inputs, **options)
 
@@ -122,12 +199,19 @@ class SequenceStream:
         else:
             # The stream does not tell which request failed, and the sequence is broken anyway.
             whose = list(self._waiting.values())
-        one = error or self._checked or (final and result.get_response().outputs)
-        if not one:
-            result = None
-            error = InvalidArgument(
-                f"model {self._model} is decoupled: it answers a request any number of times, which"
-                " a sequence cannot tell apart yet; acquire an ID and send the requests by yourself"
-            )
+        one = self._checked or error is not None or (final and has_outputs(result))
         for request in whose:
-            self._over(request, result, error)
+            if not (one or request.many):
+                self._over(request, None, decoupled(self._model))
+            elif final or not request.many:
+                self._over(request, result, error)
+            else:
+                self._more(request, result)
+
+
+def decoupled(model: str) -> InvalidArgument:
+    """Return the error of a request that takes one answer of a model with any number."""
+    return InvalidArgument(
+        f"model {model} is decoupled: it answers a request any number of times. Use stream(), which"
+        " returns all answers"
+    )

@@ -51,6 +51,7 @@ __all__ = [
     "check_options",
     "encode",
     "foreign",
+    "has_outputs",
     "parse_url",
     "read_answer",
     "translate",
@@ -360,6 +361,12 @@ def check_options(
         raise InvalidArgument(f"tritonclient's client: {error}") from None
     bound.apply_defaults()
     return bound.arguments
+
+
+def has_outputs(result: Any) -> bool:
+    """Return whether a result of tritonclient has outputs; the last one of many may have none."""
+    response = result.get_response()
+    return bool(response.get("outputs") if isinstance(response, dict) else response.outputs)
 
 
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2

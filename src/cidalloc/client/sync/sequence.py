@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import queue
 from concurrent.futures import Future, wait
 from types import TracebackType
 from typing import Any
 
 from ..core.handle import SequenceHandle
-from ..core.sequence import Plan, SequenceCore
+from ..core.plan import Plan
+from ..core.sequence import SequenceCore
+from ..core.stream import Answers
 from ..core.transport import HURRY_S
 from .runner import Runner
 
-__all__ = ["Sequence"]
+__all__ = ["Sequence", "StreamedAnswers"]
+
+
+class StreamedAnswers(Answers):
+    """An iterator over the answers to one request. `Sequence.stream` returns it."""
+
+    def __iter__(self) -> StreamedAnswers:
+        return self
+
+    def __next__(self) -> Any:
+        return self._next(self._answers.get() if self._over is None else (None, self._over))
 
 
 class Sequence(SequenceHandle):
@@ -85,6 +98,23 @@ class Sequence(SequenceHandle):
         core = self._begun
         future: Future[Any] = core.submit(core.request(inputs, end, options))
         return future
+
+    def stream(self, inputs: list[Any], *, end: bool = False, **options: Any) -> StreamedAnswers:
+        """Send a request and return an iterator over its answers, of which there may be none.
+
+        For decoupled models. It also works for other models: these answer once. The iteration ends
+        with the final response. If it is left before, the request continues, its other answers are
+        dropped, and END counts as answered only with the final response.
+
+        The arguments are those of `infer`.
+
+        Raises:
+            InvalidArgument: as `infer`. The iterator raises all other errors, also after some
+                answers; `Unavailable` if no answer comes for the sequence's ``timeout``.
+        """
+        self._check_home()
+        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        return StreamedAnswers(self._begun.stream(inputs, end, options, answers), answers)
 
     def close(self) -> None:
         """Send END with ``end_inputs`` if needed, wait for answers, and release the ID.

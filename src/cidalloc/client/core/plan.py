@@ -1,0 +1,29 @@
+"""What a sequence begins with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .lease import Lease
+from .model_info import ModelInfo
+
+__all__ = ["Plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a sequence begins with.
+
+    Args:
+        target: the model.
+        cid: the ID.
+        lease: the lease that the ID belongs to; None for a random ID, which is not managed.
+        timeout: seconds that a request may take.
+        checked: the model's configuration was read.
+    """
+
+    target: ModelInfo
+    cid: int
+    lease: Lease | None
+    timeout: float
+    checked: bool = True
