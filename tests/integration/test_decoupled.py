@@ -38,7 +38,20 @@ def repository(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+def doomed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """A server to be killed. It starts before any client: a fork beside gRPC's threads may fail."""
+    server = Server(repository(tmp_path_factory.mktemp("doomed")))
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def server(
+    doomed: TritonServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonServer]:
     server = Server(repository(tmp_path_factory.mktemp("models")))
     server.start()
     try:
@@ -282,22 +295,17 @@ def test_a_sequence_that_is_closed_meanwhile(cids: Client) -> None:
         next(answers)
 
 
-def test_a_server_that_dies(tmp_path: Path) -> None:
-    server = Server(repository(tmp_path))
-    server.start()
-    try:
-        with Client(server.grpc_url, timeout=2.0) as cids:
-            sequence = cids.sequence("partials")
-            answers = sequence.stream(asked(SLOW - 50))
-            assert total(next(answers)) == 1
-            os.kill(server.pid, signal.SIGKILL)
-            began = time.monotonic()
-            with pytest.raises(Unavailable):
-                for _ in answers:
-                    pass
-            with pytest.raises(Unavailable):
-                list(sequence.stream(asked(1)))
-            sequence.close()
-            assert time.monotonic() - began < 5.0
-    finally:
-        server.stop()
+def test_a_server_that_dies(doomed: TritonServer) -> None:
+    with Client(doomed.grpc_url, timeout=2.0) as cids:
+        sequence = cids.sequence("partials")
+        answers = sequence.stream(asked(SLOW - 50))
+        assert total(next(answers)) == 1
+        os.kill(doomed.pid, signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(Unavailable):
+            for _ in answers:
+                pass
+        with pytest.raises(Unavailable):
+            list(sequence.stream(asked(1)))
+        sequence.close()
+        assert time.monotonic() - began < 5.0
