@@ -26,6 +26,8 @@ from cidalloc.errors import InvalidArgument, SequenceLost, Unavailable
 from cidalloc.manager.settings import Settings
 from cidalloc.triton_model import export
 
+pytestmark = pytest.mark.server
+
 SETTINGS = Settings(first=1, capacity=100_000, cooldown_ms=0, fresh=True)
 BROKEN, NEVER_FINAL, LAST_WITH_DATA, SLOW = -1, -2, -3, -10
 
