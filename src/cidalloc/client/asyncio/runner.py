@@ -63,6 +63,7 @@ class AsyncRunner(RunnerBase):
     async def run(self, flow: Flow[T]) -> T:
         """Run a flow to its end and return its value."""
         session = self.session
+        began = session.version
         reply: Any = None  # a generator begins with None
         try:
             while True:
@@ -78,7 +79,8 @@ class AsyncRunner(RunnerBase):
             return value
         finally:
             flow.close()
-            self._notify()
+            if session.version != began:
+                self._notify()
 
     def start(self) -> None:
         """Start the heartbeat, if it does not run yet."""

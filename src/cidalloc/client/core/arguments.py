@@ -132,7 +132,7 @@ def _is_parameters(value: Any) -> bool:
             isinstance(name, str)
             and name not in _RESERVED
             and not name.startswith(("triton_", "sequence_"))
-            and isinstance(each, str | bool | int | float)
+            and type(each) in (str, bool, int, float)
             and (not isinstance(each, int) or -(2**63) <= each < 2**63)
             for name, each in value.items()
         )

@@ -16,7 +16,6 @@ import grpc
 import tritonclient.grpc
 from google.protobuf.json_format import MessageToDict
 from tritonclient.grpc import service_pb2, service_pb2_grpc
-from tritonclient.grpc._utils import _get_inference_request
 from tritonclient.utils import InferenceServerException
 
 from ... import protocol
@@ -50,6 +49,14 @@ _DEFAULTS: dict[str, Any] = {
     "grpc.keepalive_time_ms": 310_000,
     "grpc.keepalive_timeout_ms": 20_000,
     "grpc.http2.max_pings_without_data": 0,
+}
+
+
+_PARAMETERS = {
+    bool: "bool_param",
+    int: "int64_param",
+    float: "double_param",
+    str: "string_param",
 }
 
 
@@ -200,21 +207,37 @@ class Calls:
 
         With ``tell_final`` the server marks the last answer.
         """
-        request = _get_inference_request(
-            model_name=model,
-            inputs=inputs,
-            model_version=model_version,
-            request_id=request_id,
-            outputs=outputs,
-            sequence_id=sequence_id,
-            sequence_start=sequence_start,
-            sequence_end=sequence_end,
-            priority=priority,
-            timeout=timeout,
-            parameters=parameters,
-        )
+        # tritonclient does the same, with 1.5 times the work: what is absent is false or 0.
+        request = service_pb2.ModelInferRequest()
+        request.model_name = model
+        flags = request.parameters
+        if isinstance(sequence_id, str):
+            flags["sequence_id"].string_param = sequence_id
+        elif sequence_id:
+            flags["sequence_id"].int64_param = sequence_id
+        if sequence_start:
+            flags["sequence_start"].bool_param = True
+        if sequence_end:
+            flags["sequence_end"].bool_param = True
+        if timeout is not None:
+            flags["timeout"].int64_param = timeout
         if tell_final:
-            request.parameters["triton_enable_empty_final_response"].bool_param = True
+            flags["triton_enable_empty_final_response"].bool_param = True
+        if priority:
+            flags["priority"].uint64_param = priority
+        for name, value in (parameters or {}).items():
+            setattr(flags[name], _PARAMETERS[type(value)], value)
+        if model_version:
+            request.model_version = model_version
+        if request_id:
+            request.id = request_id
+        for each in inputs:
+            request.inputs.append(each._get_tensor())
+            content = each._get_content()
+            if content is not None:
+                request.raw_input_contents.append(content)
+        for each in outputs or ():
+            request.outputs.append(each._get_tensor())
         beside: dict[str, Any] = {
             "metadata": self.metadata if headers is None else _metadata(headers)
         }

@@ -79,7 +79,12 @@ class SequenceCore:
         self.dropped = False
         self.on_way: dict[Request, None] = {}
         self._runner = runner
-        self._triton_id = str(plan.cid) if plan.target.text_ids else plan.cid
+        # Without the timeout a request could wait in Triton for ever, and run when another client
+        # has the ID.
+        self._bounds = {
+            "sequence_id": str(plan.cid) if plan.target.text_ids else plan.cid,
+            "timeout": int(plan.timeout * 1e6),
+        }
         self._turn: Request | None = None  # the request that Triton has; without a stream
         self._queue: deque[Request] = deque()  # requests that wait for their turn
         self._version: str | None = None
@@ -114,7 +119,9 @@ class SequenceCore:
         if options:
             streaming = self._stream is not None
             options = check_request_options(options, library, streaming, timeout)
-            timeout = options.get("timeout", timeout)
+            if "timeout" in options:
+                timeout = options["timeout"]
+                options["timeout"] = int(timeout * 1e6)
         return Request(inputs, end, options, timeout, many)
 
     def enter(self, request: Request) -> bool:
@@ -160,7 +167,8 @@ class SequenceCore:
         """Return the arguments for a request that the application sends itself."""
         with self._runner.lock:
             now = self.check_lease()
-            return self._flags(self.state.lend(now, end), end, self.plan.timeout)
+            start = self.state.lend(now, end)
+            return {"sequence_start": start, "sequence_end": end, **self._bounds}
 
     def _begin(self, request: Request, with_future: bool) -> bool:
         """Count a request as sent, and return whether it has the turn. Under the lock."""
@@ -171,15 +179,20 @@ class SequenceCore:
                 f" model_version={version!r} needs a new sequence"
             )
         now = self.check_lease()
+        state = self.state
         try:
             has_turn = self._turn is None and not self._queue and self._stream is None
             if has_turn:
                 self._turn = request
             waits = not has_turn and self._stream is None
-            start = self.state.send(now, request.end, waits)
+            start = state.send(now, request.end, waits)
             self._version = version
             request.until = now + request.timeout + _LATE_S
-            request.options.update(self._flags(start, request.end, request.timeout))
+            options = request.options = {**self._bounds, **request.options}
+            if start:
+                options["sequence_start"] = True
+            if request.end:
+                options["sequence_end"] = True
             self.on_way[request] = None
             if with_future or not has_turn:
                 request.future = self._runner.future()
@@ -218,16 +231,6 @@ class SequenceCore:
         except Exception as error:
             # Also if the stream broke before: the caller cannot know when it breaks.
             self._finish(request, None, error)
-
-    def _flags(self, start: bool, end: bool, timeout: float) -> dict[str, Any]:
-        # Without the timeout a request could wait in Triton for ever, and run when another client
-        # has the ID.
-        return {
-            "sequence_id": self._triton_id,
-            "sequence_start": start,
-            "sequence_end": end,
-            "timeout": int(timeout * 1e6),
-        }
 
     def _advance(self, ready: Request | None = None) -> None:
         """Send the request that is next.
@@ -313,7 +316,8 @@ class SequenceCore:
                 self._doubt(request)
                 raise
             ended = self.state.ended and not self.on_way
-        request.tell(result, error)
+        if request.future is not None or request.answers is not None:
+            request.tell(result, error)
         if ended:
             self.give_back()
 
@@ -321,13 +325,13 @@ class SequenceCore:
 
     def check_lease(self) -> float:
         """Check that the ID may be used, and return the time. Under the lock."""
-        session = self._runner.session
+        session, lease = self._runner.session, self.plan.lease
         now = session.now()
         if session.closed:
             raise InvalidArgument("the client of this sequence is closed")
-        if self.plan.lease is not None and not self.state.closed:
+        if lease is not None and not self.state.closed:
             try:
-                self.plan.lease.check(self.plan.cid, now)
+                lease.check(self.plan.cid, now)
             except SequenceLost:
                 self.state.lose()
                 raise

@@ -48,6 +48,8 @@ class Event(Enum):
     CLOSE = "close"
 
 
+_LIVE = Phase.LIVE  # a global costs less than an attribute
+
 OPEN = (Phase.FRESH, Phase.LIVE, Phase.ENDING, Phase.ENDED)
 
 TRANSITIONS: dict[tuple[Phase, Event], Phase] = {
@@ -112,8 +114,8 @@ class SequenceState:
         self._late = ""  # why Triton may have forgotten it before the last request
         self._last_sent = float("inf")
         self._last_answered = float("-inf")
-        # Triton had queued all requests at this time; infinite if it is not known.
-        self._queued_by = float("inf")
+        # Triton has forgotten it after this time, if all is answered; infinite if it is not known.
+        self._forgotten_at = float("inf")
 
     @property
     def words(self) -> str:
@@ -135,15 +137,17 @@ class SequenceState:
             InvalidArgument: the sequence has ended, or is closed.
             SequenceLost: Triton has forgotten it.
         """
-        if (self.phase, Event.SEND) in TRANSITIONS and self.must_be_forgotten(now):
+        phase = self.phase
+        if now > self._forgotten_at and not self.unanswered and phase is _LIVE:
             self._go(Event.FORGET)
             raise SequenceLost(
                 f"Triton has forgotten {self._name}: nothing was sent for its idle time,"
                 f" {self._idle:g} s"
             )
-        if self.phase is Phase.LOST:
-            raise SequenceLost(f"{self._name} is lost: open a new sequence, and send all again")
-        self._go(Event.SEND_END if end else Event.SEND)
+        if end or phase is not _LIVE:  # else it stays live
+            if phase is Phase.LOST:
+                raise SequenceLost(f"{self._name} is lost: open a new sequence, and send all again")
+            self._go(Event.SEND_END if end else Event.SEND)
         start = not self.answered and not self.unanswered
         self.unanswered += 1
         if not waits:
@@ -153,14 +157,15 @@ class SequenceState:
     def goes_out(self, now: float) -> None:
         """Note that a request is passed to Triton."""
         self._late = ""
-        if now >= self._last_answered + self._idle and now >= self._last_sent + self._idle:
-            self._late = f"nothing was sent for its idle time, {self._idle:g} s"
-        elif now >= self._last_sent + self._idle:
-            # Waiting for a slot does not count, but it looks like the model's own time.
-            self._late = (
-                f"the request before may have kept the model busy for its idle time, {self._idle:g}"
-                " s, which counts from when a request arrives"
-            )
+        if now >= self._last_sent + self._idle:
+            if now >= self._last_answered + self._idle:
+                self._late = f"nothing was sent for its idle time, {self._idle:g} s"
+            else:
+                # Waiting for a slot does not count, but it looks like the model's own time.
+                self._late = (
+                    "the request before may have kept the model busy for its idle time,"
+                    f" {self._idle:g} s, which counts from when a request arrives"
+                )
         self._last_sent = now
 
     @property
@@ -176,7 +181,7 @@ class SequenceState:
         self.unanswered -= 1
         self.answered += 1  # it may have been answered
         self.doubtful = True
-        self._queued_by = float("inf")
+        self._forgotten_at = float("inf")
         if end:
             self._go(Event.ANSWER_END)
         return start
@@ -186,13 +191,16 @@ class SequenceState:
         self.unanswered -= 1
         if error is None:
             self.answered += 1
-            self._queued_by = self._last_answered = now
-            self._go(Event.ANSWER_END if end else Event.ANSWER)
+            self._last_answered = now
+            if self._exact:
+                self._forgotten_at = now + self._idle + self._SLACK_S
+            if end or self.phase is not _LIVE:
+                self._go(Event.ANSWER_END if end else Event.ANSWER)
         elif isinstance(error, SequenceLost):
             self._go(Event.FORGET)
         else:
             self.doubtful = True
-            self._queued_by = float("inf")
+            self._forgotten_at = float("inf")
             self._go(Event.FAIL_END if end else Event.FAIL)
 
     def doubt(self, unanswered: int, end: bool) -> None:
@@ -204,7 +212,7 @@ class SequenceState:
         """
         self.unanswered = unanswered
         self.doubtful = self.doubtful or self.phase is not Phase.FRESH
-        self._queued_by = float("inf")
+        self._forgotten_at = float("inf")
         event = Event.FAIL_END if end else Event.FAIL
         self.phase = TRANSITIONS.get((self.phase, event), self.phase)
 
@@ -236,10 +244,7 @@ class SequenceState:
 
     def must_be_forgotten(self, now: float) -> bool:
         """Whether Triton has certainly forgotten the sequence."""
-        if self.phase is Phase.LOST:
-            return True
-        known = self._exact and self.answered > 0 and not self.unanswered
-        return known and now > self._queued_by + self._idle + self._SLACK_S
+        return self.phase is Phase.LOST or (now > self._forgotten_at and not self.unanswered)
 
     def _go(self, event: Event) -> None:
         to = TRANSITIONS.get((self.phase, event))

@@ -48,6 +48,7 @@ class Runner(RunnerBase):
     def run(self, flow: Flow[T]) -> T:
         """Run a flow to its end and return its value."""
         session = self.session
+        began = session.version
         reply: Any = None  # a generator begins with None
         try:
             while True:
@@ -72,7 +73,8 @@ class Runner(RunnerBase):
         finally:
             with self.lock:
                 flow.close()
-                self._changed.notify_all()
+                if session.version != began:
+                    self._changed.notify_all()
 
     def start(self) -> None:
         """Start the heartbeat, if it does not run yet.

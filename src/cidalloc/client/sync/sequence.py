@@ -7,6 +7,7 @@ from concurrent.futures import Future, wait
 from types import TracebackType
 from typing import Any
 
+from ..core.fork_guard import ProcessIdentity
 from ..core.handle import SequenceHandle
 from ..core.plan import Plan
 from ..core.result import Result
@@ -74,8 +75,9 @@ class Sequence(SequenceHandle):
             Unavailable: no answer, or no slot, within the sequence's ``timeout``.
             tritonclient.utils.InferenceServerException: Triton answered with another error.
         """
-        self._check_home()
-        core = self._begun
+        if self._home is not ProcessIdentity.current:
+            self._check_home()
+        core = self._core or self._begun
         request = core.request(inputs, end, options)
         try:
             if not core.enter(request):
