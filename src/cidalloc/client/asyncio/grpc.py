@@ -7,11 +7,13 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import grpc.aio
+from tritonclient.grpc.service_pb2 import ModelInferResponse
 
 from ... import protocol
 from ..core.grpc_calls import (
     SHORT_S,
     Calls,
+    Connection,
     Connections,
     GrpcBase,
     GrpcResult,
@@ -72,7 +74,34 @@ class AsyncGrpcTransport(GrpcBase):
     def submit(
         self, limit: float, model: str, inputs: list[Any], done: Done, /, **options: Any
     ) -> None:
-        self._tasks.start(deliver(self.infer(limit, model, inputs, **options), done))
+        request, beside = self._calls.request(model, inputs, **options)
+        self._calls.show(request)
+        connection = self._sequences.take()
+        try:
+            call = connection.infer(request, timeout=max(limit, SHORT_S), **beside)
+        except BaseException:
+            self._sequences.release(connection)
+            raise
+
+        def over(response: asyncio.Future[Any]) -> None:
+            if response.cancelled() or not isinstance(response.result(), ModelInferResponse):
+                self._tasks.start(deliver(self._read(call, connection), done))
+                return
+            self._sequences.release(connection)
+            self._calls.show(response.result())
+            done(GrpcResult(response.result()), None)
+
+        # gRPC's own task; a further one would double the cost in asyncio.
+        self._tasks.add(call._call_response).add_done_callback(over)
+
+    async def _read(self, call: Any, connection: Connection) -> GrpcResult:
+        """Return the result of a call, or raise its error."""
+        try:
+            return GrpcResult(await call)
+        except grpc.RpcError as error:
+            raise self._sequences.failed(connection, error, self.url) from None
+        finally:
+            self._sequences.release(connection)
 
     def open_stream(self, receive: Receive, /) -> _Stream:
         return _Stream(self._sequences, self._calls, receive, self._tasks)

@@ -38,9 +38,7 @@ class AsyncRunner(RunnerBase):
 
     def future(self) -> asyncio.Future[Any]:
         """Return a new future."""
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        future.add_done_callback(_retrieved)
-        return future
+        return asyncio.get_running_loop().create_future()
 
     def check_loop(self) -> None:
         """Check that this is the event loop in which the client was used first.
@@ -176,9 +174,3 @@ class AsyncRunner(RunnerBase):
             return Reply(output, detail)
         except CidError as error:
             return Reply(error=error)
-
-
-def _retrieved(future: asyncio.Future[Any]) -> None:
-    """Keep asyncio from logging an error that the caller did not look at."""
-    if not future.cancelled():
-        future.exception()

@@ -96,6 +96,8 @@ class AsyncSequence(SequenceHandle):
 
     async def _close(self, patience: float) -> None:
         self._check_home()
+        if self._begun.is_over:
+            return
         if self._closing is None:
             self._closing = self._runner.tasks.start(self._close_once(patience))
         await outlast(self._closing)

@@ -22,7 +22,10 @@ class Tasks:
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Run a coroutine in a task of its own."""
-        task = asyncio.get_running_loop().create_task(coroutine, name="cidalloc")
+        return self.add(asyncio.get_running_loop().create_task(coroutine, name="cidalloc"))
+
+    def add(self, task: asyncio.Task[T]) -> asyncio.Task[T]:
+        """Count a task as one of the client's."""
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return task

@@ -172,6 +172,8 @@ class Lease:
 
     def release_from(self, cid: int, cooldown_ms: int) -> None:
         """Take back the ID of a sequence. A lost ID needs nothing more."""
+        if cooldown_ms == ENDED and self.cache.recycle(cid, self._link.now()):
+            return
         if self._has(cid):
             self.give([cid], cooldown_ms)
 

@@ -24,7 +24,7 @@ from .id_cache import ENDED, need_ms
 from .plan import Plan
 from .result import version_of
 from .sequence_state import BackTo, SequenceState
-from .stream import Request, SequenceStream, decoupled
+from .stream import Request, SequenceStream, Waiter, decoupled
 from .tensors import Inputs
 from .transport import (
     HURRY_S,
@@ -128,18 +128,21 @@ class SequenceCore:
         """Count a request as sent.
 
         Returns:
-            True if the caller has to send it now; False if its future tells the result.
+            True if the caller has to send it now; False if its waiter tells the result.
 
         Raises what `Sequence.infer` does, except what Triton answers.
         """
-        if self._stream is not None:
-            self.submit(request)
-            return False
-        with self._runner.lock:
-            has_turn = self._begin(request, False)
-        if not has_turn:
+        if self._stream is None:
+            with self._runner.lock:
+                has_turn = self._begin(request, False)
+            if not has_turn:
+                self._post(request, False)
+            return has_turn
+        with self._order:
+            with self._runner.lock:
+                self._begin(request, False)
             self._post(request, False)
-        return has_turn
+        return False
 
     def submit(self, request: Request) -> Any:
         """Count a request as sent, and send it when its turn comes; return its future.
@@ -194,8 +197,10 @@ class SequenceCore:
             if request.end:
                 options["sequence_end"] = True
             self.on_way[request] = None
-            if with_future or not has_turn:
+            if with_future:
                 request.future = self._runner.future()
+            elif not has_turn:
+                request.waiter = Waiter()
             if waits:
                 self._queue.append(request)
         except CidError:  # nothing has changed
@@ -316,7 +321,7 @@ class SequenceCore:
                 self._doubt(request)
                 raise
             ended = self.state.ended and not self.on_way
-        if request.future is not None or request.answers is not None:
+        if request.is_awaited or request.answers is not None:
             request.tell(result, error)
         if ended:
             self.give_back()
@@ -342,7 +347,7 @@ class SequenceCore:
         late = []
         with self._runner.lock:
             for request in self.on_way:
-                if request.until <= now and request.future is not None:
+                if request.until <= now and request.is_awaited:
                     late.append(request)
         stream = self._stream
         if late and stream is not None:
@@ -401,6 +406,11 @@ class SequenceCore:
         if self.on_way:
             unanswered, cancelled = self._unanswered()
             yield unanswered, HURRY_S if cancelled else patience
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing left to do: its END was answered, and its ID released."""
+        return self.state.recycled and not self.on_way and self not in self._runner.sequences
 
     def _wants_end_inputs(self) -> bool:
         if self.end_inputs is None or not self.state.wants_end:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Callable
 from concurrent import futures
 from typing import Any
@@ -27,7 +28,8 @@ class Request:
         many: it may have any number of answers.
 
     Attributes:
-        future: gets the result; None if the calling thread sends the request itself.
+        future: gets the result; None if nothing but the calling thread waits for it.
+        waiter: the calling thread waits here; None if it sends the request itself.
         answers: the queue for answers before the last one; None if nothing reads them.
         left: its caller does not read its answers any more.
         until: the time at which the request ends without an answer.
@@ -36,7 +38,7 @@ class Request:
 
     __slots__ = (
         *("answers", "end", "future", "inputs", "left", "many", "number", "options"),
-        *("timeout", "until"),
+        *("timeout", "until", "waiter"),
     )
 
     def __init__(
@@ -45,10 +47,16 @@ class Request:
         self.inputs, self.end, self.options = inputs, end, options
         self.timeout, self.many = timeout, many
         self.future: Any = None
+        self.waiter: Waiter | None = None
         self.answers: Any = None
         self.left = False
         self.until = 0.0
         self.number = ""
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether something waits for it that `SequenceCore.look` can end."""
+        return self.future is not None or self.waiter is not None
 
     @property
     def is_cancelled(self) -> bool:
@@ -68,6 +76,8 @@ class Request:
             if error is None and has_outputs(result):
                 self.answers.put_nowait((result, None))
             self.answers.put_nowait((None, error or StopIteration()))
+        if self.waiter is not None:
+            self.waiter.tell(result, error)
         if self.future is None:
             return
         with contextlib.suppress(futures.InvalidStateError, asyncio.InvalidStateError):
@@ -75,6 +85,31 @@ class Request:
                 self.future.set_result(result)
             else:
                 self.future.set_exception(error)
+                self.future.exception()  # so that asyncio does not log an error nobody looks at
+
+
+class Waiter:
+    """One result for one thread. It costs a third of a `concurrent.futures.Future`."""
+
+    __slots__ = ("_outcome", "_told")
+
+    def __init__(self) -> None:
+        self._outcome: tuple[Any, BaseException | None] = None, None
+        self._told = threading.Lock()
+        self._told.acquire()
+
+    def tell(self, result: Any, error: BaseException | None) -> None:
+        """Pass the result or the error on; called once."""
+        self._outcome = result, error
+        self._told.release()
+
+    def result(self) -> Any:
+        """Wait for the result and return it, or raise the error; called once."""
+        self._told.acquire()
+        result, error = self._outcome
+        if error is not None:
+            raise error
+        return result
 
 
 class Answers:

@@ -81,7 +81,8 @@ class Sequence(SequenceHandle):
         request = core.request(inputs, end, options)
         try:
             if not core.enter(request):
-                answer: Result = request.future.result()
+                assert request.waiter is not None
+                answer: Result = request.waiter.result()
                 return answer
             result: Result = self._transport.infer(
                 request.timeout + SLACK_S, self._model, request.inputs, **request.options
@@ -135,6 +136,8 @@ class Sequence(SequenceHandle):
     def _close(self, patience: float) -> None:
         self._check_home()
         core = self._begun
+        if core.is_over:
+            return
         try:
             for futures, limit in core.closing(patience):
                 wait(futures, limit)
