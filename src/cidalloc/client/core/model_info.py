@@ -36,6 +36,7 @@ class ModelInfo:
             its low bits without an error, and so use another ID.
         exact: Triton forgets after ``idle_s``, and not earlier.
         decoupled: it answers a request any number of times.
+        iterative: a request is a whole sequence, which ends with its answer, and takes no END.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ModelInfo:
     highest_cid: int = HIGHEST_CID
     exact: bool = True
     decoupled: bool = False
+    iterative: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelInfo:
@@ -72,7 +74,13 @@ class ModelInfo:
                             " TYPE_UINT64"
                         )
                     highest = min(highest, _HIGHEST[kind])
-        return cls(name, idle_us / 1e6, highest, decoupled=_is_decoupled(config))
+        return cls(
+            name,
+            idle_us / 1e6,
+            highest,
+            decoupled=_is_decoupled(config),
+            iterative=bool(batching.get("iterative_sequence")),
+        )
 
     @classmethod
     def of_steps(cls, name: str, steps: list[ModelInfo], decoupled: bool) -> ModelInfo:
@@ -89,7 +97,14 @@ class ModelInfo:
         idle = [step.idle_s for step in steps]
         # Triton may forget one step earlier than another, if not all requests reach it.
         exact = len(steps) == 1 and steps[0].exact
-        return cls(name, max(idle), min(step.highest_cid for step in steps), exact, decoupled)
+        return cls(
+            name,
+            max(idle),
+            min(step.highest_cid for step in steps),
+            exact,
+            decoupled,
+            any(step.iterative for step in steps),
+        )
 
 
 class ModelCache:

@@ -23,13 +23,7 @@ from .id_cache import ENDED, need_ms
 from .plan import Plan
 from .sequence_state import BackTo, SequenceState
 from .stream import Request, SequenceStream, decoupled
-from .transport import (
-    HURRY_S,
-    SLACK_S,
-    foreign,
-    unreachable,
-    version_of,
-)
+from .transport import HURRY_S, SLACK_S, foreign, unreachable, version_of
 
 if TYPE_CHECKING:
     from .runner import RunnerBase
@@ -53,6 +47,7 @@ class SequenceCore:
 
     Attributes:
         dropped: the handle was collected as garbage.
+        iterative: its first request is its only one.
         on_way: the requests that are not answered yet, in the order of their time limits.
 
     Raises:
@@ -64,10 +59,11 @@ class SequenceCore:
         self, runner: RunnerBase, plan: Plan, streaming: bool, end_inputs: list[Any] | None
     ) -> None:
         self.plan = plan
-        self.model = plan.target.name
+        target = plan.target
+        self.model, self.iterative = target.name, target.iterative
         self.name = f"sequence {plan.cid} on {self.model}"
-        self.state = SequenceState(self.name, plan.target.idle_s, plan.target.exact)
-        self.end_inputs = end_inputs
+        self.state = SequenceState(self.name, target.idle_s, target.exact, not self.iterative)
+        self.end_inputs = None if self.iterative else end_inputs
         self.dropped = False
         self.on_way: dict[Request, None] = {}
         self._runner = runner
@@ -76,9 +72,9 @@ class SequenceCore:
         self._version: str | None = None
         self._order = threading.Lock()  # requests are sent in the order in which they were counted
         self._stream: SequenceStream | None = None
-        if streaming or plan.target.decoupled:
+        if streaming or target.decoupled:
             self._stream = SequenceStream(
-                runner.transport.open_stream, plan.target, plan.checked, self._more, self.over
+                runner.transport.open_stream, target, plan.checked, self._more, self.over
             )
         runner.sequences[self] = None
 
@@ -95,6 +91,7 @@ class SequenceCore:
         """
         if self.plan.target.decoupled and not many:
             raise decoupled(self.model)
+        end = end or self.iterative
         return Request(inputs, self._runner.transport.inputs, end, options, many)
 
     @property
@@ -144,8 +141,8 @@ class SequenceCore:
     def lend(self, end: bool) -> dict[str, Any]:
         """Return the arguments for a request that the application sends itself."""
         with self._runner.lock:
-            now = self.check_lease()
-            return self._flags(self.state.lend(now, end), end)
+            start = self.state.lend(self.check_lease(), end or self.iterative)
+            return self._flags(start, end)
 
     def _begin(self, request: Request, with_future: bool) -> bool:
         """Count a request as sent, and return whether it has the turn. Under the lock."""
@@ -210,7 +207,8 @@ class SequenceCore:
         return {
             "sequence_id": self.plan.cid,
             "sequence_start": start,
-            "sequence_end": end,
+            # It would end an iterative sequence before its second iteration.
+            "sequence_end": end and not self.iterative,
             "timeout": int(self.plan.timeout * 1e6),
         }
 
