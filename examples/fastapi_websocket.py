@@ -9,17 +9,12 @@ sequence.
 import contextlib
 import os
 
-import numpy as np
 from fastapi import FastAPI, WebSocket
 
 from cidalloc.client import AsyncClient, CidError, Exhausted, Unavailable
 
 URL = os.environ.get("CIDALLOC_URL", "localhost:8001")
 TRY_AGAIN_LATER, INTERNAL_ERROR = 1013, 1011  # codes of WebSocket
-
-
-def inputs(number: int):
-    return {"INPUT": np.array([[number]], np.int32)}
 
 
 @contextlib.asynccontextmanager
@@ -38,10 +33,10 @@ async def sums(socket: WebSocket):
     cids = socket.app.state.cids
     try:
         # If the speaker hangs up, the block ends, and END goes with the end_inputs.
-        async with cids.sequence("simple_sequence", end_inputs=inputs(0)) as sequence:
+        async with cids.sequence("simple_sequence", end_inputs={"INPUT": 0}) as sequence:
             async for text in socket.iter_text():
                 end = text == "end"
-                result = await sequence.infer(inputs(0 if end else int(text)), end=end)
+                result = await sequence.infer({"INPUT": 0 if end else int(text)}, end=end)
                 await socket.send_text(str(result["OUTPUT"][0, 0]))
                 if end:
                     break

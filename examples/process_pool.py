@@ -7,8 +7,6 @@ import argparse
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
-import numpy as np
-
 from cidalloc.client import Client
 
 
@@ -22,8 +20,7 @@ def total(values):
     """Send one sequence, and return its last sum."""
     with cids.sequence("simple_sequence") as sequence:
         for place, value in enumerate(values):
-            inputs = {"INPUT": np.array([[value]], np.int32)}
-            result = sequence.infer(inputs, end=place == len(values) - 1)
+            result = sequence.infer({"INPUT": value}, end=place == len(values) - 1)
     return int(result["OUTPUT"][0, 0])
 
 

@@ -34,7 +34,7 @@ def main():
                 # Write only after the answer to the request before: Triton reads this memory.
                 shared_memory.set_shared_memory_region(region, [np.array([[value]], np.int32)])
                 result = sequence.infer([chunk], end=value == 4)
-                print("sum:", result.as_numpy("OUTPUT")[0, 0])
+                print("sum:", result["OUTPUT"][0, 0])
     finally:
         triton.unregister_system_shared_memory(NAME)
         triton.close()

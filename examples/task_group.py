@@ -6,19 +6,16 @@ Start a server for it: ``cidalloc serve``. The example needs Python 3.11.
 import argparse
 import asyncio
 
-import numpy as np
-
 from cidalloc.client import AsyncClient
 
 
 async def speak(cids, values):
     """Send values, one every 0.1 s, in a sequence of their own."""
-    ending = {"INPUT": np.zeros([1, 1], np.int32)}
-    async with cids.sequence("simple_sequence", end_inputs=ending) as sequence:
+    async with cids.sequence("simple_sequence", end_inputs={"INPUT": 0}) as sequence:
         for value in values:
             if value < 0:
                 raise ValueError(f"{value} is not loud")
-            await sequence.infer({"INPUT": np.array([[value]], np.int32)})
+            await sequence.infer({"INPUT": value})
             await asyncio.sleep(0.1)
 
 

@@ -27,7 +27,7 @@ def main():
 
     with Client(url) as cids, cids.sequence("doubled") as sequence:
         for value in (1, 2, 3, 4):
-            result = sequence.infer({"INPUT": np.array([[value]], np.int32)}, end=value == 4)
+            result = sequence.infer({"INPUT": value}, end=value == 4)
         print("doubled:", result["OUTPUT"][0, 0])
 
 

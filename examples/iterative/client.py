@@ -5,8 +5,6 @@ Start a server for it: ``cidalloc serve --repository examples/iterative/models``
 
 import argparse
 
-import numpy as np
-
 from cidalloc.client import Client
 
 
@@ -18,7 +16,7 @@ def main():
     with Client(url) as cids:
         for number in (6, 7):
             with cids.sequence("collatz") as sequence:
-                results = sequence.stream({"NUMBER": np.array([[number]])})
+                results = sequence.stream({"NUMBER": number})
                 print(number, *(result["NEXT"][0, 0] for result in results))
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-from tritonclient.grpc import InferInput
 
 from cidalloc.client import Client
 
@@ -39,11 +38,9 @@ def main() -> None:
     text = ""
     with Client(given.url) as cids, cids.sequence("words") as sequence:
         for chunk in [*chunks(given.words), np.zeros(0, np.int16)]:
-            samples = InferInput("SAMPLES", [1, len(chunk)], "INT16")
-            samples.set_data_from_numpy(chunk.reshape(1, -1))
-            for result in sequence.stream([samples], end=len(chunk) == 0):
-                text = result.as_numpy("TEXT")[0, 0].decode()
-                print(f"{result.as_numpy('SECONDS')[0, 0]:5.2f} s  {text}")
+            for result in sequence.stream({"SAMPLES": chunk[None, :]}, end=len(chunk) == 0):
+                text = result["TEXT"][0, 0].decode()
+                print(f"{result['SECONDS'][0, 0]:5.2f} s  {text}")
     print(f"{len(text.split())} words; the sequence is {sequence.state}")
 
 

@@ -226,8 +226,7 @@ def test_nothing_after_the_end(cids: Client, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["sequence_id", "sequence_start", "sequence_end", "request_id", "timeout", "client_timeout"],
+    "name", ["sequence_id", "sequence_start", "sequence_end", "client_timeout", "tell_final"]
 )
 def test_what_the_sequence_sets_itself(cids: Client, kind: str, name: str) -> None:
     with cids.sequence(MODEL, streaming=kind == "stream") as sequence:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cidalloc import protocol
+from cidalloc.client.core.tensors import Library
 from cidalloc.client.core.transport import Done, Receive
 from cidalloc.codes import Operation
 from cidalloc.errors import CidError, ProtocolError
@@ -21,7 +22,7 @@ class Loopback:
     """What `cidalloc.client.Client` takes in place of a connection."""
 
     url = "loopback"
-    inputs = object
+    library = Library(object, object, frozenset())
 
     def __init__(self, settings: Settings, clock: Callable[[], int] = boottime_ms) -> None:
         self.service = Service(settings, clock)
@@ -67,7 +68,7 @@ class AsyncLoopback:
     """The same for `cidalloc.client.AsyncClient`."""
 
     url = "loopback"
-    inputs = object
+    library = Library(object, object, frozenset())
 
     def __init__(self, settings: Settings, clock: Callable[[], int] = boottime_ms) -> None:
         self.loopback = Loopback(settings, clock)

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from cidalloc.client.core.effects import Config, Reply
+from cidalloc.client.core.effects import Config, Reply, ServerVersion
 from cidalloc.client.core.model_info import ModelInfo, read_model_info
-from cidalloc.errors import InvalidArgument, Unavailable
+from cidalloc.errors import CidError, InvalidArgument, Unavailable
 
 
 def config(kind: str | None = None, **batching: Any) -> dict[str, Any]:
@@ -45,9 +45,56 @@ def test_tritons_default_idle_time_is_a_second() -> None:
     assert ModelInfo.from_config(config()).idle_s == 1.0
 
 
-def test_strings_are_refused() -> None:
-    with pytest.raises(InvalidArgument, match="TYPE_STRING"):
-        ModelInfo.from_config(config("TYPE_STRING"))
+def read_from(version: str | CidError, models: dict[str, Any], name: str = "m") -> ModelInfo:
+    """Read a model of a server of this version."""
+    flow = read_model_info(name, 1.0)
+    reply: Any = None
+    try:
+        while True:
+            effect = flow.send(reply)
+            if isinstance(effect, ServerVersion):
+                gone = isinstance(version, CidError)
+                reply = Reply(error=version) if gone else Reply(detail=version)  # type: ignore[arg-type]
+            else:
+                assert isinstance(effect, Config)
+                reply = Reply(config={**models[effect.model], "name": effect.model})
+    except StopIteration as stop:
+        found: ModelInfo = stop.value
+        return found
+
+
+@pytest.mark.parametrize("version", ["2.54.0", "2.54.0dev", "2.100.1", "3.0.0"])
+def test_strings_are_sent_to_servers_that_take_them(version: str) -> None:
+    """No such server runs here, so this decision is tested alone."""
+    found = read_from(version, {"m": config("TYPE_STRING")})
+    assert (found.text_ids, found.highest_cid) == (True, 2**63 - 1)
+    assert not read_from("", {"m": config("TYPE_UINT64")}).text_ids
+
+
+@pytest.mark.parametrize("version", ["2.51.0", "2.53.9", "1.99.0", "", "new"])
+def test_strings_are_refused_for_servers_that_crash(version: str) -> None:
+    with pytest.raises(InvalidArgument, match=r"TYPE_STRING.* before 2.54 .*TYPE_UINT64"):
+        read_from(version, {"m": config("TYPE_STRING")})
+
+
+def test_strings_need_an_answer() -> None:
+    with pytest.raises(Unavailable):
+        read_from(Unavailable("no"), {"m": config("TYPE_STRING")})
+
+
+def test_steps_with_strings() -> None:
+    models = {
+        "all": ensemble("one", "two"),
+        "one": config("TYPE_STRING"),
+        "two": config("TYPE_STRING"),
+        "mixed": ensemble("one", "number"),
+        "number": config("TYPE_UINT64"),
+    }
+    assert read_from("2.60.0", models, "all").text_ids
+    with pytest.raises(InvalidArgument, match=r"2.54"):
+        read_from("2.51.0", models, "all")
+    with pytest.raises(InvalidArgument, match="some steps of the ensemble mixed"):
+        read_from("2.60.0", models, "mixed")
 
 
 @pytest.mark.parametrize("scheduling", [{}, {"dynamic_batching": {}}])
@@ -60,15 +107,7 @@ def test_models_without_sequences_are_refused(scheduling: dict[str, Any]) -> Non
 
 
 def read(models: dict[str, Any], name: str) -> ModelInfo:
-    flow = read_model_info(name, 1.0)
-    effect = next(flow)
-    while True:
-        try:
-            assert isinstance(effect, Config)
-            effect = flow.send(Reply(config={**models[effect.model], "name": effect.model}))
-        except StopIteration as stop:
-            found: ModelInfo = stop.value
-            return found
+    return read_from("2.51.0", models, name)
 
 
 def ensemble(*steps: str, **more: Any) -> dict[str, Any]:

@@ -10,10 +10,12 @@ import numpy as np
 
 from ...codes import Operation
 from ...protocol import IDs
-from ..core.client import SEQUENCE_TIMEOUT_S, Base, whole
+from ..core.arguments import whole
+from ..core.client import SEQUENCE_TIMEOUT_S, Base
 from ..core.fork_guard import caller
 from ..core.lease import Acquired
 from ..core.plan import Plan
+from ..core.tensors import Inputs
 from .runner import AsyncRunner
 from .sequence import AsyncSequence
 from .transport import connect_async
@@ -110,8 +112,8 @@ class AsyncClient(Base):
         timeout: float = SEQUENCE_TIMEOUT_S,
         cooldown: float | None = None,
         check: bool = True,
-        end_inputs: list[Any] | None = None,
-        farewell: list[Any] | None = None,
+        end_inputs: Inputs | None = None,
+        farewell: Inputs | None = None,
     ) -> AsyncSequence:
         """Return a sequence on ``model``. It acquires its ID when it is entered or awaited.
 
@@ -123,7 +125,7 @@ class AsyncClient(Base):
         async def begin(taken: Acquired) -> Plan:
             self._runner.start()
             plan = await self._runner.run(
-                self._begin_sequence(model, timeout, cooldown, check, end_inputs, taken)
+                self._begin_sequence(model, timeout, cooldown, check, taken)
             )
             if self._session.lease.cache.needs_maintenance:
                 self._runner.wake()

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import grpc.aio
-import tritonclient.grpc
 
 from ... import protocol
 from ..core.grpc_calls import (
@@ -15,6 +14,7 @@ from ..core.grpc_calls import (
     Calls,
     Connections,
     GrpcBase,
+    GrpcResult,
     StreamBase,
     read_config,
 )
@@ -41,12 +41,14 @@ class AsyncGrpcTransport(GrpcBase):
         shut = lambda channel: self._tasks.start(channel.close())  # noqa: E731
         super().__init__(grpc.aio, shut, address, headers, options)
 
-    async def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
+    async def infer(
+        self, limit: float, model: str, inputs: list[Any], /, **options: Any
+    ) -> GrpcResult:
         request, beside = self._calls.request(model, inputs, **options)
         self._calls.show(request)
         answer = await self._wait(self._sequences, "infer", request, limit, beside)
         self._calls.show(answer)
-        return tritonclient.grpc.InferResult(answer)
+        return GrpcResult(answer)
 
     async def call(
         self, model: str, request: protocol.Request, timeout: float
@@ -54,12 +56,18 @@ class AsyncGrpcTransport(GrpcBase):
         with translating(model, self.url):
             message, beside = self._calls.manager_request(model, request)
             answer = await self._wait(self._asks, "infer", message, timeout, beside)
-        return read_answer(tritonclient.grpc.InferResult(answer), request, model, self.url)
+        return read_answer(GrpcResult(answer), request, model, self.url)
 
     async def model_config(self, model: str, timeout: float) -> Mapping[str, Any]:
         with translating(model, self.url):
             request, beside = self._calls.config_request(model)
             return read_config(await self._wait(self._asks, "config", request, timeout, beside))
+
+    async def server_version(self, timeout: float) -> str:
+        with translating("", self.url):
+            request, beside = self._calls.version_request()
+            found = await self._wait(self._asks, "version", request, timeout, beside)
+        return str(found.version)
 
     def submit(
         self, limit: float, model: str, inputs: list[Any], done: Done, /, **options: Any

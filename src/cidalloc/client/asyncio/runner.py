@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ...errors import CidError, InvalidArgument, Unavailable
-from ..core.effects import Config, Effect, Flow, Idle, Reply, Send
+from ..core.effects import Config, Effect, Flow, Idle, Reply, Send, ServerVersion
 from ..core.runner import LOOK_S, RunnerBase
 from ..core.sequence import SequenceCore
 from ..core.session import Session
@@ -163,11 +163,13 @@ class AsyncRunner(RunnerBase):
             return Reply(error=Unavailable(f"no answer within {effect.timeout:g} s"))
         return work.result()
 
-    async def _ask(self, effect: Send | Config) -> Reply:
+    async def _ask(self, effect: Send | Config | ServerVersion) -> Reply:
         try:
             if isinstance(effect, Config):
                 config = await self.transport.model_config(effect.model, effect.timeout)
                 return Reply(config=config)
+            if isinstance(effect, ServerVersion):
+                return Reply(detail=await self.transport.server_version(effect.timeout))
             output, detail = await self.transport.call(self.model, effect.request, effect.timeout)
             return Reply(output, detail)
         except CidError as error:

@@ -10,8 +10,10 @@ from typing import Any
 from ..core.handle import SequenceHandle
 from ..core.lease import Acquired
 from ..core.plan import Plan
+from ..core.result import Result
 from ..core.sequence import SequenceCore
 from ..core.stream import Answers
+from ..core.tensors import Inputs
 from ..core.transport import HURRY_S
 from .runner import AsyncRunner
 from .tasks import outlast
@@ -25,7 +27,7 @@ class AsyncStreamedAnswers(Answers):
     def __aiter__(self) -> AsyncStreamedAnswers:
         return self
 
-    async def __anext__(self) -> Any:
+    async def __anext__(self) -> Result:
         try:
             return self._next(
                 await self._answers.get() if self._over is None else (None, self._over)
@@ -48,7 +50,7 @@ class AsyncSequence(SequenceHandle):
         model: str,
         begin: Callable[[Acquired], Awaitable[Plan]],
         streaming: bool,
-        end_inputs: list[Any] | None,
+        end_inputs: Inputs | None,
         client: object,
         opened_at: tuple[str, int],
     ) -> None:
@@ -58,7 +60,7 @@ class AsyncSequence(SequenceHandle):
         self._end_inputs = end_inputs
         self._closing: asyncio.Task[None] | None = None
 
-    async def infer(self, inputs: list[Any], *, end: bool = False, **options: Any) -> Any:
+    async def infer(self, inputs: Inputs, *, end: bool = False, **options: Any) -> Result:
         """Send a request and return its result. See `Sequence.infer`.
 
         A request that is on its way continues if its task is cancelled.
@@ -66,17 +68,15 @@ class AsyncSequence(SequenceHandle):
         return await self.async_infer(inputs, end=end, **options)
 
     def async_infer(
-        self, inputs: list[Any], *, end: bool = False, **options: Any
-    ) -> asyncio.Future[Any]:
+        self, inputs: Inputs, *, end: bool = False, **options: Any
+    ) -> asyncio.Future[Result]:
         """Send a request and return a future of its result. See `Sequence.async_infer`."""
         self._check_home()
         core = self._begun
-        future: asyncio.Future[Any] = core.submit(core.request(inputs, end, options))
+        future: asyncio.Future[Result] = core.submit(core.request(inputs, end, options))
         return future
 
-    def stream(
-        self, inputs: list[Any], *, end: bool = False, **options: Any
-    ) -> AsyncStreamedAnswers:
+    def stream(self, inputs: Inputs, *, end: bool = False, **options: Any) -> AsyncStreamedAnswers:
         """Send a request and return an asynchronous iterator over its answers.
 
         See `Sequence.stream`.

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import operator
 import os
 import platform
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, SupportsIndex
+from typing import Any, ClassVar, Literal
 
-import numpy as np
-
-from ...errors import InvalidArgument, LimitExceeded, SessionExpired, Unavailable
+from ...errors import InvalidArgument, SessionExpired, Unavailable
 from ...protocol import MAX_COOLDOWN_MS, MODEL, IDs, as_ids
+from .arguments import seconds
 from .effects import Flow
 from .fork_guard import ForkGuard, caller
 from .handle import warn_unclosed
@@ -24,9 +22,9 @@ from .link import Link
 from .model_info import HIGHEST_CID, ModelInfo
 from .plan import Plan
 from .session import Session
-from .transport import DAY_S, DEFAULT_URL, Transport, check_inputs
+from .transport import DAY_S, DEFAULT_URL, Transport
 
-__all__ = ["SEQUENCE_TIMEOUT_S", "Base", "whole"]
+__all__ = ["SEQUENCE_TIMEOUT_S", "Base"]
 
 Fallback = Literal["random"] | None
 
@@ -140,15 +138,12 @@ class Base(ForkGuard):
         timeout: float,
         cooldown: float | None,
         check: bool,
-        end_inputs: list[Any] | None,
         taken: Acquired,
     ) -> Flow[Plan]:
         """Read what the model needs, and acquire an ID for it into ``taken``."""
         session = self._session
         session.check_open()
         timeout = seconds("timeout", timeout, DAY_S)
-        if end_inputs is not None:
-            check_inputs(end_inputs, self._transport.inputs)
         target = yield from self._target(model, timeout, cooldown, check)
         need = need_ms(target.idle_s, timeout)
         if need > MAX_COOLDOWN_MS:
@@ -175,7 +170,9 @@ class Base(ForkGuard):
             if not alone:
                 raise
             return self._random_plan(target, timeout, check)
-        return Plan(target, taken[0], taken.lease, timeout, check)
+        assert taken.lease is not None
+        key = taken.lease.next_key(taken[0])
+        return Plan(target, taken[0], taken.lease, timeout, key, check)
 
     def _target(
         self, model: str, timeout: float, cooldown: float | None, check: bool
@@ -194,41 +191,7 @@ class Base(ForkGuard):
 
     def _random_plan(self, target: ModelInfo, timeout: float, check: bool) -> Plan:
         cid = 2**_RANDOM_BITS + self._rng.getrandbits(_RANDOM_BITS)
-        return Plan(target, cid, None, timeout, check)
-
-
-def whole(name: str, value: object) -> int:
-    """Return a positive integer.
-
-    Raises:
-        InvalidArgument, LimitExceeded: it is something else, or out of range.
-    """
-    if isinstance(value, bool | np.bool_) or not isinstance(value, SupportsIndex):
-        raise InvalidArgument(f"{name}={value!r} is not an integer")
-    try:
-        number = operator.index(value)
-    except TypeError:  # an array of several
-        raise InvalidArgument(f"{name}={value!r} is not an integer") from None
-    if number < 1:
-        raise InvalidArgument(f"{name}={number} is less than 1")
-    if number > HIGHEST_CID:
-        raise LimitExceeded(f"{name}={number} is more than any pool has")
-    return number
-
-
-def seconds(name: str, value: object, high: float, low: float = 1e-6) -> float:
-    """Return a time in seconds.
-
-    Raises:
-        InvalidArgument: it is not a time within these bounds.
-    """
-    try:
-        found = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        found = math.nan
-    if isinstance(value, str | bytes | bool) or not low <= found <= high:
-        raise InvalidArgument(f"{name}={value!r} is not a time of {low:g} to {high:g} seconds")
-    return found
+        return Plan(target, cid, None, timeout, f"random-{cid}", check)
 
 
 def _ahead(value: int) -> int:

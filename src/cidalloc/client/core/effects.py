@@ -1,6 +1,6 @@
 """Flows: the client's decisions as generators, which say what they need and never do it.
 
-A flow yields one of the three effects below and is resumed with its `Reply`. Two short runners run
+A flow yields one of the effects below and is resumed with its `Reply`. Two short runners run
 flows, one blocking and one awaiting; so each decision is written once, and tests run it without a
 server, a thread or a clock. While a flow waits, other flows go on, so the state may be another one
 after each yield.
@@ -18,7 +18,17 @@ import numpy as np
 from ...errors import CidError
 from ...protocol import IDs, Request
 
-__all__ = ["NEVER", "Config", "Effect", "Flow", "Idle", "Reply", "Send", "runs"]
+__all__ = [
+    "NEVER",
+    "Config",
+    "Effect",
+    "Flow",
+    "Idle",
+    "Reply",
+    "Send",
+    "ServerVersion",
+    "runs",
+]
 
 T = TypeVar("T")
 
@@ -45,6 +55,13 @@ class Config:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerVersion:
+    """Ask for the version of the server, in at most ``timeout`` seconds; `Reply.detail` gets it."""
+
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
 class Idle:
     """Wait until the time ``until``, or until another flow has changed something."""
 
@@ -61,7 +78,7 @@ class Reply:
     error: CidError | None = None
 
 
-Effect = Send | Config | Idle
+Effect = Send | Config | ServerVersion | Idle
 Flow = Generator[Effect, Reply, T]
 
 

@@ -21,7 +21,10 @@ from tritonclient.utils import InferenceServerException
 
 from ... import protocol
 from ...errors import CidError, InvalidArgument, Unavailable
-from .transport import Address, Receive, boottime, check_headers, check_options, encode, unreachable
+from .arguments import check_headers
+from .result import Result
+from .tensors import Library
+from .transport import Address, Receive, boottime, check_options, encode, unreachable
 
 __all__ = [
     "SHORT_S",
@@ -29,6 +32,7 @@ __all__ = [
     "Connection",
     "Connections",
     "GrpcBase",
+    "GrpcResult",
     "StreamBase",
     "read_config",
 ]
@@ -61,16 +65,20 @@ _INFER_DEFAULTS: dict[str, Any] = {
 }
 
 
+class GrpcResult(Result, tritonclient.grpc.InferResult):  # type: ignore[misc]
+    """A result over gRPC."""
+
+
 class Connection:
     """A channel, its methods, and the number of requests on their way over it."""
 
-    __slots__ = ("busy", "channel", "config", "infer", "stream")
+    __slots__ = ("busy", "channel", "config", "infer", "stream", "version")
 
     def __init__(self, channel: Any) -> None:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         self.channel = channel
         self.infer, self.stream = stub.ModelInfer, stub.ModelStreamInfer
-        self.config = stub.ModelConfig
+        self.config, self.version = stub.ModelConfig, stub.ServerMetadata
         self.busy = 0
 
 
@@ -217,6 +225,10 @@ class Calls:
         """Return the message and gRPC's arguments that ask for a configuration."""
         return service_pb2.ModelConfigRequest(name=model), {"metadata": self.metadata}
 
+    def version_request(self) -> tuple[Any, dict[str, Any]]:
+        """Return the message and gRPC's arguments that ask for the version of the server."""
+        return service_pb2.ServerMetadataRequest(), {"metadata": self.metadata}
+
     def show(self, what: Any) -> None:
         """Print a message of a sequence if ``verbose`` is set."""
         if self.verbose:
@@ -267,10 +279,7 @@ def _credentials(options: Mapping[str, Any]) -> Any:
 
 
 def _compression(name: str) -> Any:
-    kinds = {"gzip": grpc.Compression.Gzip, "deflate": grpc.Compression.Deflate}
-    if str(name).lower() not in kinds:
-        raise InvalidArgument(f"compression_algorithm={name!r} is neither 'gzip' nor 'deflate'")
-    return kinds[name.lower()]
+    return {"gzip": grpc.Compression.Gzip, "deflate": grpc.Compression.Deflate}[name]
 
 
 class GrpcBase:
@@ -282,7 +291,7 @@ class GrpcBase:
         address, headers, options: see `Calls`.
     """
 
-    inputs = tritonclient.grpc.InferInput
+    library = Library.of(tritonclient.grpc, "compression_algorithm", "headers")
     now = staticmethod(boottime)
 
     def __init__(
@@ -348,7 +357,7 @@ class StreamBase:
             return
         final = "triton_final_response"
         last = final not in response.parameters or response.parameters[final].bool_param
-        self._receive(response.id, last, tritonclient.grpc.InferResult(response), None)
+        self._receive(response.id, last, GrpcResult(response), None)
 
     def _ended(self, failure: Exception | None) -> None:
         """Note that gRPC has closed the stream, and fail the requests that are unanswered."""

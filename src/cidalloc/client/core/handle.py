@@ -53,6 +53,14 @@ class SequenceHandle(ForkGuard):
         return self._begun.plan.cid
 
     @property
+    def key(self) -> str:
+        """A short name for logs. No other sequence ever has it, while IDs are used again.
+
+        It contains the end of the registry's UUID, the ID, and two rising numbers.
+        """
+        return self._begun.plan.key
+
+    @property
     def model(self) -> str:
         """The model that the sequence is on."""
         return self._model

@@ -87,6 +87,7 @@ class Lease:
         self._link = link
         self._lost = lost
         self._registry = ""  # its UUID
+        self._sequences = 0
         self._seq = 0
         self._announcing_ms = 0  # announced by a NEW that is not answered yet
         self._most = _MOST_AT_ONCE
@@ -203,6 +204,12 @@ class Lease:
             raise SequenceLost(f"ID {cid} was lost: {self.lost_why or _NOT_COUNTED}")
         if now >= self.deadline:
             raise SessionExpired(self.expired())
+
+    def next_key(self, cid: int) -> str:
+        """Return a name for a new sequence, which no other sequence ever has."""
+        # No other session of the registry ever has this generation.
+        self._sequences += 1
+        return f"{self._registry[-12:]}-{cid}-{self.generation}-{self._sequences}"
 
     def expired(self) -> str:
         """Return what an error says of a lease that has run out."""

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import InvalidArgument
-from .effects import Config, Flow
+from .effects import Config, Flow, ServerVersion
+from .tensors import Inputs, Library, Signature, check_inputs
 
-__all__ = ["HIGHEST_CID", "KNOWN_S", "ModelCache", "ModelInfo", "read_model_info"]
+__all__ = [
+    "HIGHEST_CID",
+    "KNOWN_S",
+    "ModelCache",
+    "ModelInfo",
+    "check_text_ids",
+    "read_model_info",
+]
 
 HIGHEST_CID = 2**63 - 1
 """The highest ID that gRPC carries."""
 
 KNOWN_S = 30.0
 """A configuration is read again after so many seconds."""
+
+_TEXT_IDS_FROM = (2, 54)  # before, such an ID overflows a buffer of the server
 
 _HIGHEST = {
     "TYPE_INT32": 2**31 - 1,
@@ -37,6 +48,8 @@ class ModelInfo:
         exact: Triton forgets after ``idle_s``, and not earlier.
         decoupled: it answers a request any number of times.
         iterative: a request is a whole sequence, which ends with its answer, and takes no END.
+        text_ids: it takes IDs as text: "7" instead of 7.
+        signature: its inputs.
     """
 
     name: str
@@ -45,13 +58,27 @@ class ModelInfo:
     exact: bool = True
     decoupled: bool = False
     iterative: bool = False
+    text_ids: bool = False
+    signature: Signature | None = field(default=None, repr=False, compare=False)
+
+    def tensors(self, inputs: Inputs, library: Library) -> list[Any]:
+        """Return tritonclient's inputs.
+
+        Raises:
+            InvalidArgument: they do not fit the model, or are of another protocol.
+        """
+        if isinstance(inputs, Mapping):
+            signature = self.signature or Signature(self.name)
+            return signature.tensors(inputs, library.inputs)
+        check_inputs(inputs, library)
+        return list(inputs)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelInfo:
         """Return what a configuration says: Triton's JSON, or gRPC's with strings for int64.
 
         Raises:
-            InvalidArgument: the model keeps no sequences, or needs strings as IDs.
+            InvalidArgument: the model keeps no sequences.
         """
         name = config.get("name", "")
         batching = config.get("sequence_batching")
@@ -62,48 +89,50 @@ class ModelInfo:
                 " check=False and cooldown=)"
             )
         idle_us = int(batching.get("max_sequence_idle_microseconds", 0)) or 1_000_000
-        highest = HIGHEST_CID
-        for control_input in batching.get("control_input", ()):
-            for control in control_input.get("control", ()):
-                if control.get("kind") == "CONTROL_SEQUENCE_CORRID":
-                    kind = control.get("data_type")
-                    if kind not in _HIGHEST:
-                        raise InvalidArgument(
-                            f"model {name} takes {kind} as correlation ID, and these IDs are"
-                            " integers: let its CONTROL_SEQUENCE_CORRID have the data_type"
-                            " TYPE_UINT64"
-                        )
-                    highest = min(highest, _HIGHEST[kind])
+        kinds = {
+            control.get("data_type")
+            for control_input in batching.get("control_input", ())
+            for control in control_input.get("control", ())
+            if control.get("kind") == "CONTROL_SEQUENCE_CORRID"
+        }
         return cls(
             name,
             idle_us / 1e6,
-            highest,
+            min((_HIGHEST.get(kind, HIGHEST_CID) for kind in kinds), default=HIGHEST_CID),
             decoupled=_is_decoupled(config),
             iterative=bool(batching.get("iterative_sequence")),
+            text_ids="TYPE_STRING" in kinds,
+            signature=Signature.from_config(config),
         )
 
     @classmethod
-    def of_steps(cls, name: str, steps: list[ModelInfo], decoupled: bool) -> ModelInfo:
+    def of_steps(cls, config: Mapping[str, Any], steps: list[ModelInfo]) -> ModelInfo:
         """Return what holds for an ensemble: the lowest maximum ID and the longest idle time.
 
         Raises:
-            InvalidArgument: none of its steps keeps sequences.
+            InvalidArgument: none of its steps keeps sequences, or they take different IDs.
         """
+        name = config.get("name", "")
         if not steps:
             raise InvalidArgument(
                 f"no step of the ensemble {name} has sequence_batching in its configuration:"
                 " Triton keeps no sequences for it, and needs no correlation IDs"
             )
-        idle = [step.idle_s for step in steps]
-        # Triton may forget one step earlier than another, if not all requests reach it.
-        exact = len(steps) == 1 and steps[0].exact
+        if len({step.text_ids for step in steps}) > 1:
+            raise InvalidArgument(
+                f"some steps of the ensemble {name} take correlation IDs as TYPE_STRING, others as"
+                " integers, and a request has one or the other: give all the same data_type"
+            )
         return cls(
             name,
-            max(idle),
+            max(step.idle_s for step in steps),
             min(step.highest_cid for step in steps),
-            exact,
-            decoupled,
-            any(step.iterative for step in steps),
+            # Triton may forget one step earlier than another, if not all requests reach it.
+            exact=len(steps) == 1 and steps[0].exact,
+            decoupled=_is_decoupled(config),
+            iterative=any(step.iterative for step in steps),
+            text_ids=steps[0].text_ids,
+            signature=Signature.from_config(config),
         )
 
 
@@ -163,12 +192,39 @@ def read_model_info(model: str, timeout: float) -> Flow[ModelInfo]:
         timeout: seconds to wait for each answer.
 
     Raises:
-        InvalidArgument: see `ModelInfo.from_config` and `ModelInfo.of_steps`.
+        InvalidArgument: see `ModelInfo.from_config` and `ModelInfo.of_steps`; or the model takes
+            IDs as text, and the server is too old for that.
         Unavailable: the server does not answer, or serves no such model.
     """
     config = yield from _read(model, timeout)
-    if not _is_ensemble(config):
-        return ModelInfo.from_config(config)
+    if _is_ensemble(config):
+        found = ModelInfo.of_steps(config, (yield from _read_steps(model, config, timeout)))
+    else:
+        found = ModelInfo.from_config(config)
+    if found.text_ids:
+        reply = yield ServerVersion(timeout)
+        if reply.error is not None:
+            raise reply.error
+        check_text_ids(model, reply.detail)
+    return found
+
+
+def check_text_ids(model: str, version: str) -> None:
+    """Check that a server of this version may get correlation IDs as text.
+
+    Raises:
+        InvalidArgument: it is older than 2.54, and may crash from such an ID.
+    """
+    number = re.match(r"(\d+)\.(\d+)", version)
+    if number is None or tuple(map(int, number.groups())) < _TEXT_IDS_FROM:
+        raise InvalidArgument(
+            f"model {model} takes correlation IDs as TYPE_STRING, which can crash a Triton server"
+            f" before 2.54 (release 25.01), and this one is {version or 'of an unknown version'}:"
+            " let its CONTROL_SEQUENCE_CORRID have the data_type TYPE_UINT64"
+        )
+
+
+def _read_steps(model: str, config: Mapping[str, Any], timeout: float) -> Flow[list[ModelInfo]]:
     found: list[ModelInfo] = []
     names, seen = _steps(config), {model}
     while names:
@@ -181,7 +237,7 @@ def read_model_info(model: str, timeout: float) -> Flow[ModelInfo]:
             names += _steps(step)
         elif "sequence_batching" in step:
             found.append(ModelInfo.from_config(step))
-    return ModelInfo.of_steps(model, found, _is_decoupled(config))
+    return found
 
 
 def _read(model: str, timeout: float) -> Flow[Mapping[str, Any]]:

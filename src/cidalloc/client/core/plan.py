@@ -19,6 +19,7 @@ class Plan:
         cid: the ID.
         lease: the lease that the ID belongs to; None for a random ID, which is not managed.
         timeout: seconds that a request may take.
+        key: a name of the sequence that no other sequence ever has.
         checked: the model's configuration was read.
     """
 
@@ -26,4 +27,5 @@ class Plan:
     cid: int
     lease: Lease | None
     timeout: float
+    key: str
     checked: bool = True

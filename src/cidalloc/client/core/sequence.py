@@ -19,11 +19,14 @@ from typing import TYPE_CHECKING, Any
 from tritonclient.utils import InferenceServerException
 
 from ...errors import CidError, InvalidArgument, SequenceLost, SessionExpired, Unavailable
+from .arguments import check_request_options
 from .id_cache import ENDED, need_ms
 from .plan import Plan
+from .result import version_of
 from .sequence_state import BackTo, SequenceState
 from .stream import Request, SequenceStream, decoupled
-from .transport import HURRY_S, SLACK_S, foreign, unreachable, version_of
+from .tensors import Inputs
+from .transport import HURRY_S, SLACK_S, foreign, unreachable
 
 if TYPE_CHECKING:
     from .runner import RunnerBase
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["Plan", "SequenceCore"]
 
 _log = logging.getLogger("cidalloc.client")
+
+_REFUSED = ("StatusCode.INVALID_ARGUMENT", "400")
 
 _LATE_S = SLACK_S / 2
 """A future waits so many seconds longer than Triton's own limit, then `look` ends it."""
@@ -48,7 +53,8 @@ class SequenceCore:
     Attributes:
         dropped: the handle was collected as garbage.
         iterative: its first request is its only one.
-        on_way: the requests that are not answered yet, in the order of their time limits.
+        on_way: the requests that are not answered yet, in the order in which they were sent.
+        limit: seconds that a request may take; Triton's own limit comes first.
 
     Raises:
         InvalidArgument: streaming needs gRPC, and the transport is HTTP.
@@ -56,17 +62,21 @@ class SequenceCore:
     """
 
     def __init__(
-        self, runner: RunnerBase, plan: Plan, streaming: bool, end_inputs: list[Any] | None
+        self, runner: RunnerBase, plan: Plan, streaming: bool, end_inputs: Inputs | None
     ) -> None:
         self.plan = plan
         target = plan.target
         self.model, self.iterative = target.name, target.iterative
+        self.limit = plan.timeout + SLACK_S
         self.name = f"sequence {plan.cid} on {self.model}"
         self.state = SequenceState(self.name, target.idle_s, target.exact, not self.iterative)
-        self.end_inputs = None if self.iterative else end_inputs
+        self.end_inputs = None
+        if end_inputs is not None and not self.iterative:  # now: the caller may reuse the arrays
+            self.end_inputs = target.tensors(end_inputs, runner.transport.library)
         self.dropped = False
         self.on_way: dict[Request, None] = {}
         self._runner = runner
+        self._triton_id = str(plan.cid) if target.text_ids else plan.cid
         self._turn: Request | None = None  # the request that Triton has; without a stream
         self._queue: deque[Request] = deque()  # requests that wait for their turn
         self._version: str | None = None
@@ -81,23 +91,28 @@ class SequenceCore:
     # ---- Sending
 
     def request(
-        self, inputs: list[Any], end: bool, options: dict[str, Any], many: bool = False
+        self, inputs: Inputs, end: bool, options: dict[str, Any], many: bool = False
     ) -> Request:
         """Return a request that is not sent yet.
 
         Raises:
-            InvalidArgument: see `Request`; or the model is decoupled, and the caller does not take
-                ``many`` answers.
+            InvalidArgument: the inputs or the options are not valid; or the model is decoupled,
+                and the caller does not take ``many`` answers.
         """
-        if self.plan.target.decoupled and not many:
+        plan, library = self.plan, self._runner.transport.library
+        if plan.target.decoupled and not many:
             raise decoupled(self.model)
-        end = end or self.iterative
-        return Request(inputs, self._runner.transport.inputs, end, options, many)
-
-    @property
-    def limit(self) -> float:
-        """Seconds that a request may take; Triton's own limit comes first."""
-        return self.plan.timeout + SLACK_S
+        try:
+            inputs = plan.target.tensors(inputs, library)
+        except InvalidArgument:
+            self._runner.session.models.forget(self.model)  # it may have been reloaded
+            raise
+        timeout = plan.timeout
+        if options:
+            streaming = self._stream is not None
+            options = check_request_options(options, library, streaming, timeout)
+            timeout = options.get("timeout", timeout)
+        return Request(inputs, end or self.iterative, options, timeout, many)
 
     def enter(self, request: Request) -> bool:
         """Count a request as sent.
@@ -129,9 +144,7 @@ class SequenceCore:
             raise
         return request.future
 
-    def stream(
-        self, inputs: list[Any], end: bool, options: dict[str, Any], answers: Any
-    ) -> Request:
+    def stream(self, inputs: Inputs, end: bool, options: dict[str, Any], answers: Any) -> Request:
         """Send a request whose answers go into a queue; raises the same as `submit`."""
         request = self.request(inputs, end, options, many=True)
         request.answers = answers
@@ -142,7 +155,7 @@ class SequenceCore:
         """Return the arguments for a request that the application sends itself."""
         with self._runner.lock:
             start = self.state.lend(self.check_lease(), end or self.iterative)
-            return self._flags(start, end)
+            return self._flags(start, end, self.plan.timeout)
 
     def _begin(self, request: Request, with_future: bool) -> bool:
         """Count a request as sent, and return whether it has the turn. Under the lock."""
@@ -160,8 +173,8 @@ class SequenceCore:
             waits = not has_turn and self._stream is None
             start = self.state.send(now, request.end, waits)
             self._version = version
-            request.until = now + self.plan.timeout + _LATE_S
-            request.options.update(self._flags(start, request.end))
+            request.until = now + request.timeout + _LATE_S
+            request.options.update(self._flags(start, request.end, request.timeout))
             self.on_way[request] = None
             if with_future or not has_turn:
                 request.future = self._runner.future()
@@ -201,15 +214,15 @@ class SequenceCore:
             # Also if the stream broke before: the caller cannot know when it breaks.
             self._finish(request, None, error)
 
-    def _flags(self, start: bool, end: bool) -> dict[str, Any]:
+    def _flags(self, start: bool, end: bool, timeout: float) -> dict[str, Any]:
         # Without the timeout a request could wait in Triton for ever, and run when another client
         # has the ID.
         return {
-            "sequence_id": self.plan.cid,
+            "sequence_id": self._triton_id,
             "sequence_start": start,
             # It would end an iterative sequence before its second iteration.
             "sequence_end": end and not self.iterative,
-            "timeout": int(self.plan.timeout * 1e6),
+            "timeout": int(timeout * 1e6),
         }
 
     def _advance(self, ready: Request | None = None) -> None:
@@ -257,9 +270,7 @@ class SequenceCore:
         with self._runner.lock:
             if request not in self.on_way:
                 return
-            del self.on_way[request]
-            request.until = self._runner.now() + self.plan.timeout + _LATE_S
-            self.on_way[request] = None  # it is the last one now
+            request.until = self._runner.now() + request.timeout + _LATE_S
             answers = request.answers
         if answers is not None:
             answers.put_nowait((result, None))
@@ -322,18 +333,13 @@ class SequenceCore:
 
     def look(self, now: float) -> bool:
         """End the requests that got no answer in time; return whether to look again."""
-        late = []
         with self._runner.lock:
-            for request in self.on_way:
-                if request.until > now:
-                    break
-                if request.future is not None:
-                    late.append(request)
+            late = [e for e in self.on_way if e.until <= now and e.future is not None]
         stream = self._stream
         if late and stream is not None:
             stream.suspect()
         for request in late:
-            text = f"no answer to {self.name} within {self.plan.timeout:g} s"
+            text = f"no answer to {self.name} within {request.timeout:g} s"
             self._finish(request, None, Unavailable(text))
         if self.dropped and not self.on_way:
             self.finish()
@@ -343,9 +349,12 @@ class SequenceCore:
         """Return one of our errors for a failed request if it is not Triton's own matter."""
         if isinstance(error, CidError):
             return error
-        text = str(error.message() or "") if isinstance(error, InferenceServerException) else ""
+        text = ""
+        if isinstance(error, InferenceServerException):
+            text = str(error.message() or "")
+            if error.status() in _REFUSED or "unknown model" in text.lower():
+                self._runner.session.models.forget(self.model)  # it may have been reloaded
         if "must specify the START flag" in text and self.state.answered:
-            self._runner.session.models.forget(self.model)
             lost: BaseException = SequenceLost(
                 f"Triton has forgotten {self.name}: {self.state.why_forgotten}"
             )
@@ -354,9 +363,6 @@ class SequenceCore:
                 f"no slot for {self.name} within {self.plan.timeout:g} s: all slots of the model"
                 " are taken by other sequences"
             )
-        elif "unknown model" in text.lower():
-            self._runner.session.models.forget(self.model)
-            return error
         else:
             return unreachable(error, self._runner.transport.url) or error
         lost.__cause__ = error
@@ -428,14 +434,13 @@ class SequenceCore:
             back_to = self.state.close()
             if plan.lease is None:
                 pass
-            elif back_to is BackTo.MANAGER and plan.checked:
+            elif back_to is BackTo.CACHE:
+                plan.lease.release_from(plan.cid, ENDED)
+            elif plan.checked:
                 idle_s = plan.target.idle_s
                 plan.lease.release_unended(plan.cid, self.model, idle_s, plan.timeout)
             else:
-                cooldown_ms = ENDED
-                if back_to is BackTo.MANAGER:
-                    cooldown_ms = need_ms(plan.target.idle_s, plan.timeout)
-                plan.lease.release_from(plan.cid, cooldown_ms)
+                plan.lease.release_from(plan.cid, need_ms(plan.target.idle_s, plan.timeout))
             del runner.sequences[self]  # the last, so that closing again completes it
         if self._stream is not None:
             self._stream.end(runner.now() + HURRY_S)

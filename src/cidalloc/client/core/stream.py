@@ -10,20 +10,10 @@ from typing import Any
 
 from ...errors import InvalidArgument
 from .model_info import ModelInfo
-from .transport import Receive, Stream, check_headers, check_inputs, has_outputs
+from .result import Result, has_outputs
+from .transport import Receive, Stream
 
 __all__ = ["Answers", "Request", "SequenceStream", "decoupled"]
-
-
-_SET_BY_US = {
-    "sequence_id",
-    "sequence_start",
-    "sequence_end",
-    "request_id",
-    "timeout",
-    "client_timeout",
-    "tell_final",
-}
 
 
 class Request:
@@ -31,9 +21,9 @@ class Request:
 
     Args:
         inputs: tritonclient's inputs.
-        kind: their class.
         end: END goes with it.
-        options: further arguments of tritonclient's ``infer``.
+        options: further arguments of tritonclient's ``infer``, checked.
+        timeout: its time limit in seconds.
         many: it may have any number of answers.
 
     Attributes:
@@ -41,25 +31,19 @@ class Request:
         answers: the queue for answers before the last one; None if nothing reads them.
         left: its caller does not read its answers any more.
         until: the time at which the request ends without an answer.
-        number: its number on a stream.
-
-    Raises:
-        InvalidArgument: the inputs are not valid, or the sequence sets an option itself.
+        number: its ID on a stream.
     """
 
     __slots__ = (
-        *("answers", "end", "future", "inputs", "left", "many", "number", "options", "until"),
+        *("answers", "end", "future", "inputs", "left", "many", "number", "options"),
+        *("timeout", "until"),
     )
 
     def __init__(
-        self, inputs: list[Any], kind: type, end: bool, options: dict[str, Any], many: bool
+        self, inputs: list[Any], end: bool, options: dict[str, Any], timeout: float, many: bool
     ) -> None:
-        check_inputs(inputs, kind)
-        if not _SET_BY_US.isdisjoint(options):
-            taken = ", ".join(sorted(_SET_BY_US & options.keys()))
-            raise InvalidArgument(f"the sequence sets {taken} by itself")
-        check_headers(options.get("headers"))
-        self.inputs, self.end, self.options, self.many = inputs, end, options, many
+        self.inputs, self.end, self.options = inputs, end, options
+        self.timeout, self.many = timeout, many
         self.future: Any = None
         self.answers: Any = None
         self.left = False
@@ -106,8 +90,9 @@ class Answers:
         self._answers = answers
         self._over: BaseException | None = None
 
-    def _next(self, answer: tuple[Any, BaseException | None]) -> Any:
+    def _next(self, answer: tuple[Any, BaseException | None]) -> Result:
         """Return an answer; raise the error or `StopIteration` that the queue ends with."""
+        result: Result
         result, self._over = answer
         if self._over is not None:
             raise self._over
@@ -165,7 +150,8 @@ class SequenceStream:
             Unavailable: the stream broke.
         """
         self._count += 1
-        request.number = str(self._count)
+        name = request.options.get("request_id")
+        request.number = f"{name}/{self._count}" if name else str(self._count)
         self._waiting[request.number] = request
         options = {**request.options, "request_id": request.number}
         if request.many or not self._checked:
@@ -201,6 +187,8 @@ class SequenceStream:
             whose = list(self._waiting.values())
         one = self._checked or error is not None or (final and has_outputs(result))
         for request in whose:
+            if result is not None:
+                result.get_response().id = request.options.get("request_id", "")
             if not (one or request.many):
                 self._over(request, None, decoupled(self._model))
             elif final or not request.many:

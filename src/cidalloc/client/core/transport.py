@@ -33,6 +33,7 @@ from ...errors import (
     ProtocolError,
     Unavailable,
 )
+from .tensors import Library
 
 __all__ = [
     "DAY_S",
@@ -46,18 +47,14 @@ __all__ = [
     "Stream",
     "Transport",
     "boottime",
-    "check_headers",
-    "check_inputs",
     "check_options",
     "encode",
     "foreign",
-    "has_outputs",
     "parse_url",
     "read_answer",
     "translate",
     "translating",
     "unreachable",
-    "version_of",
 ]
 
 # Without an answer, or when tritonclient cannot read what another server than Triton answers.
@@ -85,19 +82,19 @@ the error. Without an ID, an error is for all requests that are unanswered."""
 class Transport(Protocol):
     """What a client needs of a server.
 
-    For `AsyncClient`, `call`, `model_config` and `close` return awaitables, and `infer` is not
-    used.
+    For `AsyncClient`, `call`, `model_config`, `server_version` and `close` return awaitables, and
+    `infer` is not used.
 
     Attributes:
         url: the server, as errors name it.
-        inputs: the class of the inputs that `infer` takes, or `object`.
+        library: what tritonclient has for its protocol.
     """
 
     @property
     def url(self) -> str: ...
 
     @property
-    def inputs(self) -> type: ...
+    def library(self) -> Library: ...
 
     def now(self) -> float:
         """Return the time in seconds, by a clock that runs on in suspend."""
@@ -111,6 +108,9 @@ class Transport(Protocol):
 
     def model_config(self, model: str, timeout: float) -> Any:
         """Return a model's configuration as Triton's JSON."""
+
+    def server_version(self, timeout: float) -> Any:
+        """Return the version of the server, such as ``2.51.0``."""
 
     def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
         """Send a request as tritonclient's ``infer`` does, and wait at most ``limit`` seconds."""
@@ -361,56 +361,3 @@ def check_options(
         raise InvalidArgument(f"tritonclient's client: {error}") from None
     bound.apply_defaults()
     return bound.arguments
-
-
-def has_outputs(result: Any) -> bool:
-    """Return whether a result of tritonclient has outputs; the last one of many may have none."""
-    response = result.get_response()
-    return bool(response.get("outputs") if isinstance(response, dict) else response.outputs)
-
-
-_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
-
-
-def check_headers(headers: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return headers as a new dict.
-
-    Raises:
-        InvalidArgument: a name or a value that HTTP does not allow. The message shows no value.
-    """
-    if headers is not None and not isinstance(headers, Mapping):
-        raise InvalidArgument(f"headers are a dict, not {type(headers).__name__}")
-    found = dict(headers or {})
-    for name, value in found.items():
-        if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
-            raise InvalidArgument(f"{name!r} is not a valid name of a header")
-        binary = isinstance(value, bytes) and name.lower().endswith("-bin")  # gRPC encodes these
-        if not binary and not (isinstance(value, str) and value.isascii() and value.isprintable()):
-            raise InvalidArgument(f"the value of header {name!r} is not printable ASCII text")
-    return found
-
-
-def check_inputs(inputs: Any, kind: type) -> None:
-    """Check that these are inputs of tritonclient for one protocol.
-
-    Raises:
-        InvalidArgument: they are something else.
-    """
-    if not isinstance(inputs, list | tuple):
-        raise InvalidArgument(
-            f"inputs are a list of {kind.__module__.rsplit('.', 1)[0]}.InferInput, not"
-            f" {type(inputs).__name__}"
-        )
-    for each in inputs:
-        if not isinstance(each, kind):
-            name = f"{type(each).__module__}.{type(each).__name__}"
-            wanted = f"{kind.__module__.rsplit('.', 1)[0]}.InferInput"
-            raise InvalidArgument(f"an input is a {name}, and this client sends {wanted}")
-
-
-def version_of(result: Any) -> str:
-    """Return the version of the model that has answered, or "" if the answer has none."""
-    response = result.get_response()
-    if isinstance(response, dict):
-        return str(response.get("model_version", ""))
-    return str(getattr(response, "model_version", ""))

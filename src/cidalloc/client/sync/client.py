@@ -10,9 +10,11 @@ import numpy as np
 
 from ...codes import Operation
 from ...protocol import IDs
-from ..core.client import SEQUENCE_TIMEOUT_S, Base, whole
+from ..core.arguments import whole
+from ..core.client import SEQUENCE_TIMEOUT_S, Base
 from ..core.fork_guard import ProcessIdentity, caller
 from ..core.lease import Acquired
+from ..core.tensors import Inputs
 from .runner import Runner
 from .sequence import Sequence
 from .transport import connect
@@ -168,8 +170,8 @@ class Client(Base):
         timeout: float = SEQUENCE_TIMEOUT_S,
         cooldown: float | None = None,
         check: bool = True,
-        end_inputs: list[Any] | None = None,
-        farewell: list[Any] | None = None,
+        end_inputs: Inputs | None = None,
+        farewell: Inputs | None = None,
     ) -> Sequence:
         """Acquire an ID and return a sequence on ``model`` that uses it. Use it with ``with``.
 
@@ -196,9 +198,7 @@ class Client(Base):
         end_inputs = farewell if end_inputs is None else end_inputs
         try:
             self._runner.start()
-            plan = self._runner.run(
-                self._begin_sequence(model, timeout, cooldown, check, end_inputs, taken)
-            )
+            plan = self._runner.run(self._begin_sequence(model, timeout, cooldown, check, taken))
             if self._session.lease.cache.needs_maintenance:
                 self._runner.wake()
             return Sequence(self._runner, plan, streaming, end_inputs, self, caller())

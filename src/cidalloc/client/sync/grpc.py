@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import grpc
-import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
 from ... import protocol
@@ -17,6 +16,7 @@ from ..core.grpc_calls import (
     Connection,
     Connections,
     GrpcBase,
+    GrpcResult,
     StreamBase,
     read_config,
 )
@@ -40,7 +40,7 @@ class GrpcTransport(GrpcBase):
     ) -> None:
         super().__init__(grpc, lambda channel: channel.close(), address, headers, options)
 
-    def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
+    def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> GrpcResult:
         request, beside = self._calls.request(model, inputs, **options)
         self._calls.show(request)
         if limit < SHORT_S:
@@ -48,7 +48,7 @@ class GrpcTransport(GrpcBase):
         else:
             answer = self._block(request, limit, beside)
         self._calls.show(answer)
-        return tritonclient.grpc.InferResult(answer)
+        return GrpcResult(answer)
 
     def call(
         self, model: str, request: protocol.Request, timeout: float
@@ -56,12 +56,18 @@ class GrpcTransport(GrpcBase):
         with translating(model, self.url):
             message, beside = self._calls.manager_request(model, request)
             answer = self._wait(self._asks, "infer", message, timeout, beside)
-        return read_answer(tritonclient.grpc.InferResult(answer), request, model, self.url)
+        return read_answer(GrpcResult(answer), request, model, self.url)
 
     def model_config(self, model: str, timeout: float) -> Mapping[str, Any]:
         with translating(model, self.url):
             request, beside = self._calls.config_request(model)
             return read_config(self._wait(self._asks, "config", request, timeout, beside))
+
+    def server_version(self, timeout: float) -> str:
+        with translating("", self.url):
+            request, beside = self._calls.version_request()
+            found = self._wait(self._asks, "version", request, timeout, beside)
+        return str(found.version)
 
     def submit(
         self, limit: float, model: str, inputs: list[Any], done: Done, /, **options: Any
@@ -74,7 +80,7 @@ class GrpcTransport(GrpcBase):
             result, error = None, None
             try:
                 self._calls.show(call.result())
-                result = tritonclient.grpc.InferResult(call.result())
+                result = GrpcResult(call.result())
             except grpc.RpcError as failed:
                 error = connections.failed(connection, failed, self.url)
             connections.release(connection)

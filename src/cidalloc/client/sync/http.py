@@ -7,31 +7,22 @@ connections are the standard library's.
 
 from __future__ import annotations
 
-import gzip
 import http.client
-import json
 import select
 import threading
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
-from urllib.parse import quote, urlencode
 
 import tritonclient.http
-from tritonclient.utils import InferenceServerException
 
 from ... import protocol
-from ...errors import InvalidArgument
+from ..core.http_calls import HttpAnswer, HttpBase, HttpCall, HttpResult
 from ..core.tls import tls_context
 from ..core.transport import (
     Address,
     Done,
-    Receive,
-    Stream,
     boottime,
-    check_headers,
     check_options,
-    encode,
     read_answer,
     translating,
 )
@@ -40,86 +31,42 @@ from .threads import spawn
 __all__ = ["HttpTransport"]
 
 _IDLE_S = 30.0  # an idle connection is kept so long
-_BODY = tritonclient.http.InferenceServerClient.generate_request_body
-_LENGTH = "Inference-Header-Content-Length"
-_PACK: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflate": zlib.compress}
 
 
-class HttpTransport:
+class HttpTransport(HttpBase):
     """HTTP for threads. No request waits for another one."""
-
-    inputs = tritonclient.http.InferInput
-    now = staticmethod(boottime)
 
     def __init__(
         self, address: Address, headers: Mapping[str, str] | None, options: Mapping[str, Any]
     ) -> None:
         found = check_options(tritonclient.http.InferenceServerClient, address, options)
-        self.url = address.url
+        super().__init__(address, headers, found["verbose"])
         self._target = address.target
-        self._path = f"{address.path}/v2/models/"
-        self._headers = check_headers(headers)
         self._context = tls_context(found) if address.tls else None
-        self._verbose = found["verbose"]
         self._lock = threading.Lock()
         # Idle connections and when they became idle, the latest at the end.
         self._idle: list[tuple[float, http.client.HTTPConnection]] = []
         self._closed = False
 
-    def infer(
-        self,
-        limit: float,
-        model: str,
-        inputs: list[Any],
-        /,
-        *,
-        model_version: str = "",
-        headers: Mapping[str, str] | None = None,
-        query_params: Mapping[str, Any] | None = None,
-        request_compression_algorithm: str | None = None,
-        response_compression_algorithm: str | None = None,
-        secret: bool = False,
-        **options: Any,
-    ) -> Any:
-        body, size = _BODY(inputs, **options)
-        if self._verbose and not secret:
-            print(model, body[:size])
-        sent = dict(self._headers if headers is None else headers)
-        if size is not None:
-            sent[_LENGTH] = str(size)
-        if request_compression_algorithm is not None:
-            body = _packed(request_compression_algorithm, body)
-            sent["Content-Encoding"] = request_compression_algorithm
-        if response_compression_algorithm is not None:
-            sent["Accept-Encoding"] = response_compression_algorithm
-        version = f"/versions/{model_version}" if model_version else ""
-        query = f"?{urlencode(query_params, doseq=True)}" if query_params else ""
-        path = f"{self._path}{quote(model)}{version}/infer{query}"
-        answer, content = self._send("POST", path, body, sent, limit)
-        length = answer.getheader(_LENGTH)
-        return tritonclient.http.InferResult.from_response_body(
-            content,
-            verbose=self._verbose and not secret,
-            header_length=None if length is None else int(length),
-            content_encoding=answer.getheader("Content-Encoding"),
-        )
+    def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> HttpResult:
+        call = self._request(model, inputs, **options)
+        return self._send(call, limit).result(call)
 
     def call(
         self, model: str, request: protocol.Request, timeout: float
     ) -> tuple[protocol.IDs, str]:
         with translating(model, self.url):
-            arguments = encode(tritonclient.http, request)
-            result = self.infer(timeout, model, arguments.pop("inputs"), secret=True, **arguments)
+            call = self._manager_request(model, request)
+            result = self._send(call, timeout).result(call)
         return read_answer(result, request, model, self.url)
 
     def model_config(self, model: str, timeout: float) -> Mapping[str, Any]:
         with translating(model, self.url):
-            path = f"{self._path}{quote(model)}/config"
-            _, content = self._send("GET", path, b"", self._headers, timeout)
-            config: Mapping[str, Any] = json.loads(content)
-            if not isinstance(config, dict):
-                raise TypeError("a model configuration that is not a JSON object")
-        return config
+            return self._send(self._config_request(model), timeout).json()
+
+    def server_version(self, timeout: float) -> str:
+        with translating("", self.url):
+            return str(self._send(self._version_request(), timeout).json().get("version", ""))
 
     def submit(
         self, limit: float, model: str, inputs: list[Any], done: Done, /, **options: Any
@@ -134,9 +81,6 @@ class HttpTransport:
 
         spawn(work, name="cidalloc-request")
 
-    def open_stream(self, receive: Receive, /) -> Stream:
-        raise InvalidArgument(f"streaming needs gRPC, and {self.url} is HTTP")
-
     def close(self) -> None:
         with self._lock:
             self._closed = True
@@ -144,29 +88,24 @@ class HttpTransport:
         for _, connection in idle:
             connection.close()
 
-    def _send(
-        self, method: str, path: str, body: bytes, headers: Mapping[str, str], limit: float
-    ) -> tuple[http.client.HTTPResponse, bytes]:
-        """Send a request and return its answer, read to its end.
+    def _send(self, call: HttpCall, limit: float) -> HttpAnswer:
+        """Send a request and return its answer.
 
         Raises:
-            InferenceServerException: Triton answered with an error.
             OSError, http.client.HTTPException: no answer came.
         """
         until = boottime() + limit
         connection = self._take(limit)
         usable = False
         try:
-            connection.request(method, path, body, headers)
+            connection.request(call.method, call.path, call.body, call.headers)
             _set_timeout(connection, until)
             answer = connection.getresponse()
             content = answer.read()
             usable = not answer.will_close
         finally:
             self._give_back(connection, usable)
-        if answer.status != 200:
-            raise _failure(answer.status, content)
-        return answer, content
+        return HttpAnswer(answer.status, answer.headers, content)
 
     def _take(self, limit: float) -> http.client.HTTPConnection:
         old: list[http.client.HTTPConnection] = []
@@ -214,18 +153,3 @@ def _went_away(connection: http.client.HTTPConnection) -> bool:
     poll = select.poll()
     poll.register(connection.sock, select.POLLIN)
     return bool(poll.poll(0))
-
-
-def _failure(status: int, content: bytes) -> InferenceServerException:
-    """Return tritonclient's exception for an answer with an error, as tritonclient does."""
-    try:
-        text = json.loads(content)["error"]
-    except (ValueError, LookupError, TypeError):
-        text = content[:1000].decode(errors="replace")
-    return InferenceServerException(str(text), str(status))
-
-
-def _packed(name: str, body: bytes) -> bytes:
-    if name not in _PACK:
-        raise InvalidArgument(f"compression {name!r} is neither 'gzip' nor 'deflate'")
-    return _PACK[name](body)

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from ...errors import CidError
-from ..core.effects import Config, Flow, Idle, Reply, Send
+from ..core.effects import Config, Flow, Idle, Reply, Send, ServerVersion
 from ..core.runner import LOOK_S, RunnerBase
 from ..core.sequence import SequenceCore
 from ..core.session import Session
@@ -174,11 +174,13 @@ class Runner(RunnerBase):
             self._resting = False
             self._rest.put(None)
 
-    def _perform(self, effect: Send | Config) -> Reply:
+    def _perform(self, effect: Send | Config | ServerVersion) -> Reply:
         try:
             if isinstance(effect, Config):
                 config = self.transport.model_config(effect.model, effect.timeout)
                 return Reply(config=config)
+            if isinstance(effect, ServerVersion):
+                return Reply(detail=self.transport.server_version(effect.timeout))
             output, detail = self.transport.call(self.model, effect.request, effect.timeout)
             return Reply(output, detail)
         except CidError as error:

@@ -9,9 +9,11 @@ from typing import Any
 
 from ..core.handle import SequenceHandle
 from ..core.plan import Plan
+from ..core.result import Result
 from ..core.sequence import SequenceCore
 from ..core.stream import Answers
-from ..core.transport import HURRY_S
+from ..core.tensors import Inputs
+from ..core.transport import HURRY_S, SLACK_S
 from .runner import Runner
 
 __all__ = ["Sequence", "StreamedAnswers"]
@@ -23,7 +25,7 @@ class StreamedAnswers(Answers):
     def __iter__(self) -> StreamedAnswers:
         return self
 
-    def __next__(self) -> Any:
+    def __next__(self) -> Result:
         return self._next(self._answers.get() if self._over is None else (None, self._over))
 
 
@@ -43,7 +45,7 @@ class Sequence(SequenceHandle):
         runner: Runner,
         plan: Plan,
         streaming: bool,
-        end_inputs: list[Any] | None,
+        end_inputs: Inputs | None,
         client: object,
         opened_at: tuple[str, int],
     ) -> None:
@@ -51,19 +53,21 @@ class Sequence(SequenceHandle):
         self._transport = runner.transport
         self._core = SequenceCore(runner, plan, streaming, end_inputs)
 
-    def infer(self, inputs: list[Any], *, end: bool = False, **options: Any) -> Any:
+    def infer(self, inputs: Inputs, *, end: bool = False, **options: Any) -> Result:
         """Send a request and return its result.
 
         Args:
-            inputs: tritonclient's ``InferInput`` objects, of the client's protocol.
+            inputs: arrays or lists by the names of the inputs, each with the batch dimension if the
+                model has one; or tritonclient's ``InferInput`` objects of the client's protocol.
             end: send END with this request, which is the last one of the sequence.
-            options: further arguments of tritonclient's ``infer`` (``outputs``, ``priority``, …).
+            options: further arguments of tritonclient's ``infer`` (``outputs``, ``priority``, …);
+                ``timeout`` is in seconds. docs/client.md lists them.
 
         Returns:
-            tritonclient's ``InferResult``.
+            tritonclient's ``InferResult``; ``result["NAME"]`` is an output as an array.
 
         Raises:
-            InvalidArgument: the sequence has ended, or the sequence sets this argument itself.
+            InvalidArgument: the sequence has ended, or the inputs or an option are not valid.
             SequenceLost: Triton has forgotten the sequence, its ID was lost with its session, or
                 it was closed while the request was unanswered.
             SessionExpired: no heartbeat was answered in time. A later heartbeat may change that.
@@ -75,8 +79,11 @@ class Sequence(SequenceHandle):
         request = core.request(inputs, end, options)
         try:
             if not core.enter(request):
-                return request.future.result()
-            result = self._transport.infer(core.limit, self._model, inputs, **request.options)
+                answer: Result = request.future.result()
+                return answer
+            result: Result = self._transport.infer(
+                request.timeout + SLACK_S, self._model, request.inputs, **request.options
+            )
             core.over(request, result, None)
         except BaseException as error:
             meant = core.over(request, None, error)
@@ -84,7 +91,7 @@ class Sequence(SequenceHandle):
             raise meant from meant.__cause__
         return result
 
-    def async_infer(self, inputs: list[Any], *, end: bool = False, **options: Any) -> Future[Any]:
+    def async_infer(self, inputs: Inputs, *, end: bool = False, **options: Any) -> Future[Result]:
         """Send a request and return a future of its result. See `infer`.
 
         The model gets the requests in the order of the calls. A stream sends them without waiting
@@ -96,10 +103,10 @@ class Sequence(SequenceHandle):
         """
         self._check_home()
         core = self._begun
-        future: Future[Any] = core.submit(core.request(inputs, end, options))
+        future: Future[Result] = core.submit(core.request(inputs, end, options))
         return future
 
-    def stream(self, inputs: list[Any], *, end: bool = False, **options: Any) -> StreamedAnswers:
+    def stream(self, inputs: Inputs, *, end: bool = False, **options: Any) -> StreamedAnswers:
         """Send a request and return an iterator over its answers, of which there may be none.
 
         For decoupled models. It also works for other models: these answer once. The iteration ends

@@ -64,8 +64,8 @@ def run_two_sequences(
             end = step == len(FIRST) - 1
             row = []
             for sequence, value in zip(pair, values, strict=True):
-                send = sequence.async_infer if asynchronous else sequence.infer
-                row.append(send(number(value), end=end))
+                send: Any = sequence.async_infer if asynchronous else sequence.infer
+                row.append(send({"INPUT": value}, end=end))
             answers.append(row)
 
         say("non-streaming : streaming" if reverse else "streaming : non-streaming")
@@ -73,7 +73,7 @@ def run_two_sequences(
         expected = zip(expected_sums(FIRST), expected_sums(SECOND), strict=True)
         for step, (row, wanted) in enumerate(zip(answers, expected, strict=True)):
             results = [each.result() for each in row] if asynchronous else row
-            got = tuple(int(result.as_numpy("OUTPUT")[0, 0]) for result in results)
+            got = tuple(int(result["OUTPUT"][0, 0]) for result in results)
             say(f"[{step}] {got[0]} : {got[1]}")
             if got != wanted:
                 say(f"[ expected ] {wanted[0]} : {wanted[1]}")
