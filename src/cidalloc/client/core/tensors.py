@@ -199,7 +199,11 @@ def _from_lists(value: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
     if dtype.hasobject:
         return np.array(value, object)
     found = np.array(value)
-    allowed = "b" if dtype.kind == "b" else "iu" if dtype.kind in "iu" else "iuf"
+    if found.dtype.kind == "f" and dtype.kind == "u":  # numpy's choice for 1 beside 2**63
+        found = np.array(value, object)
+        if all(type(each) is int and 0 <= each < 2**64 for each in found.flat):
+            found = found.astype(np.uint64)
+    allowed = {"b": "b", "i": "iu", "u": "iu"}.get(dtype.kind, "iuf")
     if found.size and found.dtype.kind not in allowed:
         raise TypeError(f"{value!r} is given")
     with np.errstate(over="ignore"):
