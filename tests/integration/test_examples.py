@@ -206,6 +206,7 @@ def test_a_model_that_is_unloaded_closes_its_session(
     assert sessions() > 0
     triton_client.unload_model("no_slot")
     assert eventually(lambda: sessions() == 0, 20)
+    triton_client.load_model("no_slot")
 
 
 # ---- WebSockets

@@ -75,6 +75,20 @@ output [ {{ name: "OUTPUT" data_type: TYPE_INT32 dims: [ 1 ] }} ]
 instance_group [ {{ kind: KIND_CPU count: 1 }} ]
 """
 
+ENSEMBLE = """
+name: "ensemble"
+platform: "ensemble"
+max_batch_size: 1
+input [ { name: "INPUT" data_type: TYPE_INT32 dims: [ 1 ] } ]
+output [ { name: "OUTPUT" data_type: TYPE_INT32 dims: [ 1 ] } ]
+ensemble_scheduling {
+  step [
+    { model_name: "counts" model_version: -1
+      input_map { key: "INPUT" value: "INPUT" } output_map { key: "OUTPUT" value: "OUTPUT" } }
+  ]
+}
+"""
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
@@ -84,6 +98,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
         (folder / name / "1").mkdir(parents=True)
         (folder / name / "1" / "model.py").write_text(CODE)
         (folder / name / "config.pbtxt").write_text(CONFIG.format(name=name, decoupled=decoupled))
+    (folder / "ensemble" / "1").mkdir(parents=True)
+    (folder / "ensemble" / "config.pbtxt").write_text(ENSEMBLE)
     with Server(folder) as server:
         yield server
 
@@ -94,10 +110,11 @@ def count(result: Any) -> int:
 
 @pytest.mark.parametrize("end", [False, True])
 @pytest.mark.parametrize("way", ["grpc", "stream", "http"])
-def test_a_request_is_a_sequence(server: TritonServer, way: str, end: bool) -> None:
+@pytest.mark.parametrize("model", ["counts", "ensemble"])
+def test_a_request_is_a_sequence(server: TritonServer, model: str, way: str, end: bool) -> None:
     module = tritonclient.http if way == "http" else tritonclient.grpc
     with Client(server.http_url if way == "http" else server.grpc_url) as cids:
-        with cids.sequence("counts", streaming=way == "stream", timeout=10) as sequence:
+        with cids.sequence(model, streaming=way == "stream", timeout=10) as sequence:
             assert count(sequence.infer(number(5, module), end=end)) == 5
             assert sequence.state == "ended"
             with pytest.raises(errors.InvalidArgument, match="open a new one"):
