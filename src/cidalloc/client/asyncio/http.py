@@ -1,23 +1,23 @@
-"""HTTP for asyncio, over aiohttp."""
+"""HTTP for asyncio: each request has a connection of its own."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-import aiohttp
 import tritonclient.http
 import tritonclient.http.aio
-from yarl import URL
 
 from ... import protocol
-from ..core.http_calls import HttpAnswer, HttpBase, HttpCall, HttpResult
+from ..core.http_calls import IDLE_S, HttpAnswer, HttpBase, HttpCall, HttpResult
 from ..core.tls import tls_context
 from ..core.transport import (
     DAY_S,
     HURRY_S,
     Address,
     Done,
+    boottime,
     check_options,
     read_answer,
     translating,
@@ -30,23 +30,24 @@ _TLS = ("ssl_options", "ssl_context_factory", "insecure")  # of tritonclient's b
 
 
 class AsyncHttpTransport(HttpBase):
-    """HTTP for asyncio. Each request has a connection and a time limit of its own."""
+    """HTTP for asyncio. No request waits for another one."""
 
     def __init__(
         self, address: Address, headers: Mapping[str, str] | None, options: Mapping[str, Any]
     ) -> None:
         own = {name: value for name, value in options.items() if name not in _TLS}
-        if address.tls and len(own) < len(options):
+        if address.tls and own.get("ssl_context") is None:
             tls = {name: options[name] for name in options.keys() - own.keys()}
             kind = tritonclient.http.InferenceServerClient
             own["ssl_context"] = tls_context(check_options(kind, address, tls))
-        own = {"conn_limit": 0, "conn_timeout": DAY_S, **own}  # 0: no limit
         aio = tritonclient.http.aio.InferenceServerClient
-        self._options = check_options(aio, address, own)
-        super().__init__(address, headers, self._options["verbose"])
-        self._origin = f"{'https' if address.tls else 'http'}://{address.target}"
-        self._session: aiohttp.ClientSession | None = None
+        found = check_options(aio, address, {"conn_timeout": DAY_S, **own})
+        super().__init__(address, headers, found["verbose"])
+        self._context = found["ssl_context"] if address.tls else None
+        self._longest = found["conn_timeout"]
+        self._idle: list[_Connection] = []  # the latest at the end
         self._tasks = Tasks()
+        self._closed = False
 
     async def infer(
         self, limit: float, model: str, inputs: list[Any], /, **options: Any
@@ -79,9 +80,9 @@ class AsyncHttpTransport(HttpBase):
     async def close(self) -> None:
         # Over HTTP the server does not notice that a request was given up.
         await self._tasks.wait(HURRY_S)
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        self._closed = True
+        while self._idle:
+            self._idle.pop().close()
 
     async def _send(self, call: HttpCall, limit: float) -> HttpAnswer:
         """Send a request and return its answer.
@@ -89,18 +90,91 @@ class AsyncHttpTransport(HttpBase):
         Raises:
             OSError, asyncio.TimeoutError: no answer came.
         """
-        if self._session is None:  # it belongs to the event loop
-            options = self._options
-            connector = aiohttp.TCPConnector(
-                ssl=options["ssl_context"] or True, limit=options["conn_limit"]
-            )
-            self._session = aiohttp.ClientSession(connector=connector, auto_decompress=False)
-        timeout = aiohttp.ClientTimeout(total=min(limit, self._options["conn_timeout"]))
-        url = URL(self._origin + call.path, encoded=True)
+        until = boottime() + min(limit, self._longest)
+        connection = self._take()
+        if connection is None:
+            connection = await asyncio.wait_for(self._connect(), limit)
         try:
-            async with self._session.request(
-                call.method, url, data=call.body, headers=call.headers, timeout=timeout
-            ) as answer:
-                return HttpAnswer(answer.status, answer.headers, await answer.read())
-        except aiohttp.ClientError as error:
-            raise ConnectionError(str(error) or type(error).__name__) from error
+            answer = await connection.exchange(call.data, until - boottime())
+        except BaseException:
+            connection.close()
+            raise
+        if answer.reusable and not self._closed:
+            connection.idle_since = boottime()
+            self._idle.append(connection)
+        else:
+            connection.close()
+        return answer
+
+    async def _connect(self) -> _Connection:
+        _, connection = await asyncio.get_running_loop().create_connection(
+            _Connection, self._host, self._port, ssl=self._context, happy_eyeballs_delay=0.25
+        )
+        return connection
+
+    def _take(self) -> _Connection | None:
+        """Return an idle connection that the server has not closed."""
+        stale = boottime() - IDLE_S
+        while self._idle and self._idle[0].idle_since < stale:
+            self._idle.pop(0).close()
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.over:
+                return connection
+        return None
+
+
+class _Connection(asyncio.Protocol):
+    """A connection, with at most one request at a time."""
+
+    def __init__(self) -> None:
+        self.over = False
+        self.idle_since = 0.0
+        self._transport: Any = None
+        self._answer: HttpAnswer | None = None  # to the request on its way
+        self._waiter: asyncio.Future[HttpAnswer] | None = None
+
+    async def exchange(self, data: bytes, limit: float) -> HttpAnswer:
+        """Send a request and return its answer; raises what `AsyncHttpTransport._send` does."""
+        loop = asyncio.get_running_loop()
+        self._answer, self._waiter = HttpAnswer(), loop.create_future()
+        self._transport.write(data)
+        timer = loop.call_later(limit, self._fail, asyncio.TimeoutError())
+        try:
+            return await self._waiter
+        finally:
+            timer.cancel()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        if self._answer is None:
+            self.close()
+            return
+        try:
+            if self._answer.feed(data):
+                answer, self._answer = self._answer, None
+                if self._waiter is not None and not self._waiter.done():
+                    self._waiter.set_result(answer)
+        except ConnectionError as error:
+            self._fail(error)
+
+    def eof_received(self) -> None:
+        self.over = True
+        if self._answer is not None:
+            self.data_received(b"")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.over = True
+        self._fail(error or ConnectionError("the connection was closed"))
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.over = True
+        self._transport.abort()
+
+    def _fail(self, error: Exception) -> None:
+        self._answer = None
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(error)

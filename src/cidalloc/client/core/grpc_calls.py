@@ -52,18 +52,6 @@ _DEFAULTS: dict[str, Any] = {
     "grpc.http2.max_pings_without_data": 0,
 }
 
-_INFER_DEFAULTS: dict[str, Any] = {
-    "model_version": "",
-    "outputs": None,
-    "request_id": "",
-    "sequence_id": 0,
-    "sequence_start": False,
-    "sequence_end": False,
-    "priority": 0,
-    "timeout": None,
-    "parameters": None,
-}
-
 
 class GrpcResult(Result, tritonclient.grpc.InferResult):  # type: ignore[misc]
     """A result over gRPC."""
@@ -195,17 +183,35 @@ class Calls:
         inputs: list[Any],
         /,
         *,
+        model_version: str = "",
+        outputs: list[Any] | None = None,
+        request_id: str = "",
+        sequence_id: int | str = 0,
+        sequence_start: bool = False,
+        sequence_end: bool = False,
+        priority: int = 0,
+        timeout: int | None = None,
+        parameters: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
         compression_algorithm: str | None = None,
         tell_final: bool = False,
-        **options: Any,
     ) -> tuple[Any, dict[str, Any]]:
         """Return the message and gRPC's arguments for the arguments of tritonclient's ``infer``.
 
         With ``tell_final`` the server marks the last answer.
         """
         request = _get_inference_request(
-            model_name=model, inputs=inputs, **{**_INFER_DEFAULTS, **options}
+            model_name=model,
+            inputs=inputs,
+            model_version=model_version,
+            request_id=request_id,
+            outputs=outputs,
+            sequence_id=sequence_id,
+            sequence_start=sequence_start,
+            sequence_end=sequence_end,
+            priority=priority,
+            timeout=timeout,
+            parameters=parameters,
         )
         if tell_final:
             request.parameters["triton_enable_empty_final_response"].bool_param = True

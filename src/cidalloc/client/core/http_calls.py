@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
+import httptools
 import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
@@ -19,10 +20,13 @@ from .result import Result
 from .tensors import Library
 from .transport import Address, Receive, Stream, boottime, encode
 
-__all__ = ["HttpAnswer", "HttpBase", "HttpCall", "HttpResult"]
+__all__ = ["IDLE_S", "HttpAnswer", "HttpBase", "HttpCall", "HttpResult"]
+
+IDLE_S = 30.0
+"""An idle connection is kept for so many seconds."""
 
 _BODY = tritonclient.http.InferenceServerClient.generate_request_body
-_LENGTH = "Inference-Header-Content-Length"
+_LENGTH = b"inference-header-content-length"
 _PACK: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflate": zlib.compress}
 
 
@@ -34,53 +38,102 @@ class HttpCall(NamedTuple):
     """A request to send.
 
     Attributes:
-        method: ``GET`` or ``POST``.
-        path: the path with its query.
-        headers: the headers.
-        body: the body.
+        data: the bytes.
         shown: print the answer.
     """
 
-    method: str
-    path: str
-    headers: dict[str, Any]
-    body: bytes = b""
+    data: bytes
     shown: bool = False
 
 
-class HttpAnswer(NamedTuple):
-    """An answer, read to its end; ``headers`` is case-insensitive."""
+class HttpAnswer:
+    """An answer, which is fed with the bytes of a connection. httptools calls its ``on_`` methods.
 
-    status: int
-    headers: Any
-    body: bytes
+    Attributes:
+        done: it was read to its end.
+        reusable: the connection can be used again.
+    """
 
-    def check(self) -> None:
-        """Raise tritonclient's exception if Triton answered with an error, as tritonclient does."""
+    def __init__(self) -> None:
+        self.done = self.reusable = False
+        self.status = 0
+        self._parser = httptools.HttpResponseParser(self)
+        self._headers: dict[bytes, bytes] = {}
+        self._body: list[bytes] = []
+
+    def feed(self, data: bytes) -> bool:
+        """Read some bytes, or the end of the connection if there are none; return `done`.
+
+        Raises:
+            ConnectionError: the connection ended too early, or this is not HTTP.
+        """
+        if not data:
+            # Without a length, the end of the connection is the end of the answer.
+            if not self.status or {b"content-length", b"transfer-encoding"} & self._headers.keys():
+                raise ConnectionError("the connection was closed before the answer was complete")
+            self.done = True
+        else:
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserError as error:
+                raise ConnectionError(f"this is not HTTP: {error}") from None
+        return self.done
+
+    def on_message_begin(self) -> None:
+        if self.done:
+            self.reusable = False
+            raise ConnectionError("more than one answer")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers[name.lower()] = value
+
+    def on_headers_complete(self) -> None:
+        self.status = self._parser.get_status_code()
+
+    def on_body(self, part: bytes) -> None:
+        self._body.append(part)
+
+    def on_message_complete(self) -> None:
+        if self.status < 200:  # an interim answer
+            self.status = 0
+            self._headers.clear()
+        else:
+            self.done = True
+            self.reusable = self._parser.should_keep_alive()
+
+    # ---- What it says
+
+    def _checked(self) -> bytes:
+        """Return the body; raise tritonclient's exception if Triton answered with an error."""
+        body = b"".join(self._body)
         if self.status == 200:
-            return
+            return body
         try:
-            text = json.loads(self.body)["error"]
+            text = json.loads(body)["error"]
         except (ValueError, LookupError, TypeError):
-            text = self.body[:1000].decode(errors="replace")
+            text = body[:1000].decode(errors="replace")
         raise InferenceServerException(str(text), str(self.status))
 
     def result(self, call: HttpCall) -> HttpResult:
-        """Return the result of an inference; raises what `check` does."""
-        self.check()
-        length = self.headers.get(_LENGTH)
+        """Return the result of an inference.
+
+        Raises:
+            InferenceServerException: Triton answered with an error.
+            ValueError, LookupError, TypeError, AttributeError: this is not Triton's answer.
+        """
+        length = self._headers.get(_LENGTH)
+        encoding = self._headers.get(b"content-encoding")
         result: HttpResult = HttpResult.from_response_body(
-            self.body,
+            self._checked(),
             verbose=call.shown,
             header_length=None if length is None else int(length),
-            content_encoding=self.headers.get("Content-Encoding"),
+            content_encoding=None if encoding is None else encoding.decode("latin-1"),
         )
         return result
 
     def json(self) -> dict[str, Any]:
-        """Return the JSON object; raises what `check` does, and TypeError if it is none."""
-        self.check()
-        found = json.loads(self.body)
+        """Return a JSON object; raises what `result` does."""
+        found = json.loads(self._checked())
         if not isinstance(found, dict):
             raise TypeError("an answer that is not a JSON object")
         return found
@@ -104,7 +157,9 @@ class HttpBase:
 
     def __init__(self, address: Address, headers: Mapping[str, str] | None, verbose: bool) -> None:
         self.url = address.url
-        self._root = f"{address.path}/v2"
+        host, _, port = address.target.rpartition(":")
+        self._host, self._port = host.strip("[]"), int(port)
+        self._target, self._root = address.target, f"{address.path}/v2"
         self._headers = check_headers(headers)
         self._verbose = verbose
 
@@ -133,7 +188,7 @@ class HttpBase:
             print(model, body[:size])
         sent = dict(self._headers if headers is None else headers)
         if size is not None:
-            sent[_LENGTH] = str(size)
+            sent["Inference-Header-Content-Length"] = size
         if request_compression_algorithm is not None:
             body = _PACK[request_compression_algorithm](body)
             sent["Content-Encoding"] = request_compression_algorithm
@@ -141,8 +196,8 @@ class HttpBase:
             sent["Accept-Encoding"] = response_compression_algorithm
         version = f"/versions/{quote(model_version)}" if model_version else ""
         query = f"?{urlencode(query_params, doseq=True)}" if query_params else ""
-        path = f"{self._root}/models/{quote(model)}{version}/infer{query}"
-        return HttpCall("POST", path, sent, body, shown)
+        path = f"/models/{quote(model)}{version}/infer{query}"
+        return HttpCall(self._message("POST", path, sent, body), shown)
 
     def _manager_request(self, model: str, request: protocol.Request) -> HttpCall:
         arguments = encode(tritonclient.http, request)
@@ -150,7 +205,14 @@ class HttpBase:
         return self._request(model, arguments.pop("inputs"), secret=True, **arguments)
 
     def _config_request(self, model: str) -> HttpCall:
-        return HttpCall("GET", f"{self._root}/models/{quote(model)}/config", self._headers)
+        return HttpCall(self._message("GET", f"/models/{quote(model)}/config", self._headers))
 
     def _version_request(self) -> HttpCall:
-        return HttpCall("GET", self._root, self._headers)
+        return HttpCall(self._message("GET", "", self._headers))
+
+    def _message(
+        self, method: str, path: str, headers: Mapping[str, Any], body: bytes = b""
+    ) -> bytes:
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        head = f"{method} {self._root}{path} HTTP/1.1\r\nHost: {self._target}\r\n{lines}"
+        return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body

@@ -67,11 +67,12 @@ class ModelInfo:
         Raises:
             InvalidArgument: they do not fit the model, or are of another protocol.
         """
-        if isinstance(inputs, Mapping):
-            signature = self.signature or Signature(self.name)
-            return signature.tensors(inputs, library.inputs)
-        check_inputs(inputs, library)
-        return list(inputs)
+        if not isinstance(inputs, list):
+            if isinstance(inputs, Mapping):
+                signature = self.signature or Signature(self.name)
+                return signature.tensors(inputs, library.inputs)
+            inputs = list(inputs) if isinstance(inputs, tuple) else inputs
+        return check_inputs(inputs, library)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelInfo:

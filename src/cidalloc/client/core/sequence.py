@@ -122,11 +122,13 @@ class SequenceCore:
 
         Raises what `Sequence.infer` does, except what Triton answers.
         """
-        with self._order:
-            with self._runner.lock:
-                has_turn = self._begin(request, False)
-            if not has_turn:
-                self._post(request, False)
+        if self._stream is not None:
+            self.submit(request)
+            return False
+        with self._runner.lock:
+            has_turn = self._begin(request, False)
+        if not has_turn:
+            self._post(request, False)
         return has_turn
 
     def submit(self, request: Request) -> Any:
@@ -242,7 +244,7 @@ class SequenceCore:
             if error is None:
                 return
             ready = None
-            self._end_turn(request, None, error)
+            self._finish(request, None, self._explain(error), True)
             if foreign(error):
                 raise error
 
@@ -279,26 +281,25 @@ class SequenceCore:
         self, request: Request, result: Any, error: BaseException | None
     ) -> BaseException | None:
         """Note that a request is over, and send the next one; return the error in our terms."""
-        meant = self._end_turn(request, result, error)
+        if error is not None:
+            error = self._explain(error)
+        self._finish(request, result, error, True)
         if self._queue:
             self._advance()
-        return meant
-
-    def _end_turn(
-        self, request: Request, result: Any, error: BaseException | None
-    ) -> BaseException | None:
-        with self._runner.lock:
-            if self._turn is request:
-                self._turn = None
-        return self._finish(request, result, None if error is None else self._explain(error))
+        return error
 
     def _finish(
-        self, request: Request, result: Any, error: BaseException | None
-    ) -> BaseException | None:
-        """Settle a request with its result or error; what comes later for it is dropped."""
+        self, request: Request, result: Any, error: BaseException | None, over: bool = False
+    ) -> None:
+        """Settle a request with its result or error; what comes later for it is dropped.
+
+        If Triton does not have it any more, it is ``over``, and the next one has the turn.
+        """
         with self._runner.lock:
+            if over and self._turn is request:
+                self._turn = None
             if request not in self.on_way:
-                return error
+                return
             try:
                 self.state.settle(self._runner.now(), request.end, error)
                 del self.on_way[request]
@@ -313,7 +314,6 @@ class SequenceCore:
         request.tell(result, error)
         if ended:
             self.give_back()
-        return error
 
     # ---- Checks
 

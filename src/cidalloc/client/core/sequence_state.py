@@ -17,6 +17,8 @@ __all__ = ["OPEN", "TRANSITIONS", "BackTo", "Event", "Phase", "SequenceState", "
 class Phase(Enum):
     """Where a sequence is in its life."""
 
+    __hash__ = object.__hash__  # each member is one object, and this costs less
+
     FRESH = "fresh"
     """Nothing was sent yet."""
     LIVE = "live"
@@ -33,6 +35,8 @@ class Phase(Enum):
 
 class Event(Enum):
     """What happens to a sequence."""
+
+    __hash__ = object.__hash__
 
     SEND = "send"
     SEND_END = "send END"

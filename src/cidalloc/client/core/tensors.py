@@ -172,22 +172,26 @@ class Signature:
         return Input(name, kind, value.shape)
 
 
-def check_inputs(inputs: Any, library: Library) -> None:
-    """Check that these are inputs of tritonclient for one protocol.
+def check_inputs(inputs: Any, library: Library) -> list[Any]:
+    """Return inputs of tritonclient for one protocol as they are.
 
     Raises:
         InvalidArgument: they are something else.
     """
     kind = library.inputs
-    wanted = f"{kind.__module__.rpartition('.')[0]}.{kind.__name__}"
-    if not isinstance(inputs, list | tuple):
+    if not isinstance(inputs, list):
         raise InvalidArgument(
-            f"inputs are a dict of arrays or a list of {wanted}, not {type(inputs).__name__}"
+            f"inputs are a dict of arrays or a list of {_name(kind)}, not {_name(type(inputs))}"
         )
     for each in inputs:
         if not isinstance(each, kind):
-            name = f"{type(each).__module__}.{type(each).__name__}"
-            raise InvalidArgument(f"an input is a {name}, and this client sends {wanted}")
+            raise InvalidArgument(f"an input is a {_name(type(each))}, not a {_name(kind)}")
+    return inputs
+
+
+def _name(kind: type) -> str:
+    # tritonclient's classes are in private modules of the public ones.
+    return f"{kind.__module__.partition('._')[0]}.{kind.__name__}"
 
 
 def _from_lists(value: Any, dtype: np.dtype[Any]) -> NDArray[Any]:

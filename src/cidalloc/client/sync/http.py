@@ -2,13 +2,13 @@
 
 tritonclient's HTTP client runs on gevent, which ties it to its thread and gives every thread an
 event loop whose file descriptors it never closes. So the bodies are tritonclient's, and the
-connections are the standard library's.
+connections are sockets.
 """
 
 from __future__ import annotations
 
-import http.client
 import select
+import socket
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import tritonclient.http
 
 from ... import protocol
-from ..core.http_calls import HttpAnswer, HttpBase, HttpCall, HttpResult
+from ..core.http_calls import IDLE_S, HttpAnswer, HttpBase, HttpCall, HttpResult
 from ..core.tls import tls_context
 from ..core.transport import (
     Address,
@@ -30,7 +30,8 @@ from .threads import spawn
 
 __all__ = ["HttpTransport"]
 
-_IDLE_S = 30.0  # an idle connection is kept so long
+
+_READ = 2**16
 
 
 class HttpTransport(HttpBase):
@@ -41,11 +42,9 @@ class HttpTransport(HttpBase):
     ) -> None:
         found = check_options(tritonclient.http.InferenceServerClient, address, options)
         super().__init__(address, headers, found["verbose"])
-        self._target = address.target
         self._context = tls_context(found) if address.tls else None
         self._lock = threading.Lock()
-        # Idle connections and when they became idle, the latest at the end.
-        self._idle: list[tuple[float, http.client.HTTPConnection]] = []
+        self._idle: list[_Connection] = []  # the latest at the end
         self._closed = False
 
     def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> HttpResult:
@@ -85,71 +84,70 @@ class HttpTransport(HttpBase):
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
-        for _, connection in idle:
-            connection.close()
+        for connection in idle:
+            connection.socket.close()
 
     def _send(self, call: HttpCall, limit: float) -> HttpAnswer:
         """Send a request and return its answer.
 
         Raises:
-            OSError, http.client.HTTPException: no answer came.
+            OSError: no answer came.
         """
         until = boottime() + limit
-        connection = self._take(limit)
-        usable = False
+        connection = self._take() or _Connection(self._connect(limit))
+        answer = HttpAnswer()
         try:
-            connection.request(call.method, call.path, call.body, call.headers)
-            _set_timeout(connection, until)
-            answer = connection.getresponse()
-            content = answer.read()
-            usable = not answer.will_close
+            connection.exchange(call.data, answer, until)
         finally:
-            self._give_back(connection, usable)
-        return HttpAnswer(answer.status, answer.headers, content)
+            self._give_back(connection, answer.reusable)
+        return answer
 
-    def _take(self, limit: float) -> http.client.HTTPConnection:
-        old: list[http.client.HTTPConnection] = []
+    def _connect(self, limit: float) -> socket.socket:
+        found = socket.create_connection((self._host, self._port), limit)
+        found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._context is not None:
+            found = self._context.wrap_socket(found, server_hostname=self._host)
+        return found
+
+    def _take(self) -> _Connection | None:
+        """Return an idle connection that the server has not closed."""
+        old: list[_Connection] = []
         found = None
         with self._lock:
-            stale = boottime() - _IDLE_S
-            while self._idle and self._idle[0][0] < stale:
-                old.append(self._idle.pop(0)[1])
+            stale = boottime() - IDLE_S
+            while self._idle and self._idle[0].idle_since < stale:
+                old.append(self._idle.pop(0))
             while found is None and self._idle:
-                connection = self._idle.pop()[1]
-                if _went_away(connection):
+                connection = self._idle.pop()
+                if connection.poll.poll(0):  # there is something to read: its end
                     old.append(connection)
                 else:
                     found = connection
         for connection in old:
-            connection.close()
-        if found is None:
-            if self._context is None:
-                found = http.client.HTTPConnection(self._target, timeout=limit)
-            else:
-                found = http.client.HTTPSConnection(
-                    self._target, timeout=limit, context=self._context
-                )
-        elif found.sock is not None:
-            found.sock.settimeout(limit)
+            connection.socket.close()
         return found
 
-    def _give_back(self, connection: http.client.HTTPConnection, usable: bool) -> None:
+    def _give_back(self, connection: _Connection, usable: bool) -> None:
         with self._lock:
             if usable and not self._closed:
-                self._idle.append((boottime(), connection))
+                connection.idle_since = boottime()
+                self._idle.append(connection)
                 return
-        connection.close()
+        connection.socket.close()
 
 
-def _set_timeout(connection: http.client.HTTPConnection, until: float) -> None:
-    if connection.sock is not None:
-        connection.sock.settimeout(max(until - boottime(), 0.001))
+class _Connection:
+    """A connection, with at most one request at a time."""
 
+    def __init__(self, connected: socket.socket) -> None:
+        self.socket = connected
+        self.idle_since = 0.0
+        self.poll = select.poll()
+        self.poll.register(connected, select.POLLIN)
 
-def _went_away(connection: http.client.HTTPConnection) -> bool:
-    """Whether the server has closed an idle connection: then there is something to read."""
-    if connection.sock is None:
-        return True
-    poll = select.poll()
-    poll.register(connection.sock, select.POLLIN)
-    return bool(poll.poll(0))
+    def exchange(self, data: bytes, answer: HttpAnswer, until: float) -> None:
+        """Send a request and read its answer; raises what `HttpTransport._send` does."""
+        self.socket.settimeout(max(until - boottime(), 0.001))
+        self.socket.sendall(data)
+        while not answer.feed(self.socket.recv(_READ)):
+            self.socket.settimeout(max(until - boottime(), 0.001))
