@@ -1,6 +1,6 @@
 """Stream audio to a decoupled model, and print its partial results while they come.
 
-Start a server with the model in this folder, as the model "words", and the manager beside it.
+Start a server for it: ``cidalloc serve --repository examples/partial_results/models``.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class Awaited:
         found = getattr(self.inner, name)
         if not callable(found):
             return found
-        if name in ("flags", "infer_kwargs", "held"):
+        if name in ("flags", "infer_kwargs", "bls_kwargs", "held"):
             return found
         if name == "async_infer":
             return lambda *args, **options: Later(found(*args, **options))
@@ -167,8 +167,8 @@ def test_equal_names_and_arguments(one: type, other: type) -> None:
         theirs = inspect.signature(public(other)[name]).parameters
         assert list(ours.values()) == list(theirs.values()), name
         waits = inspect.iscoroutinefunction(public(other)[name])
-        at_once = ("sequence", "held", "flags", "infer_kwargs", "async_infer", "stream")
-        assert waits or name in at_once, name
+        at_once = ("sequence", "held", "flags", "infer_kwargs", "bls_kwargs", "async_infer")
+        assert waits or name in (*at_once, "stream"), name
     ours, theirs = (dict(inspect.signature(kind).parameters) for kind in (Client, AsyncClient))
     assert ours.pop("transport").name == theirs.pop("transport").name
     assert ours == theirs

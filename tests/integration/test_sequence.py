@@ -189,6 +189,18 @@ def test_flags_for_ones_own_client(
         sequence.infer_kwargs()
 
 
+def test_arguments_of_bls(cids: Client, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Triton makes of them is tested with the examples, in a model."""
+    start, end = 1, 2
+    sequence = cids.sequence(MODEL, streaming=kind == "stream", timeout=2.5)
+    for ending, flags in ((False, start), (False, 0), (True, end)):
+        given = sequence.bls_kwargs(end=ending)
+        assert given == {"correlation_id": sequence.cid, "flags": flags, "timeout": 2_500_000}
+    with cids.sequence(MODEL) as other:
+        assert other.bls_kwargs(end=True)["flags"] == start | end
+    assert cooldown_of(sequence, monkeypatch) != ENDED
+
+
 def bad_input(kind: str) -> list[Any]:
     module = tritonclient.http if kind == "http" else tritonclient.grpc
     tensor = module.InferInput("INPUT", [1, 1], "FP32")

@@ -141,6 +141,16 @@ def test_decoupled_models_and_ensembles() -> None:
     assert not read({**steps, "all": ensemble("m")}, "all").decoupled
 
 
+def test_iterative_models_and_ensembles() -> None:
+    models = {
+        "all": ensemble("plain", "m"),
+        "m": config(iterative_sequence=True),
+        "plain": config(iterative_sequence=False),
+    }
+    assert read(models, "m").iterative and read(models, "all").iterative
+    assert not read(models, "plain").iterative
+
+
 def test_a_server_that_does_not_answer() -> None:
     flow = read_model_info("m", 1.0)
     next(flow)

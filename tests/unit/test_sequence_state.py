@@ -111,6 +111,14 @@ def test_an_answered_end_is_not_enough_while_something_is_unanswered() -> None:
     assert it.words == "closed, cooling"
 
 
+def test_an_answered_end_is_not_enough_if_triton_forgets_later() -> None:
+    it = SequenceState("sequence 7 on m", IDLE, exact=True, at_once=False)
+    it.send(0, True)
+    it.settle(1, True, None)
+    assert it.words == "ended" and not it.doubtful
+    assert it.close() is BackTo.MANAGER
+
+
 def test_start_goes_with_the_first_and_again_if_that_failed() -> None:
     it = life()
     assert it.send(0, False) is True

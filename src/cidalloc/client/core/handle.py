@@ -11,6 +11,8 @@ from .sequence import SequenceCore
 
 __all__ = ["SequenceHandle", "warn_unclosed"]
 
+_START, _END = 1, 2  # TRITONSERVER_REQUEST_FLAG_SEQUENCE_START and _END
+
 
 class SequenceHandle(ForkGuard):
     """A sequence without its ways to wait.
@@ -80,6 +82,20 @@ class SequenceHandle(ForkGuard):
         return self._begun.lend(end)
 
     flags = infer_kwargs  # the former name
+
+    def bls_kwargs(self, *, end: bool = False) -> dict[str, Any]:
+        """Return the arguments that make a BLS call a part of this sequence.
+
+        They are the ``correlation_id``, ``flags`` and ``timeout`` (in microseconds) of
+        ``pb_utils.InferenceRequest``. With the timeout the call does not wait for a free slot for
+        ever. In all other respects this is `infer_kwargs`.
+        """
+        given = self.infer_kwargs(end=end)
+        return {
+            "correlation_id": given["sequence_id"],
+            "flags": _START * given["sequence_start"] | _END * given["sequence_end"],
+            "timeout": given["timeout"],
+        }
 
     @property
     def _begun(self) -> SequenceCore:

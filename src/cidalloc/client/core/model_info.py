@@ -47,6 +47,7 @@ class ModelInfo:
             its low bits without an error, and so use another ID.
         exact: Triton forgets after ``idle_s``, and not earlier.
         decoupled: it answers a request any number of times.
+        iterative: a request is a whole sequence, which ends with its answer, and takes no END.
         text_ids: it takes IDs as text: "7" instead of 7.
         signature: its inputs.
     """
@@ -56,6 +57,7 @@ class ModelInfo:
     highest_cid: int = HIGHEST_CID
     exact: bool = True
     decoupled: bool = False
+    iterative: bool = False
     text_ids: bool = False
     signature: Signature | None = field(default=None, repr=False, compare=False)
 
@@ -99,6 +101,7 @@ class ModelInfo:
             idle_us / 1e6,
             min((_HIGHEST.get(kind, HIGHEST_CID) for kind in kinds), default=HIGHEST_CID),
             decoupled=_is_decoupled(config),
+            iterative=bool(batching.get("iterative_sequence")),
             text_ids="TYPE_STRING" in kinds,
             signature=Signature.from_config(config),
         )
@@ -128,6 +131,7 @@ class ModelInfo:
             # Triton may forget one step earlier than another, if not all requests reach it.
             exact=len(steps) == 1 and steps[0].exact,
             decoupled=_is_decoupled(config),
+            iterative=any(step.iterative for step in steps),
             text_ids=steps[0].text_ids,
             signature=Signature.from_config(config),
         )

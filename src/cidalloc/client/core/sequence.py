@@ -26,12 +26,7 @@ from .result import version_of
 from .sequence_state import BackTo, SequenceState
 from .stream import Request, SequenceStream, Waiter, decoupled
 from .tensors import Inputs
-from .transport import (
-    HURRY_S,
-    SLACK_S,
-    foreign,
-    unreachable,
-)
+from .transport import HURRY_S, SLACK_S, foreign, unreachable
 
 if TYPE_CHECKING:
     from .runner import RunnerBase
@@ -57,6 +52,7 @@ class SequenceCore:
 
     Attributes:
         dropped: the handle was collected as garbage.
+        iterative: its first request is its only one.
         on_way: the requests that are not answered yet, in the order in which they were sent.
         limit: seconds that a request may take; Triton's own limit comes first.
 
@@ -69,20 +65,21 @@ class SequenceCore:
         self, runner: RunnerBase, plan: Plan, streaming: bool, end_inputs: Inputs | None
     ) -> None:
         self.plan = plan
-        self.model = plan.target.name
+        target = plan.target
+        self.model, self.iterative = target.name, target.iterative
         self.limit = plan.timeout + SLACK_S
         self.name = f"sequence {plan.cid} on {self.model}"
-        self.state = SequenceState(self.name, plan.target.idle_s, plan.target.exact)
+        self.state = SequenceState(self.name, target.idle_s, target.exact, not self.iterative)
         self.end_inputs = None
-        if end_inputs is not None:  # now, since the caller may use the arrays again
-            self.end_inputs = plan.target.tensors(end_inputs, runner.transport.library)
+        if end_inputs is not None and not self.iterative:  # now: the caller may reuse the arrays
+            self.end_inputs = target.tensors(end_inputs, runner.transport.library)
         self.dropped = False
         self.on_way: dict[Request, None] = {}
         self._runner = runner
         # Without the timeout a request could wait in Triton for ever, and run when another client
         # has the ID.
         self._bounds = {
-            "sequence_id": str(plan.cid) if plan.target.text_ids else plan.cid,
+            "sequence_id": str(plan.cid) if target.text_ids else plan.cid,
             "timeout": int(plan.timeout * 1e6),
         }
         self._turn: Request | None = None  # the request that Triton has; without a stream
@@ -90,9 +87,9 @@ class SequenceCore:
         self._version: str | None = None
         self._order = threading.Lock()  # requests are sent in the order in which they were counted
         self._stream: SequenceStream | None = None
-        if streaming or plan.target.decoupled:
+        if streaming or target.decoupled:
             self._stream = SequenceStream(
-                runner.transport.open_stream, plan.target, plan.checked, self._more, self.over
+                runner.transport.open_stream, target, plan.checked, self._more, self.over
             )
         runner.sequences[self] = None
 
@@ -122,7 +119,7 @@ class SequenceCore:
             if "timeout" in options:
                 timeout = options["timeout"]
                 options["timeout"] = int(timeout * 1e6)
-        return Request(inputs, end, options, timeout, many)
+        return Request(inputs, end or self.iterative, options, timeout, many)
 
     def enter(self, request: Request) -> bool:
         """Count a request as sent.
@@ -169,8 +166,8 @@ class SequenceCore:
     def lend(self, end: bool) -> dict[str, Any]:
         """Return the arguments for a request that the application sends itself."""
         with self._runner.lock:
-            now = self.check_lease()
-            start = self.state.lend(now, end)
+            start = self.state.lend(self.check_lease(), end or self.iterative)
+            end = end and not self.iterative
             return {"sequence_start": start, "sequence_end": end, **self._bounds}
 
     def _begin(self, request: Request, with_future: bool) -> bool:
@@ -194,7 +191,7 @@ class SequenceCore:
             options = request.options = {**self._bounds, **request.options}
             if start:
                 options["sequence_start"] = True
-            if request.end:
+            if request.end and not self.iterative:  # else its second iteration would not run
                 options["sequence_end"] = True
             self.on_way[request] = None
             if with_future:
@@ -344,11 +341,8 @@ class SequenceCore:
 
     def look(self, now: float) -> bool:
         """End the requests that got no answer in time; return whether to look again."""
-        late = []
         with self._runner.lock:
-            for request in self.on_way:
-                if request.until <= now and request.is_awaited:
-                    late.append(request)
+            late = [each for each in self.on_way if each.until <= now and each.is_awaited]
         stream = self._stream
         if late and stream is not None:
             stream.suspect()
@@ -453,14 +447,13 @@ class SequenceCore:
             back_to = self.state.close()
             if plan.lease is None:
                 pass
-            elif back_to is BackTo.MANAGER and plan.checked:
+            elif back_to is BackTo.CACHE:
+                plan.lease.release_from(plan.cid, ENDED)
+            elif plan.checked:
                 idle_s = plan.target.idle_s
                 plan.lease.release_unended(plan.cid, self.model, idle_s, plan.timeout)
             else:
-                cooldown_ms = ENDED
-                if back_to is BackTo.MANAGER:
-                    cooldown_ms = need_ms(plan.target.idle_s, plan.timeout)
-                plan.lease.release_from(plan.cid, cooldown_ms)
+                plan.lease.release_from(plan.cid, need_ms(plan.target.idle_s, plan.timeout))
             del runner.sequences[self]  # the last, so that closing again completes it
         if self._stream is not None:
             self._stream.end(runner.now() + HURRY_S)

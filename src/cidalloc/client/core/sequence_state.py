@@ -91,6 +91,7 @@ class SequenceState:
         name: the name of the sequence in errors.
         idle: seconds without a request after which Triton forgets the sequence.
         exact: Triton forgets the sequence after ``idle``, and not earlier.
+        at_once: Triton forgets it before it answers END.
 
     Attributes:
         phase: see `Phase`.
@@ -103,7 +104,7 @@ class SequenceState:
     # Triton's own timer may be late by so many seconds.
     _SLACK_S = 0.5
 
-    def __init__(self, name: str, idle: float, exact: bool) -> None:
+    def __init__(self, name: str, idle: float, exact: bool, at_once: bool = True) -> None:
         self.phase = Phase.FRESH
         self.doubtful = self.recycled = False
         self.unanswered = 0
@@ -111,6 +112,7 @@ class SequenceState:
         self._name = name
         self._idle = idle
         self._exact = exact
+        self._at_once = at_once
         self._late = ""  # why Triton may have forgotten it before the last request
         self._last_sent = float("inf")
         self._last_answered = float("-inf")
@@ -235,7 +237,8 @@ class SequenceState:
     @property
     def ended(self) -> bool:
         """Whether Triton has certainly ended it, and nothing is unanswered."""
-        return self.phase is Phase.ENDED and not self.doubtful and not self.unanswered
+        certain = self._at_once and not self.doubtful
+        return self.phase is Phase.ENDED and certain and not self.unanswered
 
     @property
     def wants_end(self) -> bool:
