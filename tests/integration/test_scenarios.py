@@ -384,7 +384,7 @@ def test_errors_of_triton(real: Way) -> None:
                 await cids.sequence("cidmgr")
             with pytest.raises(errors.Unavailable, match="nonesuch"):
                 await cids.sequence("nonesuch")
-            with pytest.raises(errors.InvalidArgument, match="itself"):
+            with pytest.raises(errors.InvalidArgument, match="the sequence sets it"):
                 async with cids.sequence(MODEL) as sequence:
                     await sequence.infer(real.send(1), sequence_id=4)
 

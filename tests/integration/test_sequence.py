@@ -88,12 +88,12 @@ def cooldown_of(sequence: Sequence, monkeypatch: pytest.MonkeyPatch) -> int:
     """Close a sequence and return for how many milliseconds its ID cools, or ENDED."""
     seen: list[int] = []
     lease = sequence._runner.session.lease
-    give, ask = lease.give, lease.release_unended
+    release, ask = lease.release_from, lease.release_unended
 
-    def spy(cids: list[int], cooldown_ms: int) -> None:
-        assert cids == [sequence.cid]
+    def spy(cid: int, cooldown_ms: int) -> None:
+        assert cid == sequence.cid
         seen.append(cooldown_ms)
-        give(cids, cooldown_ms)
+        release(cid, cooldown_ms)
 
     def spy_too(cid: int, model: str, idle: float, timeout: float) -> None:
         assert (cid, model) == (sequence.cid, sequence.model)
@@ -102,7 +102,7 @@ def cooldown_of(sequence: Sequence, monkeypatch: pytest.MonkeyPatch) -> int:
 
     if sequence.state == "closed, recycled":  # by the answer to END
         return ENDED
-    monkeypatch.setattr(lease, "give", spy)
+    monkeypatch.setattr(lease, "release_from", spy)
     monkeypatch.setattr(lease, "release_unended", spy_too)
     sequence.close()
     sequence.close()

@@ -231,7 +231,7 @@ class Node:
         while True:
             try:
                 plan = yield from client._begin_sequence(
-                    "model", LIMIT_S, None, True, None, Acquired()
+                    "model", LIMIT_S, None, True, Acquired()
                 )
             except CidError:
                 yield from self.pause(dice.uniform(0.1, 2.0))
