@@ -20,6 +20,8 @@ class Plan:
         lease: the lease that the ID belongs to; None for a random ID, which is not managed.
         timeout: seconds that a request may take.
         checked: the model's configuration was read.
+        wait: seconds that requests may take before the first one is answered, since START waits
+            for a slot; it counts if it is longer than ``timeout``.
     """
 
     target: ModelInfo
@@ -27,3 +29,4 @@ class Plan:
     lease: Lease | None
     timeout: float
     checked: bool = True
+    wait: float = 0.0

@@ -23,13 +23,7 @@ from .id_cache import ENDED, need_ms
 from .plan import Plan
 from .sequence_state import BackTo, SequenceState
 from .stream import Request, SequenceStream, decoupled
-from .transport import (
-    HURRY_S,
-    SLACK_S,
-    foreign,
-    unreachable,
-    version_of,
-)
+from .transport import HURRY_S, SLACK_S, foreign, unreachable, version_of
 
 if TYPE_CHECKING:
     from .runner import RunnerBase
@@ -74,6 +68,7 @@ class SequenceCore:
         self._turn: Request | None = None  # the request that Triton has; without a stream
         self._queue: deque[Request] = deque()  # requests that wait for their turn
         self._version: str | None = None
+        self._at_triton_until = 0.0  # Triton starts no request after this time
         self._order = threading.Lock()  # requests are sent in the order in which they were counted
         self._stream: SequenceStream | None = None
         if streaming or plan.target.decoupled:
@@ -100,7 +95,11 @@ class SequenceCore:
     @property
     def limit(self) -> float:
         """Seconds that a request may take; Triton's own limit comes first."""
-        return self.plan.timeout + SLACK_S
+        return self._timeout + SLACK_S
+
+    @property
+    def _timeout(self) -> float:  # before the first answer, requests wait for a slot
+        return self.plan.timeout if self.state.answered else max(self.plan.timeout, self.plan.wait)
 
     def enter(self, request: Request) -> bool:
         """Count a request as sent.
@@ -145,7 +144,8 @@ class SequenceCore:
         """Return the arguments for a request that the application sends itself."""
         with self._runner.lock:
             now = self.check_lease()
-            return self._flags(self.state.lend(now, end), end)
+            flags = self._flags(False, end)
+            return {**flags, "sequence_start": self.state.lend(now, end)}
 
     def _begin(self, request: Request, with_future: bool) -> bool:
         """Count a request as sent, and return whether it has the turn. Under the lock."""
@@ -163,7 +163,7 @@ class SequenceCore:
             waits = not has_turn and self._stream is None
             start = self.state.send(now, request.end, waits)
             self._version = version
-            request.until = now + self.plan.timeout + _LATE_S
+            request.until = now + self._timeout + _LATE_S
             request.options.update(self._flags(start, request.end))
             self.on_way[request] = None
             if with_future or not has_turn:
@@ -204,14 +204,20 @@ class SequenceCore:
             # Also if the stream broke before: the caller cannot know when it breaks.
             self._finish(request, None, error)
 
+    def _allow(self) -> int:
+        """Return the timeout of a request that is sent now, in microseconds.
+
+        Without it a request could wait in Triton for ever, and run when another client has the ID.
+        """
+        self._at_triton_until = max(self._at_triton_until, self._runner.now() + self._timeout)
+        return int(self._timeout * 1e6)
+
     def _flags(self, start: bool, end: bool) -> dict[str, Any]:
-        # Without the timeout a request could wait in Triton for ever, and run when another client
-        # has the ID.
         return {
             "sequence_id": self.plan.cid,
             "sequence_start": start,
             "sequence_end": end,
-            "timeout": int(self.plan.timeout * 1e6),
+            "timeout": self._allow(),
         }
 
     def _advance(self, ready: Request | None = None) -> None:
@@ -243,6 +249,7 @@ class SequenceCore:
             if has_waited:
                 with self._runner.lock:
                     self.state.goes_out(self.check_lease())
+                    request.options["timeout"] = self._allow()
             limit = max(request.until - self._runner.now(), 0.001) + SLACK_S
             done = partial(self.over, request)
             self._runner.transport.submit(
@@ -335,7 +342,7 @@ class SequenceCore:
         if late and stream is not None:
             stream.suspect()
         for request in late:
-            text = f"no answer to {self.name} within {self.plan.timeout:g} s"
+            text = f"no answer to {self.name} within {self._timeout:g} s"
             self._finish(request, None, Unavailable(text))
         if self.dropped and not self.on_way:
             self.finish()
@@ -353,7 +360,7 @@ class SequenceCore:
             )
         elif "timeout of the corresponding sequence has been expired" in text:
             lost = Unavailable(
-                f"no slot for {self.name} within {self.plan.timeout:g} s: all slots of the model"
+                f"no slot for {self.name} within {self._timeout:g} s: all slots of the model"
                 " are taken by other sequences"
             )
         elif "unknown model" in text.lower():
@@ -427,16 +434,12 @@ class SequenceCore:
         with runner.lock:
             if self not in runner.sequences:
                 return
-            back_to = self.state.close()
-            if plan.lease is None:
-                pass
-            elif back_to is BackTo.MANAGER and plan.checked:
-                idle_s = plan.target.idle_s
-                plan.lease.release_unended(plan.cid, self.model, idle_s, plan.timeout)
-            else:
-                cooldown_ms = ENDED
-                if back_to is BackTo.MANAGER:
-                    cooldown_ms = need_ms(plan.target.idle_s, plan.timeout)
+            timeout = max(plan.timeout, self._at_triton_until - runner.now())
+            unended, idle_s = self.state.close() is BackTo.MANAGER, plan.target.idle_s
+            if plan.lease is not None and unended and plan.checked:
+                plan.lease.release_unended(plan.cid, self.model, idle_s, timeout)
+            elif plan.lease is not None:
+                cooldown_ms = need_ms(idle_s, timeout) if unended else ENDED
                 plan.lease.release_from(plan.cid, cooldown_ms)
             del runner.sequences[self]  # the last, so that closing again completes it
         if self._stream is not None:
