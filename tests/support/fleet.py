@@ -48,6 +48,7 @@ from cidalloc.manager.settings import Settings
 
 TTL_S, GRACE_S, COOLDOWN_S = 10.0, 2.0, 2.0
 IDLE_S, LIMIT_S = 4.0, 3.0  # of the model, and of a request to it
+WAIT_S = 5.0  # for which half of the clients wait for an ID
 DRIFT = 0.003
 RULES = history.Rules(TTL_S, GRACE_S, COOLDOWN_S, slack=0.01 + 2 * DRIFT * (TTL_S + GRACE_S))
 CLIENTS, TALKERS = 4, 3
@@ -228,11 +229,14 @@ class Node:
     def talker(self) -> Task:
         """The application: one sequence after the other."""
         dice, client = self.fleet.dice, self.client
+        wait = WAIT_S if self.name[len("client")] in "13" else None
         while True:
+            began = self.clock()
             try:
                 plan = yield from client._begin_sequence(
-                    "model", LIMIT_S, None, True, None, Acquired()
+                    "model", LIMIT_S, None, True, None, Acquired(), wait
                 )
+                self.fleet.counts["waited"] += self.clock() > began + 0.5
             except CidError:
                 yield from self.pause(dice.uniform(0.1, 2.0))
                 continue

@@ -183,7 +183,7 @@ class Base(ForkGuard):
             if not alone:
                 raise
             return self._random_plan(target, timeout, check)
-        left = until - session.now() if until else 0.0
+        left = round(until - session.now(), 1) if until else 0.0
         return Plan(target, taken[0], taken.lease, timeout, check, left)
 
     def _target(

@@ -350,7 +350,8 @@ class Lease:
             deadline: when to stop waiting.
             taken: where new IDs go, with those of the cache that complete them. It stays empty if
                 another flow was faster or the lease has run out; then the IDs are in the cache.
-            wait_ms: for how long the session keeps its place if the pool is exhausted.
+            wait_ms: for how long the session keeps its place if the pool is exhausted; with 0 it
+                gives up a place that it may have. None: this request is not for a call.
         """
         if self.doubtful:
             yield from self.reconcile(deadline)

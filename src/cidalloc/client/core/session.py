@@ -106,7 +106,7 @@ class Session:
         if until is None:
             if self._first() and self.lease.starved:
                 raise Exhausted(f"{self.lease.starved}; calls before this one wait")
-            yield from self._acquire(count, need_ms, deadline, taken, None)
+            yield from self._acquire(count, need_ms, deadline, taken, 0)
             return
         began = self.now()
         waiting = self._wait(count, need_ms, deadline - began, taken, until)
@@ -174,7 +174,7 @@ class Session:
         need_ms: int | None,
         deadline: float,
         taken: Acquired,
-        wait_ms: int | None,
+        wait_ms: int,
     ) -> Flow[None]:
         """Put IDs into ``taken``, from the cache or from the manager; see `Lease.fetch`."""
         tries = 0
