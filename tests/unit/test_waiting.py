@@ -1,135 +1,18 @@
-"""Calls that wait for IDs: in virtual time, many calls and clients beside each other."""
+"""Calls that wait for IDs, in virtual time: who is served, and when."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
-from simulation import World
+from crowd import TTL, Call, Crowd, Task
 
 from cidalloc import errors, protocol
-from cidalloc.client.core.effects import Flow, Idle, Reply
+from cidalloc.client.core.effects import Idle, Reply, Send
 from cidalloc.client.core.id_cache import ENDED
-from cidalloc.client.core.lease import Acquired
 from cidalloc.client.core.session import Session
 from cidalloc.codes import Operation
 from cidalloc.manager.settings import Settings
-
-SETTINGS = Settings(first=1, capacity=2, cooldown_ms=3_000, unended_cooldown_ms=3_000, fresh=True)
-TTL = 60.0
-
-
-class Task:
-    """A flow that runs: its result or its error once it has one, and when this was."""
-
-    def __init__(self, session: Session, flow: Flow[Any]) -> None:
-        self.session, self.flow = session, flow
-        self.effect: Any = None
-        self.seen = -1
-        self.lost = False  # its request is not answered
-        self.done_at: float | None = None
-        self.error: Exception | None = None
-
-    def cancel(self) -> None:
-        self.flow.close()
-        self.done_at = math.nan
-
-
-class Call(Task):
-    """A call that acquires IDs."""
-
-    def __init__(self, session: Session, count: int, wait: float | None) -> None:
-        now = session.now()
-        self.taken = Acquired()
-        until = None if wait is None else now + wait
-        deadline = now + session.link.timeout
-        super().__init__(session, session.acquire(count, None, deadline, self.taken, until))
-
-    @property
-    def cids(self) -> list[int]:
-        assert self.error is None and self.done_at is not None, self.error
-        return list(self.taken)
-
-
-class Crowd:
-    """Runs flows as threads would: those that can go on in their order, then time passes."""
-
-    def __init__(self, settings: Settings = SETTINGS) -> None:
-        self.world = World(settings)
-        self.tasks: list[Task] = []
-        self.finished: list[Task] = []
-        self.away = False  # the manager does not answer
-
-    def client(self, **options: Any) -> Session:
-        session = self.world.session(TTL, seed=len(self.tasks), **options)
-        self.tasks.append(Task(session, session.heartbeat()))
-        return session
-
-    def call(self, session: Session, count: int = 1, wait: float | None = None) -> Call:
-        call = Call(session, count, wait)
-        self.tasks.append(call)
-        self.settle()
-        return call
-
-    def take(self, session: Session, count: int = 1) -> list[int]:
-        return self.call(session, count).cids
-
-    def release(self, session: Session, *cids: int, cooldown_ms: int = ENDED) -> None:
-        session.lease.give(list(cids), cooldown_ms)
-        if session.lease.cache.needs_maintenance:  # as Client.release does
-            session.version += 1
-        self.settle()
-
-    def settle(self) -> None:
-        """Let all flows go on that need no time."""
-        for _ in range(10_000):
-            for task in self.tasks:
-                if task.done_at is None and self.ready(task):
-                    self.step(task)
-                    break
-            else:
-                return
-        raise AssertionError(f"it stands still at {self.world.now}")
-
-    def ready(self, task: Task) -> bool:
-        if not isinstance(task.effect, Idle):
-            return True
-        if task.lost:
-            return task.effect.until <= self.world.now
-        return task.effect.until <= self.world.now or task.seen != task.session.version
-
-    def step(self, task: Task) -> None:
-        task.seen = task.session.version
-        try:
-            if task.effect is None:
-                task.effect = next(task.flow)
-            elif self.away and not isinstance(task.effect, Idle):
-                task.effect, task.lost = Idle(self.world.now + task.effect.timeout), True
-            else:
-                reply = Reply()
-                if task.lost:
-                    reply, task.lost = Reply(error=errors.Unavailable("no answer")), False
-                elif not isinstance(task.effect, Idle):
-                    reply = self.world.perform(task.effect)
-                task.effect = task.flow.send(reply)
-        except StopIteration:
-            task.done_at = self.world.now
-        except errors.CidError as error:
-            task.done_at, task.error = self.world.now, error
-        if task.done_at is not None:
-            self.finished.append(task)
-
-    def wait(self, seconds: float) -> None:
-        until = self.world.now + seconds
-        while True:
-            self.settle()
-            times = [each.effect.until for each in self.tasks if each.done_at is None]
-            if min(times, default=until) >= until:
-                break
-            self.world.now = min(times)
-        self.world.now = until
-        self.settle()
 
 
 @pytest.fixture
@@ -264,6 +147,8 @@ def test_a_recycled_id_goes_to_the_call_that_waits(crowd: Crowd) -> None:
     crowd.wait(2.999)
     assert client.lease.take() == 0
     assert call.done_at is None
+    crowd.world.now += 0.002
+    assert client.lease.take() == 0, "it is ready, but not for this call"
     crowd.wait(0.1)
     assert call.cids == [2]
     assert call.done_at is not None and call.done_at - began < 3.32
@@ -297,6 +182,7 @@ def test_a_cancelled_call_lets_the_next_one_go_first(crowd: Crowd, holder: Sessi
     other = crowd.client()
     first, second, third = (crowd.call(other, wait=60.0) for _ in range(3))
     second.cancel()
+    assert len(other.line) == 2
     crowd.wait(1.0)
     first.cancel()
     crowd.release(holder, 1)
@@ -432,9 +318,10 @@ def test_a_cache_in_use_is_kept_though_others_wait() -> None:
     crowd.call(crowd.client(), 1, wait=100.0)
     for _ in range(50):
         crowd.wait(1.0)
-        cid = busy.lease.take()
-        assert cid
-        crowd.release(busy, cid)
+        for _ in range(4):
+            cid = busy.lease.take()
+            assert cid
+            crowd.release(busy, cid)
 
 
 def test_calls_with_a_time_limit_stand_in_line_only_if_they_have_to(crowd: Crowd) -> None:
@@ -444,3 +331,109 @@ def test_calls_with_a_time_limit_stand_in_line_only_if_they_have_to(crowd: Crowd
     assert sorted(cid for call in calls for cid in call.cids) == list(range(1, 21))
     assert not client.line and client.lease.starved is None
     assert crowd.world.now == 1000.0
+
+
+def test_the_place_of_a_cancelled_call_is_not_in_the_way_of_its_client() -> None:
+    crowd = Crowd(Settings(first=1, capacity=2, cooldown_ms=0, fresh=True))
+    holder, other = crowd.client(ahead=0), crowd.client(ahead=0)
+    crowd.take(holder, 2)
+    call = crowd.call(other, wait=60.0)
+    crowd.wait(1.0)
+    call.cancel()
+    crowd.release(holder, 1)
+    assert isinstance(crowd.call(crowd.client()).error, errors.Exhausted), "it is still there"
+    assert crowd.take(other) == [1]
+    crowd.release(holder, 2)
+    assert crowd.take(crowd.client()) == [2]
+
+
+def test_the_next_call_takes_over_the_place_of_one_that_gives_up(
+    crowd: Crowd, holder: Session
+) -> None:
+    one, other = crowd.client(), crowd.client()
+    crowd.call(one, wait=2.0)
+    second = crowd.call(one, wait=60.0)
+    rival = crowd.call(other, wait=60.0)
+    crowd.wait(2.5)
+    crowd.release(holder, 1)
+    crowd.wait(6.0)
+    assert second.cids == [1]
+    assert rival.done_at is None
+
+
+def test_the_last_call_that_gives_up_leaves_no_place() -> None:
+    crowd = Crowd(Settings(first=1, capacity=2, cooldown_ms=0, fresh=True))
+    holder = crowd.client(ahead=0)
+    crowd.take(holder, 2)
+    crowd.call(crowd.client(), wait=2.0)
+    crowd.wait(2.0)
+    crowd.release(holder, 1)
+    assert crowd.take(crowd.client()) == [1]
+
+
+def test_a_line_that_waits_for_an_answer_only(crowd: Crowd) -> None:
+    """Nobody knows yet whether the pool is exhausted, so the error does not say so."""
+    client = crowd.client(timeout=5.0, ahead=0)
+    crowd.take(client)
+    crowd.away = True
+    calls = [crowd.call(client, wait=1.0) for _ in range(2)]
+    crowd.wait(20.0)
+    for call in calls:
+        assert isinstance(call.error, errors.Unavailable)
+        assert call.done_at is not None and call.done_at <= 1000.0 + 11.0
+
+
+def test_whether_the_pool_is_exhausted_is_found_out_again(crowd: Crowd, holder: Session) -> None:
+    """A call that gets its IDs at once shows that calls without a time limit may have some, too."""
+    other = crowd.client(ahead=0)
+    first, second, third = (crowd.call(other, wait=600.0) for _ in range(3))
+    crowd.wait(0.1)
+    crowd.release(holder, 1, 2)
+    crowd.world.now += 3.0
+    for call in (first, second):
+        assert other.lease.starved is not None
+        with pytest.raises(errors.Exhausted, match="calls before this one wait"):
+            next(Call(other, 1, None).flow)
+        while call.done_at is None:
+            crowd.step(call)
+    assert third.done_at is None and other.line
+    assert other.lease.starved is None
+    assert isinstance(next(Call(other, 1, None).flow), Send)
+
+
+@pytest.mark.parametrize("seconds", range(16))
+def test_nobody_fetches_ids_ahead_while_others_wait(seconds: int) -> None:
+    """The first client in line tries that every ten seconds."""
+    crowd = Crowd(Settings(first=1, capacity=2, cooldown_ms=0, fresh=True))
+    holder = crowd.client(ahead=0)
+    crowd.take(holder, 2)
+    calls = [crowd.call(crowd.client(), wait=60.0) for _ in range(2)]
+    crowd.wait(5.0 + seconds)
+    crowd.release(holder, 1, 2)
+    crowd.wait(3.0)
+    assert sorted(cid for call in calls for cid in call.cids) == [1, 2]
+
+
+def test_several_ids_that_are_recycled_one_by_one(crowd: Crowd) -> None:
+    client = crowd.client(ahead=2)
+    crowd.take(client, 2)
+    call = crowd.call(client, 2, wait=60.0)
+    began = crowd.world.now
+    crowd.world.operations()
+    for cid in (1, 2):
+        crowd.wait(2.0)
+        crowd.release(client, cid)
+    crowd.wait(10.0)
+    assert call.cids == [1, 2]
+    assert call.done_at is not None and call.done_at - began < 7.02
+    assert len(crowd.world.operations()) < 15
+
+
+def test_unused_ids_stay_while_nobody_waits() -> None:
+    crowd = Crowd(Settings(first=1, capacity=8, cooldown_ms=1_000, fresh=True))
+    saver = crowd.client(ahead=8)
+    crowd.release(saver, *crowd.take(saver, 6))
+    crowd.world.operations()
+    crowd.wait(28.0)
+    assert crowd.world.operations() == ["RENEW"]
+    assert crowd.world.held() >= 6

@@ -114,6 +114,7 @@ def test_a_place_is_for_its_time(manager: Manager) -> None:
     assert not manager.acquire(C)
     manager.now = 1000
     assert manager.acquire(C)
+    assert not manager.registry.waiting, "it takes no memory and no time any more"
 
 
 def test_asking_again_keeps_the_place(manager: Manager) -> None:
@@ -145,6 +146,38 @@ def test_a_place_for_more_ids_is_the_last_one(manager: Manager) -> None:
     assert not manager.acquire(B, wait_ms=1000)
     assert manager.acquire(C, wait_ms=1000)
     manager.release(A)
+    assert manager.acquire(B, wait_ms=1000)
+
+
+def test_a_place_is_not_for_more_ids(manager: Manager) -> None:
+    assert not manager.acquire(B, wait_ms=1000)
+    assert not manager.acquire(C, wait_ms=1000)
+    manager.release(A, 2)
+    assert not manager.acquire(B, 2, wait_ms=1000)
+    assert manager.acquire(C, wait_ms=1000)
+
+
+def test_asking_too_late_is_asking_anew_also_far_behind(manager: Manager) -> None:
+    assert not manager.acquire(D, 2, wait_ms=MAX_WAIT_MS)
+    assert not manager.acquire(B, wait_ms=1000)
+    assert not manager.acquire(C, wait_ms=MAX_WAIT_MS)
+    manager.now = 1000
+    assert not manager.acquire(B, wait_ms=1000)
+    manager.registry.close_session(D, manager.now)
+    manager.release(A)
+    assert not manager.acquire(B, wait_ms=1000)
+    assert manager.acquire(C, wait_ms=1000)
+
+
+def test_ids_that_have_become_due_count() -> None:
+    manager = Manager(2, cooldown_ms=300)
+    assert manager.acquire(A, 2)
+    assert not manager.acquire(B, wait_ms=1000)
+    manager.release(A, 2)
+    manager.now = 299
+    assert not manager.acquire(C)
+    manager.now = 300
+    assert manager.acquire(C), "there is one for B, too"
     assert manager.acquire(B, wait_ms=1000)
 
 
@@ -281,7 +314,7 @@ class Lines(RuleBasedStateMachine):
 
     @rule(
         token=st.sampled_from(TOKENS),
-        count=st.integers(1, 7),
+        count=st.one_of(st.integers(1, 2), st.integers(1, 7)),
         wait_ms=st.sampled_from([None, 0, 100, 1000, 1000, MAX_WAIT_MS + 1000]),
     )
     def acquire(self, token: bytes, count: int, wait_ms: int | None) -> None:

@@ -51,7 +51,7 @@ class Session:
     Attributes:
         lease: the current lease. A new object takes its place when it was lost.
         models: what is known of models.
-        line: the calls that may wait for IDs, in their order; some may have ended.
+        line: the calls that may wait for IDs, in their order, by place; some may have ended.
         version: rises when something changes that a flow may wait for.
         closed: the session was closed.
         abandoned: the client was collected as garbage.
@@ -67,7 +67,7 @@ class Session:
         lost: dict[int, str] = {}
         self._new_lease = partial(Lease, link, label, ahead, lost)
         self.lease = self._new_lease()
-        self.line: dict[Flow[None], None] = {}
+        self.line: dict[object, Flow[None]] = {}
         self._turn: Flow[None] | None = None  # the flow that has it, until that flow has ended
         self._ending: Flow[None] | None = None  # the flow that closes the session
         self._gone = False  # the manager was told of the end, or cannot be told
@@ -108,43 +108,48 @@ class Session:
                 raise Exhausted(f"{self.lease.starved}; calls before this one wait")
             yield from self._acquire(count, need_ms, deadline, taken, 0)
             return
-        began = self.now()
-        waiting = self._wait(count, need_ms, deadline - began, taken, until)
+        began, place = self.now(), object()
+        waiting = self._wait(place, count, need_ms, deadline, taken, until)
         try:
-            self.line[waiting] = None
-            while self._first() is not waiting:
-                self.check_open()
-                limit = until if self.lease.starved else max(until, deadline)
-                if self.now() >= limit:
-                    raise self.lease.starved or Unavailable("no answer: other calls come first")
-                yield Idle(min(limit, self.now() + _LOOK_S))
+            self.line[place] = waiting
             yield from waiting
         except Exhausted as error:
             raise Exhausted(f"{error}; waited {self.now() - began:.1f} s") from error
         finally:
             waiting.close()
-            self.line.pop(waiting, None)
+            self.line.pop(place, None)
             self._first()
             self.version += 1
 
-    def _first(self) -> Flow[None] | None:
-        """Return the first of the calls that wait for IDs."""
+    def _first(self) -> object:
+        """Return the place of the call that is the first in line; None if no call waits."""
         while self.line:
-            first = next(iter(self.line))
-            if runs(first):
-                return first
-            del self.line[first]
+            place, waiting = next(iter(self.line.items()))
+            if runs(waiting):
+                return place
+            del self.line[place]
         self.lease.starved = None
         return None
 
     def _wait(
-        self, count: int, need_ms: int | None, patience: float, taken: Acquired, until: float
+        self,
+        place: object,
+        count: int,
+        need_ms: int | None,
+        deadline: float,
+        taken: Acquired,
+        until: float,
     ) -> Flow[None]:
-        """Ask for IDs until there are enough. The first call of the line does so."""
-        tries = 0
+        """Stand in line, then ask for IDs until there are enough."""
+        patience, tries = deadline - self.now(), 0
+        while self._first() is not place:
+            limit = until if self.lease.starved else max(until, deadline)
+            if self.now() >= limit:
+                raise self.lease.starved or Unavailable("no answer: other calls come first")
+            yield Idle(min(limit, self.now() + _LOOK_S))
         while not taken:
             keep = _KEEP_PLACE_S
-            if len(self.line) == 1:  # else the next call takes over the place
+            if len(self.line) == 1:  # else the next call takes over the place at the manager
                 keep = min(keep, max(until - self.now(), 0.0))
             deadline = self.now() + patience  # for each answer
             try:
@@ -169,12 +174,7 @@ class Session:
             yield Idle(at)
 
     def _acquire(
-        self,
-        count: int,
-        need_ms: int | None,
-        deadline: float,
-        taken: Acquired,
-        wait_ms: int,
+        self, count: int, need_ms: int | None, deadline: float, taken: Acquired, wait_ms: int
     ) -> Flow[None]:
         """Put IDs into ``taken``, from the cache or from the manager; see `Lease.fetch`."""
         tries = 0
