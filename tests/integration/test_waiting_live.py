@@ -172,6 +172,9 @@ def test_another_process_lets_go(url: str) -> None:
             waiting = pool.submit(client.acquire_many, 2, timeout=20)
             time.sleep(0.5)
             assert not waiting.done()
+            assert (
+                "2 open, 0 expired; 1 wait for IDs" in run("status", url, "--model", "pair").stdout
+            )
             process.stdin.write("\n")
             process.stdin.flush()
             assert sorted(waiting.result()) == [3000, 3001]

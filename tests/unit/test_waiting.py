@@ -9,7 +9,6 @@ from crowd import TTL, Call, Crowd, Task
 
 from cidalloc import errors, protocol
 from cidalloc.client.core.effects import Idle, Reply, Send
-from cidalloc.client.core.id_cache import ENDED
 from cidalloc.client.core.session import Session
 from cidalloc.codes import Operation
 from cidalloc.manager.settings import Settings
@@ -54,7 +53,7 @@ def test_it_asks_seldom(crowd: Crowd, holder: Session) -> None:
     crowd.world.operations()
     crowd.wait(50.0)
     asked = crowd.world.operations().count("NEW")
-    assert 45 < asked < 70, "about once a second; and once in ten seconds with some ahead"
+    assert 45 < asked < 60, "about once a second"
 
 
 def test_the_time_is_over(crowd: Crowd, holder: Session) -> None:
@@ -316,12 +315,11 @@ def test_a_cache_in_use_is_kept_though_others_wait() -> None:
     busy = crowd.client(ahead=8)
     crowd.release(busy, *crowd.take(busy, 8))
     crowd.call(crowd.client(), 1, wait=100.0)
-    for _ in range(50):
-        crowd.wait(1.0)
-        for _ in range(4):
-            cid = busy.lease.take()
-            assert cid
-            crowd.release(busy, cid)
+    for _ in range(20):
+        crowd.wait(3.0)
+        cid = busy.lease.take()
+        assert cid
+        crowd.release(busy, cid)
 
 
 def test_calls_with_a_time_limit_stand_in_line_only_if_they_have_to(crowd: Crowd) -> None:
@@ -380,7 +378,7 @@ def test_a_line_that_waits_for_an_answer_only(crowd: Crowd) -> None:
     crowd.wait(20.0)
     for call in calls:
         assert isinstance(call.error, errors.Unavailable)
-        assert call.done_at is not None and call.done_at <= 1000.0 + 11.0
+        assert call.done_at is not None and 1004.9 < call.done_at <= 1011.0
 
 
 def test_whether_the_pool_is_exhausted_is_found_out_again(crowd: Crowd, holder: Session) -> None:
@@ -401,17 +399,13 @@ def test_whether_the_pool_is_exhausted_is_found_out_again(crowd: Crowd, holder: 
     assert isinstance(next(Call(other, 1, None).flow), Send)
 
 
-@pytest.mark.parametrize("seconds", range(16))
-def test_nobody_fetches_ids_ahead_while_others_wait(seconds: int) -> None:
-    """The first client in line tries that every ten seconds."""
-    crowd = Crowd(Settings(first=1, capacity=2, cooldown_ms=0, fresh=True))
-    holder = crowd.client(ahead=0)
-    crowd.take(holder, 2)
-    calls = [crowd.call(crowd.client(), wait=60.0) for _ in range(2)]
-    crowd.wait(5.0 + seconds)
-    crowd.release(holder, 1, 2)
-    crowd.wait(3.0)
-    assert sorted(cid for call in calls for cid in call.cids) == [1, 2]
+def test_a_place_is_kept_for_as_long_as_it_takes(crowd: Crowd, holder: Session) -> None:
+    first, second = (crowd.call(crowd.client(), wait=60.0) for _ in range(2))
+    crowd.wait(15.0)
+    crowd.release(holder, 1)
+    crowd.wait(5.0)
+    assert first.cids == [1]
+    assert second.done_at is None
 
 
 def test_several_ids_that_are_recycled_one_by_one(crowd: Crowd) -> None:

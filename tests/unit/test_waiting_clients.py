@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,18 @@ class Waits(Loopback):
 
     def submit(self, limit: float, model: str, inputs: list[Any], done: Done, /, **_: Any) -> None:
         done(self.infer(limit, model, inputs, **_), None)
+
+
+class Slow(Waits):
+    """A model that answers when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unanswered: list[Callable[[], object]] = []
+
+    def submit(self, limit: float, model: str, inputs: list[Any], done: Done, /, **_: Any) -> None:
+        result = self.infer(limit, model, inputs, **_)
+        self.unanswered.append(lambda: done(result, None))
 
 
 @pytest.mark.parametrize("value", [-1, -0.001, 86_401, float("nan"), "1", True, None, [1]])
@@ -78,6 +91,19 @@ def test_start_may_wait_for_a_slot_as_long_as_is_left(monkeypatch: pytest.Monkey
         for each in (sequence, lent):
             each.close()
         assert len(longest) == 2 and min(longest) > 90.0 and max(longest) <= 100.0
+
+
+def test_a_request_that_waits_for_start_has_its_own_time() -> None:
+    transport = Slow()
+    with Client(transport=transport) as client, client.sequence("m", timeout=1, wait=9) as sequence:
+        futures = [sequence.async_infer([]) for _ in range(2)]
+        time.sleep(1.5)
+        assert not any(future.done() for future in futures), "both wait for the slot"
+        for future in futures:
+            transport.unanswered.pop()()
+            assert future.result(5) is not None
+        start, later = transport.seen
+        assert start["timeout"] == 9e6 and later["timeout"] == 1e6
 
 
 def test_a_wait_that_is_shorter_than_the_timeout_changes_nothing_for_slots() -> None:

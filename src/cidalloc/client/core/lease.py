@@ -365,7 +365,7 @@ class Lease:
         while lacking + ahead > 0:
             self._announcing_ms = need
             what: dict[str, Parameter] = {"count": lacking + ahead, "cooldown_ms": need}
-            if wait_ms is not None and not ahead:
+            if wait_ms is not None:
                 what["wait_ms"] = wait_ms
             try:
                 reply = yield from self._ask(Operation.NEW, deadline, what)

@@ -116,7 +116,6 @@ class Session:
         except Exhausted as error:
             raise Exhausted(f"{error}; waited {self.now() - began:.1f} s") from error
         finally:
-            waiting.close()
             self.line.pop(place, None)
             self._first()
             self.version += 1
