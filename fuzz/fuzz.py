@@ -35,7 +35,18 @@ with atheris.instrument_imports(include=["cidalloc"]):
     from cidalloc.triton_model.config import settings_from
 
 TOKENS = ["0123456789abcdef" * 2, "f" * 32, "0" * 31, "x" * 32, ""]
-NAMES = ["session", "seq", "count", "ttl_ms", "cooldown_ms", "ended", "label", "registry", "else"]
+NAMES = [
+    "session",
+    "seq",
+    "count",
+    "ttl_ms",
+    "cooldown_ms",
+    "ended",
+    "label",
+    "registry",
+    "else",
+    "wait_ms",
+]
 DTYPES = [np.uint64, np.int64, np.int8, np.float64, np.bool_]
 SMALL = Settings(first=10, capacity=130, fresh=True, cooldown_ms=5, unended_cooldown_ms=9)
 

@@ -34,6 +34,10 @@ QUICK = Settings(
 )
 """A manager that does not wait for long."""
 
+PAIR = Settings(first=3000, capacity=2, cooldown_ms=200, unended_cooldown_ms=200, fresh=True)
+"""A manager with two IDs, for which clients wait."""
+
+
 IMPOSTOR = """
 import numpy
 import triton_python_backend_utils as pb_utils
@@ -77,6 +81,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     demo.write_repository(folder, Settings())
     for name in ("small_grpc", "small_http", "small_raw"):
         export(folder, SMALL, name=name)
+    export(folder, PAIR, name="pair")
     export(folder, Settings(first=2**40), name="wide")
     for name in ("quick", "quick_too"):  # a test may leave the whole pool cooling
         export(folder, QUICK, name=name)

@@ -33,9 +33,12 @@ Every exception carries its ``code``, and the number of each code never changes.
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 from .codes import Code
+
+_DUE = re.compile(r"due in (\d+(?:\.\d+)?) s")
 
 __all__ = [
     "CapacityError",
@@ -134,9 +137,24 @@ class CapacityError(CidError, RuntimeError):
 
 
 class Exhausted(CapacityError):
-    """No ID can be issued now."""
+    """No ID can be issued now. The text says when the next one is due, if one is cooling."""
 
     code = Code.EXHAUSTED
+
+    @property
+    def due_s(self) -> float | None:
+        """Seconds until the next ID of the pool is due, by the text; None if none is cooling.
+
+        An ID that was released later may be due earlier. If it is 0, the pool has free IDs, but too
+        few of them.
+        """
+        found = _DUE.search(str(self))
+        return float(found[1]) if found else None
+
+    @property
+    def others_wait(self) -> bool:
+        """Whether the next IDs are for requests that came before this one."""
+        return "others wait before" in str(self)
 
 
 class LimitExceeded(CapacityError):

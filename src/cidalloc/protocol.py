@@ -24,6 +24,7 @@ __all__ = [
     "DETAIL",
     "MAX_COOLDOWN_MS",
     "MAX_SEQ",
+    "MAX_WAIT_MS",
     "MODEL",
     "OUTPUT",
     "PROTOCOL",
@@ -55,6 +56,8 @@ MAX_SEQ = 2**63 - 1
 """The highest number of a session's change."""
 MAX_COOLDOWN_MS = 7 * 86_400_000
 """The longest cooldown that a client can ask for. It also keeps times far from overflow."""
+MAX_WAIT_MS = 5_000
+"""The longest time for which a session keeps its place among those that wait without asking."""
 
 IDs = npt.NDArray[np.uint64]
 Parameter = int | bool | str | float
@@ -166,6 +169,7 @@ _KINDS: dict[str, Any] = {
     "seq": 1,
     "ttl_ms": 0,
     "cooldown_ms": 0,
+    "wait_ms": 0,
 }
 """The parameters that operations know: their type; of an integer, its minimum."""
 

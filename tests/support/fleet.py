@@ -39,6 +39,7 @@ from cidalloc.client.core.effects import Config, Idle, Reply, Send
 from cidalloc.client.core.lease import Acquired
 from cidalloc.client.core.plan import Plan
 from cidalloc.client.core.sequence import SequenceCore
+from cidalloc.client.core.tensors import Library
 from cidalloc.codes import Operation
 from cidalloc.errors import CidError, Unavailable
 from cidalloc.manager import takeover as handover
@@ -48,6 +49,7 @@ from cidalloc.manager.settings import Settings
 
 TTL_S, GRACE_S, COOLDOWN_S = 10.0, 2.0, 2.0
 IDLE_S, LIMIT_S = 4.0, 3.0  # of the model, and of a request to it
+WAIT_S = 5.0  # for which half of the clients wait for an ID
 DRIFT = 0.003
 RULES = history.Rules(TTL_S, GRACE_S, COOLDOWN_S, slack=0.01 + 2 * DRIFT * (TTL_S + GRACE_S))
 CLIENTS, TALKERS = 4, 3
@@ -88,7 +90,9 @@ class SimClient(Base):
     _new_runner = staticmethod(lambda *_: None)
 
     def __init__(self, rng: random.Random, now: Callable[[], float]) -> None:
-        self.transport: Any = SimpleNamespace(url="simulated", inputs=object, now=now)
+        self.transport: Any = SimpleNamespace(
+            url="simulated", library=Library(object, object, frozenset()), now=now
+        )
         super().__init__(
             model="cidmgr", ttl=TTL_S, label="simulated", timeout=2.0, transport=self.transport
         )
@@ -228,11 +232,14 @@ class Node:
     def talker(self) -> Task:
         """The application: one sequence after the other."""
         dice, client = self.fleet.dice, self.client
+        wait = WAIT_S if self.name[len("client")] in "13" else None
         while True:
+            began = self.clock()
             try:
                 plan = yield from client._begin_sequence(
-                    "model", LIMIT_S, None, True, Acquired()
+                    "model", LIMIT_S, None, True, Acquired(), wait
                 )
+                self.fleet.counts["waited"] += self.clock() > began + 0.5
             except CidError:
                 yield from self.pause(dice.uniform(0.1, 2.0))
                 continue
@@ -364,13 +371,13 @@ class Fleet:
         owner, last = self._state.get(cid, ("", 0.0))
         if owner and self.now > last + IDLE_S:
             owner = ""
-        if flags["sequence_start"]:
+        if flags.get("sequence_start"):
             owner = holder
         elif not owner:
             return InferenceServerException("the first request must specify the START flag")
         elif owner != holder:
             self.wrong.append(f"U: {holder} met the state of {owner} in ID {cid} at {self.now:.3f}")
-        if flags["sequence_end"]:
+        if flags.get("sequence_end"):
             self._state.pop(cid, None)
         else:
             self._state[cid] = owner, self.now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import gc
 import linecache
@@ -17,7 +18,7 @@ from loopback import Loopback
 
 from cidalloc.client import Client, Sequence
 from cidalloc.client.core.effects import runs
-from cidalloc.errors import CidError
+from cidalloc.errors import CidError, Exhausted
 from cidalloc.manager.settings import Settings
 
 SETTINGS = Settings(first=1, capacity=10_000, max_sessions=1000, fresh=True)
@@ -79,6 +80,9 @@ Calls = dict[str, Callable[[Client, Sequence], Any]]
 CALLS: Calls = {
     "acquire": lambda cids, _: cids.acquire(),
     "acquire_many": lambda cids, _: cids.acquire_many(9).tolist(),
+    "acquire with a timeout": lambda cids, _: cids.acquire(timeout=5.0),
+    "acquire_many with a timeout": lambda cids, _: cids.acquire_many(9, timeout=5.0).tolist(),
+    "wait in vain": lambda cids, _: wait_in_vain(cids),
     "release": lambda cids, _: cids.release(cids.held().tolist()[0]),
     "release ended": lambda cids, _: cids.release(cids.held().tolist()[0], ended=True),
     "sequence": lambda cids, _: cids.sequence("model"),
@@ -89,6 +93,11 @@ CALLS: Calls = {
     "close the sequence": lambda _, sequence: sequence.close(),
     "close": lambda cids, _: cids.close(),
 }
+
+
+def wait_in_vain(cids: Client) -> None:
+    with contextlib.suppress(Exhausted):
+        cids.acquire_many(SETTINGS.capacity, timeout=0.01)
 
 
 @pytest.mark.parametrize("name", CALLS)

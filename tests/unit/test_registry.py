@@ -95,7 +95,7 @@ def test_ended_ids_cool_for_the_least_time() -> None:
     registry = small(capacity=1)
     registry.acquire(1, now=0)
     registry.release(ids(1), now=100, ended=True, cooldown_ms=60_000)
-    with pytest.raises(Exhausted, match=r"due in 0\.0 s"):
+    with pytest.raises(Exhausted, match=r"due in 0\.001 s"):
         registry.acquire(1, now=5099)
     assert registry.acquire(1, now=5100).tolist() == [1]
 
@@ -255,7 +255,7 @@ def test_a_session_that_expires_lets_its_ids_cool_as_long_as_it_said() -> None:
     registry.acquire(1, 0, token=A, seq=2, cooldown_ms=0)
     registry.tick(1_100)
     assert len(registry.pool) == 0
-    with pytest.raises(Exhausted, match=r"0 are held, 2 are cooling; the next is due in 1\.0 s"):
+    with pytest.raises(Exhausted, match=r"0 are held, 2 are cooling; the next is due in 1 s"):
         registry.acquire(1, 30_100)
     assert len(registry.acquire(2, 31_100)) == 2
 
@@ -295,7 +295,7 @@ def test_a_label_that_is_none(label: str) -> None:
 def test_a_small_pool_without_a_past_waits(tmp_path: Path, in_file: bool) -> None:
     values = Settings(first=1, capacity=3, max_ttl_ms=20_000, grace_ms=5_000)
     registry = rebooted(tmp_path / "r", values, 7, 0) if in_file else Registry(values, 7)
-    with pytest.raises(Exhausted, match=r"0 are held, 3 are cooling; the next is due in 25\.0 s"):
+    with pytest.raises(Exhausted, match=r"0 are held, 3 are cooling; the next is due in 25 s"):
         registry.acquire(1, 7)
     if in_file:
         registry.close()

@@ -142,7 +142,9 @@ def test_the_life_of_a_session(service: Service) -> None:
         *(protocol, generation, ttl, high, low),
         *cooldowns,
     ]
-    assert ask(service, Operation.RENEW, session=TOKEN.upper()) == [1, 10_000], "digits are digits"
+    assert ask(service, Operation.RENEW, session=TOKEN.upper())[:2] == [1, 10_000], (
+        "digits are digits"
+    )
     assert ask(service, Operation.NEW, session=TOKEN, seq=1, count=3) == [10, 11, 12]
     assert ask(service, Operation.HELD, session=TOKEN) == [10, 11, 12]
     assert ask(service, Operation.NEW, session=TOKEN, seq=1) is Code.REPEATED
@@ -318,6 +320,7 @@ def test_a_status(service: Service, clock: Clock) -> None:
         "peak": 3,
         "high_water": 3,
         "anonymous": 1,
+        "waiting": 0,
         "sessions": [{"label": "one", "held": 1, "age_s": 1.5, "expires_in_s": 18.5}],
         "sessions_total": 1,
         "sessions_expired": 0,
@@ -356,3 +359,23 @@ def test_the_clock_of_boot_time_runs() -> None:
     first = boottime_ms()
     assert first > 0
     assert boottime_ms() >= first
+
+
+def test_a_renewal_says_whether_sessions_wait(service: Service, clock: Clock) -> None:
+    other = "0" * 32
+    open_session(service)
+    open_session(service, session=other)
+    everything = status(service)["free"]
+    ask(service, Operation.NEW, session=TOKEN, seq=1, count=everything)
+    assert ask(service, Operation.RENEW, session=TOKEN) == [1, 10_000, 0]
+    asked = ask(service, Operation.NEW, session=other, seq=1, wait_ms=1_000)
+    assert asked is Code.EXHAUSTED
+    assert ask(service, Operation.RENEW, session=TOKEN) == [1, 10_000, 1]
+    assert status(service)["waiting"] == 1
+    clock.now += 1_000
+    assert ask(service, Operation.RENEW, session=TOKEN) == [1, 10_000, 0]
+    assert status(service)["waiting"] == 0
+
+
+def test_a_place_needs_a_session(service: Service) -> None:
+    assert ask(service, Operation.NEW, wait_ms=1_000) is Code.INVALID_ARGUMENT

@@ -12,10 +12,10 @@ from typing import Any
 
 import click
 
-from ..client.core.transport import parse_url
+from ..client.core.transport import DAY_S, parse_url
 from ..client.sync.transport import connect
 from ..codes import Operation
-from ..errors import InvalidArgument, ProtocolError
+from ..errors import Exhausted, InvalidArgument, ProtocolError
 from ..protocol import MODEL, IDs, Parameter, Request, as_ids
 
 __all__ = ["URL_VARIABLE", "Manager", "acquire", "probe", "release", "status", "with_manager"]
@@ -184,7 +184,13 @@ def status(manager: Manager, as_json: bool) -> None:
     type=click.IntRange(1),
     help="Number of IDs to acquire. They are printed one per line.",
 )
-def acquire(manager: Manager, count: int) -> None:
+@click.option(
+    "--wait",
+    type=click.FloatRange(0.0, DAY_S),
+    default=0.0,
+    help="Seconds to wait for IDs if the pool is exhausted. Clients that wait come first.",
+)
+def acquire(manager: Manager, count: int, wait: float) -> None:
     """Acquire a correlation ID that no live sequence uses, and print it.
 
     The ID is held without a session, so the manager cannot see when the script dies. It takes the
@@ -194,7 +200,16 @@ def acquire(manager: Manager, count: int) -> None:
     URL is host:port, or starts with grpc://, grpcs://, http:// or https://. If it is left out, the
     environment variable CIDALLOC_URL is used.
     """
-    ids, _ = manager.ask(Operation.NEW, count=count)
+    until = time.monotonic() + wait
+    while True:
+        try:
+            ids, _ = manager.ask(Operation.NEW, count=count)
+            break
+        except Exhausted as error:
+            left = until - time.monotonic()
+            if left <= 0:
+                raise
+            time.sleep(min(error.due_s or 1.0, 1.0, left))
     click.echo("\n".join(map(str, ids.tolist())))
     if sys.stderr.isatty():
         click.echo(

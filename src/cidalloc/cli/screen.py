@@ -86,7 +86,10 @@ def _facts(status: Mapping[str, Any], rates: Rates | None) -> Table:
     row("cooling", f"{cooling:,}")
     row("free", f"{status['free']:,} ({status['free'] / capacity:.1%})")
     row("peak", f"{status['peak']:,} held at the same time")
-    row("sessions", f"{status['sessions_total']:,} open, {status['sessions_expired']:,} expired")
+    waiting = status.get("waiting", 0)  # earlier managers do not count them
+    more = f"; {waiting:,} wait for IDs" if waiting else ""
+    expired = status["sessions_expired"]
+    row("sessions", f"{status['sessions_total']:,} open, {expired:,} expired{more}")
     if rates is not None:
         row("rates", ", ".join(f"{rate:,.0f} {name}/s" for name, rate in rates.items()))
     errors = ", ".join(f"{count:,} {name}" for name, count in sorted(status["errors"].items()))

@@ -34,6 +34,7 @@ def status_of(registry: Registry, now: int, sessions: int = SHOWN) -> dict[str, 
         "peak": pool.peak,
         "high_water": pool.high_water,
         "anonymous": registry.anonymous,
+        "waiting": registry.waiting.count(registry.now),
         "sessions": [
             {
                 "label": each.label,

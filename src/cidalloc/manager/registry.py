@@ -33,6 +33,7 @@ from .sessions import Session
 from .settings import Settings
 from .storage.file import Storage
 from .storage.file_format import Part, Word
+from .waiting_list import WaitingList, exhausted
 
 __all__ = ["Grant", "Registry"]
 
@@ -66,6 +67,7 @@ class Registry:
     Attributes:
         settings, store, uuid: what they are called.
         pool, sessions: the IDs and who holds them.
+        waiting: the sessions that wait for IDs.
         now: the latest time seen.
         opened_at: the time at which this object was made.
         acquired, released, expired: IDs and sessions since then.
@@ -89,6 +91,7 @@ class Registry:
         self.acquired = 0
         self.store = store or storage_in_memory(settings, boot)
         self.pool, self.sessions, ending = recover(self.store, settings, now, boot, live_snapshot)
+        self.waiting = WaitingList(self.pool)
         self.uuid: UUID = self.store.uuid  # a forked child has no header to read it from
         self._horizon: int = self.store.header[Word.HORIZON]
         self._secret = self.store.secret
@@ -204,8 +207,9 @@ class Registry:
         token: bytes | None = None,
         seq: int = 0,
         cooldown_ms: int | None = None,
+        wait_ms: int | None = None,
     ) -> IDs:
-        """Issue ``count`` IDs, all or none.
+        """Issue ``count`` IDs, all or none. IDs that waiting sessions need are not issued.
 
         Args:
             count: how many.
@@ -216,8 +220,11 @@ class Registry:
             cooldown_ms: for how long, at least, all IDs of the session cool if it expires: after
                 that Triton has certainly forgotten these sequences. By default
                 ``unended_cooldown_ms``.
+            wait_ms: with a token: the session uses its place among those that wait. If this raises
+                `Exhausted`, it keeps its place for so long, or gets the last one.
 
         Raises:
+            InvalidArgument: ``wait_ms`` without a token.
             Repeated: ``seq`` is not above the last one.
             LimitExceeded: more than a setting allows.
             Exhausted: the pool cannot give so many now.
@@ -229,6 +236,8 @@ class Registry:
             self._check_seq(session, seq)
             held, most = self.pool.held_count(session.number), limits.max_held
             whose, which = "by this session", f"max_held={most}"
+        elif wait_ms is not None:
+            raise InvalidArgument("wait_ms needs the parameter session: only a session can wait")
         else:
             session = self._anonymous_session(now)
             held, most = self.anonymous, limits.max_anonymous
@@ -243,9 +252,16 @@ class Registry:
             )
         if token is not None:
             self._raise_cooldown(session, cooldown_ms)
-        ids = self.store.shape.ids(self._issue(count, session))
+        try:
+            ids = self.store.shape.ids(self._issue(count, session, wait_ms is not None))
+        except Exhausted:
+            if wait_ms is not None:
+                self.waiting.keep(session, count, self.now, wait_ms)
+            raise
         if token is not None:
             self.sessions.set_seq(session, seq)
+            if wait_ms is not None:
+                self.waiting.leave(session)
         self.acquired += count
         return ids
 
@@ -343,6 +359,7 @@ class Registry:
         return hashlib.blake2b(token, digest_size=16, key=self._secret).digest()
 
     def _end(self, session: Session, cooldown: int) -> int:
+        self.waiting.leave(session)
         reuse_at = self.now + max(cooldown, self.settings.cooldown_ms)
         return self.sessions.end(session, reuse_at)
 
@@ -377,9 +394,14 @@ class Registry:
             self.store.sync()
             self._horizon = horizon
 
-    def _issue(self, count: int, session: Session) -> IDs:
-        """Issue the allocator's numbers of so many IDs, all or none."""
+    def _issue(self, count: int, session: Session, waits: bool) -> IDs:
+        """Issue the allocator's numbers of so many IDs, all or none.
+
+        If the session ``waits``, it uses its place among those that wait.
+        """
         pool, full = self.pool, None
+        if self.waiting:
+            self.waiting.check(session if waits else None, count, self.now)
         if pool.opened + count > pool.ready < pool.capacity:
             try:
                 self.store.grow(Part.RECORDS, count)
@@ -389,17 +411,7 @@ class Registry:
         try:
             return pool.acquire_many(count, session.number, self.now)
         except Exhausted:
-            raise full or Exhausted(self._why_exhausted(count)) from None
-
-    def _why_exhausted(self, count: int) -> str:
-        pool, due = self.pool, self.pool.next_due
-        when = "none is cooling"
-        if due is not None:
-            when = f"the next is due in {max(due - self.now, 0) / 1e3:.1f} s"
-        return (
-            f"cannot issue {count} of {pool.capacity} IDs: {pool.active} are held,"
-            f" {pool.cooling} are cooling; {when}"
-        )
+            raise full or exhausted(pool, count, self.now) from None
 
     def _anonymous_session(self, now: int) -> Session:
         """Return the session that holds what is acquired without one at about this time."""

@@ -175,7 +175,9 @@ def _change(request: Request) -> dict[str, Any]:
 
 
 def _new(registry: Registry, request: Request, now: int) -> IDs:
-    return registry.acquire(request.parameters.get("count", 1), now, **_change(request))
+    given = request.parameters
+    wait_ms = given.get("wait_ms")
+    return registry.acquire(given.get("count", 1), now, wait_ms=wait_ms, **_change(request))
 
 
 def _delete(registry: Registry, request: Request, now: int) -> int:
@@ -202,7 +204,7 @@ def _open(registry: Registry, request: Request, now: int) -> list[int]:
 def _renew(registry: Registry, request: Request, now: int) -> list[int]:
     cooldown = request.parameters.get("cooldown_ms")
     grant = registry.renew(_token(request), now, cooldown_ms=cooldown)
-    return [grant.generation, grant.ttl_ms]
+    return [grant.generation, grant.ttl_ms, registry.waiting.any(now)]
 
 
 def _close(registry: Registry, request: Request, now: int) -> int:

@@ -59,21 +59,22 @@ class AsyncClient(Base):
         self._check_home()
         await self._runner.close(self._timeout)
 
-    async def acquire(self) -> int:
+    async def acquire(self, *, timeout: float | None = None) -> int:
         """Acquire one ID and return it. See `Client.acquire`."""
         self._check_home()
-        lease = self._session.lease
-        cid = lease.take()
+        session, until = self._session, self._until("timeout", timeout)
+        lease = session.lease
+        cid = lease.take() if until is None or not session.line else 0
         if cid:
             if lease.cache.needs_maintenance:
                 self._runner.wake()
             return cid
-        return int((await self._acquire(1))[0])
+        return int((await self._acquire(1, until))[0])
 
-    async def acquire_many(self, count: int) -> IDs:
+    async def acquire_many(self, count: int, *, timeout: float | None = None) -> IDs:
         """Acquire ``count`` IDs, all or none. See `Client.acquire_many`."""
         self._check_home()
-        return await self._acquire(whole("count", count))
+        return await self._acquire(whole("count", count), self._until("timeout", timeout))
 
     async def release(
         self, cid: int, *, ended: bool = False, cooldown: float | None = None
@@ -113,6 +114,7 @@ class AsyncClient(Base):
         cooldown: float | None = None,
         check: bool = True,
         end_inputs: Inputs | None = None,
+        wait: float | None = None,
         farewell: Inputs | None = None,
     ) -> AsyncSequence:
         """Return a sequence on ``model``. It acquires its ID when it is entered or awaited.
@@ -125,7 +127,7 @@ class AsyncClient(Base):
         async def begin(taken: Acquired) -> Plan:
             self._runner.start()
             plan = await self._runner.run(
-                self._begin_sequence(model, timeout, cooldown, check, taken)
+                self._begin_sequence(model, timeout, cooldown, check, taken, wait)
             )
             if self._session.lease.cache.needs_maintenance:
                 self._runner.wake()
@@ -133,12 +135,12 @@ class AsyncClient(Base):
 
         return AsyncSequence(self._runner, model, begin, streaming, end_inputs, self, caller())
 
-    async def _acquire(self, count: int) -> IDs:
+    async def _acquire(self, count: int, until: float | None) -> IDs:
         session, taken = self._session, Acquired()
         try:
             self._runner.start()
-            deadline = session.now() + self._timeout
-            await self._runner.run(session.acquire(count, None, deadline, taken))
+            acquiring = session.acquire(count, None, self._deadline(), taken, until)
+            await self._runner.run(acquiring)
             if session.lease.cache.needs_maintenance:
                 self._runner.wake()
             return np.array(taken, np.uint64)

@@ -132,6 +132,11 @@ class Base(ForkGuard):
     def _deadline(self) -> float:
         return self._session.now() + self._timeout
 
+    def _until(self, name: str, wait: float | None) -> float | None:
+        """Return when to stop waiting for IDs, by an argument of the caller; None: do not wait."""
+        found = 0.0 if wait is None else seconds(name, wait, DAY_S, low=0.0)
+        return self._session.now() + found if found else None
+
     def _begin_sequence(
         self,
         model: str,
@@ -139,13 +144,16 @@ class Base(ForkGuard):
         cooldown: float | None,
         check: bool,
         taken: Acquired,
+        wait: float | None = None,
     ) -> Flow[Plan]:
         """Read what the model needs, and acquire an ID for it into ``taken``."""
         session = self._session
         session.check_open()
         timeout = seconds("timeout", timeout, DAY_S)
-        target = yield from self._target(model, timeout, cooldown, check)
-        need = need_ms(target.idle_s, timeout)
+        until = self._until("wait", wait)
+        longest = max(timeout, wait or 0.0)  # that a request may take
+        target = yield from self._target(model, longest, cooldown, check)
+        need = need_ms(target.idle_s, longest)
         if need > MAX_COOLDOWN_MS:
             raise InvalidArgument(
                 f"model {model} keeps idle sequences for {target.idle_s:g} s: with the timeout,"
@@ -165,14 +173,15 @@ class Base(ForkGuard):
                         f" {pool[-1]} would be cut: give the manager a lower pool, or the model a"
                         " wider CORRID"
                     )
-            yield from session.acquire(1, need, deadline, taken)
+            yield from session.acquire(1, need, deadline, taken, until)
         except (Unavailable, SessionExpired):
             if not alone:
                 raise
             return self._random_plan(target, timeout, check)
         assert taken.lease is not None
         key = taken.lease.next_key(taken[0])
-        return Plan(target, taken[0], taken.lease, timeout, key, check)
+        left = round(until - session.now(), 1) if until else 0.0
+        return Plan(target, taken[0], taken.lease, timeout, key, check, left)
 
     def _target(
         self, model: str, timeout: float, cooldown: float | None, check: bool

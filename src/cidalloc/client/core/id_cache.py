@@ -30,6 +30,7 @@ MAX_AHEAD = 1024
 
 _QUICK_S = 1.0  # a cache that is empty again so soon was too small
 _STALE_S = 30.0  # IDs that were not needed for so long may go back
+_WANTED_S = 5.0  # the same for all unused IDs if other clients wait for some
 _REFILL_BACK_OFF_S = 10.0  # no IDs are fetched ahead for so long after the manager had no more
 _AWAIT_MODEL_S = 60.0  # a model that does not answer is asked for so long
 
@@ -137,6 +138,13 @@ class IdCache:
             count += 1
         return count
 
+    def ready_at(self, count: int) -> float:
+        """Return the time from which on so many IDs can be taken; infinite if there are fewer."""
+        lacking = count - len(self.fresh)
+        if lacking <= 0:
+            return NEVER
+        return self.cooling[lacking - 1][0] if lacking <= len(self.cooling) else float("inf")
+
     def check_used(self, cids: Iterable[int]) -> None:
         """Check that all of these are used, and that no ID is given twice.
 
@@ -210,8 +218,11 @@ class IdCache:
         """Note that the manager has no more IDs: fetch none ahead for a while."""
         self.refill_after = now + _REFILL_BACK_OFF_S
 
-    def trim(self, now: float) -> None:
-        """Release IDs that were not needed for long; set `trim_at`."""
+    def trim(self, now: float, others_wait: bool = False) -> None:
+        """Release IDs that were not needed for long; set `trim_at`.
+
+        If other clients wait for IDs, a few seconds without demand are long.
+        """
         while self.target_size > 1 and now - self.refilled_at >= 2 * _STALE_S:
             self.target_size //= 2
             self.refilled_at += _STALE_S
@@ -222,7 +233,7 @@ class IdCache:
             gone.append(cooling.popleft()[1])
         while now - self.refilled_at >= _STALE_S and len(self.fresh) > self.target_size:
             gone.append(self.fresh.popleft())
-        if now - self.taken_at >= 2 * _STALE_S:  # no demand
+        if now - self.taken_at >= (_WANTED_S if others_wait else 2 * _STALE_S):  # no demand
             gone.extend(self.fresh)
             self.fresh.clear()
             while cooling and cooling[0][0] <= now:

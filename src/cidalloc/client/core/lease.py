@@ -38,7 +38,6 @@ _log = logging.getLogger("cidalloc.client")
 
 _MOST_AT_ONCE = 1000  # IDs in one DELETE
 _TIMES_MS = (5_000, 120_000)  # cooldowns of a manager that does not tell them
-_NO_IDS = as_ids([])
 _CHANGES = (Operation.NEW, Operation.DELETE)
 _NOT_COUNTED = "the manager does not count it among the session's"
 
@@ -71,6 +70,7 @@ class Lease:
         doubtful: the result of a change is not known.
         lost_why: why the lease has ended; empty while it has not.
         pool: the manager's pool, once it is known.
+        starved: why calls that wait for IDs have none. What is in the cache is for them.
     """
 
     def __init__(self, link: Link, label: str, ahead: int, lost: dict[int, str]) -> None:
@@ -83,9 +83,8 @@ class Lease:
         self.doubtful = False
         self.lost_why = ""
         self.pool: range | None = None
-        self.label = label
-        self._link = link
-        self._lost = lost
+        self.starved: Exhausted | None = None
+        self.label, self._link, self._lost = label, link, lost
         self._registry = ""  # its UUID
         self._sequences = 0
         self._seq = 0
@@ -117,7 +116,7 @@ class Lease:
     def take(self) -> int:
         """Take an ID out of the cache; return 0 if that needs a flow."""
         now = self._link.now()
-        if now >= self.deadline or self.default_ms > self.announced_ms:
+        if now >= self.deadline or self.default_ms > self.announced_ms or self.starved:
             return 0
         return self.cache.take(now)
 
@@ -244,14 +243,15 @@ class Lease:
 
     def renew(self, deadline: float, announced_ms: int | None = None) -> Flow[None]:
         """Renew the session; announce this cooldown."""
-        what: dict[str, Parameter] = {}
-        if announced_ms is not None:
-            what["cooldown_ms"] = announced_ms
+        what: dict[str, Parameter] = {} if announced_ms is None else {"cooldown_ms": announced_ms}
         reply = yield from self._ask(Operation.RENEW, deadline, what)
-        if reply.output.tolist()[:1] != [self.generation]:
+        answer = reply.output.tolist()
+        if answer[:1] != [self.generation]:
             # A late OPEN made that session, and it holds no ID of this one.
             self.lose("the manager has another session under its name")
             raise SessionUnknown(self.lost_why)
+        if any(answer[2:3]) and not self.starved:
+            self.cache.trim(self._link.now(), others_wait=True)
 
     def announce(self, need_ms: int, deadline: float) -> Flow[None]:
         """Tell the manager the cooldown of the IDs if this client dies, if it has to be longer."""
@@ -323,7 +323,7 @@ class Lease:
             self._seq += 1
             parameters["seq"] = self._seq
             self.doubtful = True  # until an answer tells the result, also if this is broken off
-        request = Request(operation, as_ids(cids) if cids else _NO_IDS, parameters)
+        request = Request(operation, as_ids(cids or ()), parameters)
         reply = yield Send(request, self._link.limit(deadline))
         error = self._link.note(reply)
         if self.lost_why and not closing:
@@ -344,7 +344,12 @@ class Lease:
     # ---- IDs to and from the manager: one flow at a time
 
     def fetch(
-        self, count: int, need_ms: int | None, deadline: float, taken: Acquired | None
+        self,
+        count: int,
+        need_ms: int | None,
+        deadline: float,
+        taken: Acquired | None,
+        wait_ms: int | None = None,
     ) -> Flow[None]:
         """Ask for the IDs that the cache lacks, and for some ahead.
 
@@ -354,6 +359,8 @@ class Lease:
             deadline: when to stop waiting.
             taken: where new IDs go, with those of the cache that complete them. It stays empty if
                 another flow was faster or the lease has run out; then the IDs are in the cache.
+            wait_ms: for how long the session keeps its place if the pool is exhausted; with 0 it
+                gives up a place that it may have. None: this request is not for a call.
         """
         if self.doubtful:
             yield from self.reconcile(deadline)
@@ -366,10 +373,11 @@ class Lease:
         lacking, ahead = count - ready, cache.plan(link.now(), ready)
         while lacking + ahead > 0:
             self._announcing_ms = need
+            what: dict[str, Parameter] = {"count": lacking + ahead, "cooldown_ms": need}
+            if wait_ms is not None:
+                what["wait_ms"] = wait_ms
             try:
-                reply = yield from self._ask(
-                    Operation.NEW, deadline, {"count": lacking + ahead, "cooldown_ms": need}
-                )
+                reply = yield from self._ask(Operation.NEW, deadline, what)
             except (Exhausted, LimitExceeded):
                 cache.refill_failed(link.now())
                 if not (ahead and lacking):

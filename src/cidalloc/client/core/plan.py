@@ -21,6 +21,8 @@ class Plan:
         timeout: seconds that a request may take.
         key: a name of the sequence that no other sequence ever has.
         checked: the model's configuration was read.
+        wait: seconds that requests may take before the first one is answered, since START waits
+            for a slot; it counts if it is longer than ``timeout``.
     """
 
     target: ModelInfo
@@ -29,3 +31,4 @@ class Plan:
     timeout: float
     key: str
     checked: bool = True
+    wait: float = 0.0

@@ -54,7 +54,6 @@ class SequenceCore:
         dropped: the handle was collected as garbage.
         iterative: its first request is its only one.
         on_way: the requests that are not answered yet, in the order in which they were sent.
-        limit: seconds that a request may take; Triton's own limit comes first.
 
     Raises:
         InvalidArgument: streaming needs gRPC, and the transport is HTTP.
@@ -67,7 +66,6 @@ class SequenceCore:
         self.plan = plan
         target = plan.target
         self.model, self.iterative = target.name, target.iterative
-        self.limit = plan.timeout + SLACK_S
         self.name = f"sequence {plan.cid} on {self.model}"
         self.state = SequenceState(self.name, target.idle_s, target.exact, not self.iterative)
         self.end_inputs = None
@@ -85,6 +83,7 @@ class SequenceCore:
         self._turn: Request | None = None  # the request that Triton has; without a stream
         self._queue: deque[Request] = deque()  # requests that wait for their turn
         self._version: str | None = None
+        self._at_triton_until = 0.0  # Triton starts no request after this time
         self._order = threading.Lock()  # requests are sent in the order in which they were counted
         self._stream: SequenceStream | None = None
         if streaming or target.decoupled:
@@ -112,14 +111,23 @@ class SequenceCore:
         except InvalidArgument:
             self._runner.session.models.forget(self.model)  # it may have been reloaded
             raise
-        timeout = plan.timeout
+        timeout = self._timeout
         if options:
             streaming = self._stream is not None
             options = check_request_options(options, library, streaming, timeout)
-            if "timeout" in options:
-                timeout = options["timeout"]
-                options["timeout"] = int(timeout * 1e6)
+            timeout = options.get("timeout", timeout)
+        if timeout != plan.timeout:
+            options["timeout"] = int(timeout * 1e6)
         return Request(inputs, end or self.iterative, options, timeout, many)
+
+    @property
+    def limit(self) -> float:
+        """Seconds that a request may take; Triton's own limit comes first."""
+        return self._timeout + SLACK_S
+
+    @property
+    def _timeout(self) -> float:  # before the first answer, requests wait for a slot
+        return max(self.plan.timeout, 0.0 if self.state.answered else self.plan.wait)
 
     def enter(self, request: Request) -> bool:
         """Count a request as sent.
@@ -166,9 +174,11 @@ class SequenceCore:
     def lend(self, end: bool) -> dict[str, Any]:
         """Return the arguments for a request that the application sends itself."""
         with self._runner.lock:
-            start = self.state.lend(self.check_lease(), end or self.iterative)
-            end = end and not self.iterative
-            return {"sequence_start": start, "sequence_end": end, **self._bounds}
+            now, timeout = self.check_lease(), self._timeout
+            start = self.state.lend(now, end or self.iterative)
+            self._allow(now, timeout)
+            flags = {"sequence_start": start, "sequence_end": end and not self.iterative}
+            return {**self._bounds, **flags, "timeout": int(timeout * 1e6)}
 
     def _begin(self, request: Request, with_future: bool) -> bool:
         """Count a request as sent, and return whether it has the turn. Under the lock."""
@@ -187,6 +197,7 @@ class SequenceCore:
             waits = not has_turn and self._stream is None
             start = state.send(now, request.end, waits)
             self._version = version
+            self._allow(now, request.timeout)
             request.until = now + request.timeout + _LATE_S
             options = request.options = {**self._bounds, **request.options}
             if start:
@@ -234,6 +245,11 @@ class SequenceCore:
             # Also if the stream broke before: the caller cannot know when it breaks.
             self._finish(request, None, error)
 
+    def _allow(self, now: float, timeout: float) -> None:
+        """Note that Triton may start a request so late."""
+        if timeout > self.plan.timeout:
+            self._at_triton_until = max(self._at_triton_until, now + timeout)
+
     def _advance(self, ready: Request | None = None) -> None:
         """Send the request that is next.
 
@@ -262,7 +278,9 @@ class SequenceCore:
         try:
             if has_waited:
                 with self._runner.lock:
-                    self.state.goes_out(self.check_lease())
+                    now = self.check_lease()
+                    self.state.goes_out(now)
+                    self._allow(now, request.timeout)
             limit = max(request.until - self._runner.now(), 0.001) + SLACK_S
             done = partial(self.over, request)
             self._runner.transport.submit(
@@ -368,7 +386,7 @@ class SequenceCore:
             )
         elif "timeout of the corresponding sequence has been expired" in text:
             lost = Unavailable(
-                f"no slot for {self.name} within {self.plan.timeout:g} s: all slots of the model"
+                f"no slot for {self.name} within {self._timeout:g} s: all slots of the model"
                 " are taken by other sequences"
             )
         else:
@@ -444,16 +462,13 @@ class SequenceCore:
         with runner.lock:
             if self not in runner.sequences:
                 return
-            back_to = self.state.close()
-            if plan.lease is None:
-                pass
-            elif back_to is BackTo.CACHE:
-                plan.lease.release_from(plan.cid, ENDED)
-            elif plan.checked:
-                idle_s = plan.target.idle_s
-                plan.lease.release_unended(plan.cid, self.model, idle_s, plan.timeout)
-            else:
-                plan.lease.release_from(plan.cid, need_ms(plan.target.idle_s, plan.timeout))
+            timeout = max(plan.timeout, self._at_triton_until - runner.now())
+            unended, idle_s = self.state.close() is BackTo.MANAGER, plan.target.idle_s
+            if plan.lease is not None and unended and plan.checked:
+                plan.lease.release_unended(plan.cid, self.model, idle_s, timeout)
+            elif plan.lease is not None:
+                cooldown_ms = need_ms(idle_s, timeout) if unended else ENDED
+                plan.lease.release_from(plan.cid, cooldown_ms)
             del runner.sequences[self]  # the last, so that closing again completes it
         if self._stream is not None:
             self._stream.end(runner.now() + HURRY_S)

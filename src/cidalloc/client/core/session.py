@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 from functools import partial
 from typing import Any
 
 from ...codes import Operation
 from ...errors import (
     CidError,
+    Exhausted,
     InvalidArgument,
     ProtocolError,
     RegistryMismatch,
@@ -33,6 +35,8 @@ __all__ = ["Session"]
 _log = logging.getLogger("cidalloc.client")
 
 _LOOK_S = 1.0  # between two looks whether the flow that has the turn was broken off
+_KEEP_PLACE_S = 3.0  # the manager keeps a place for so long after each request for IDs
+_PAUSE_S = (0.02, 1.0)  # the shortest and the longest pause between two such requests
 _STRANGERS = 3  # so many answers of another registry prove that the lease's own is gone
 
 
@@ -47,6 +51,7 @@ class Session:
     Attributes:
         lease: the current lease. A new object takes its place when it was lost.
         models: what is known of models.
+        line: the calls that may wait for IDs, in their order, by place; some may have ended.
         version: rises when something changes that a flow may wait for.
         closed: the session was closed.
         abandoned: the client was collected as garbage.
@@ -62,6 +67,7 @@ class Session:
         lost: dict[int, str] = {}
         self._new_lease = partial(Lease, link, label, ahead, lost)
         self.lease = self._new_lease()
+        self.line: dict[object, Flow[None]] = {}
         self._turn: Flow[None] | None = None  # the flow that has it, until that flow has ended
         self._ending: Flow[None] | None = None  # the flow that closes the session
         self._gone = False  # the manager was told of the end, or cannot be told
@@ -83,12 +89,93 @@ class Session:
     # ---- For the application
 
     def acquire(
-        self, count: int, need_ms: int | None, deadline: float, taken: Acquired
+        self,
+        count: int,
+        need_ms: int | None,
+        deadline: float,
+        taken: Acquired,
+        until: float | None = None,
     ) -> Flow[None]:
         """Put ``count`` IDs into ``taken``; the arguments are those of `Lease.take_ready`.
 
+        With ``until`` it waits for IDs of an exhausted pool until this time, after the calls before
+        it. Without, it takes no ID that calls wait for.
+
         Raises what `cidalloc.client.Client.acquire_many` does.
         """
+        if until is None:
+            if self._first() and self.lease.starved:
+                raise Exhausted(f"{self.lease.starved}; calls before this one wait")
+            yield from self._acquire(count, need_ms, deadline, taken, 0)
+            return
+        began, place = self.now(), object()
+        waiting = self._wait(place, count, need_ms, deadline, taken, until)
+        try:
+            self.line[place] = waiting
+            yield from waiting
+        except Exhausted as error:
+            raise Exhausted(f"{error}; waited {self.now() - began:.1f} s") from error
+        finally:
+            self.line.pop(place, None)
+            self._first()
+            self.version += 1
+
+    def _first(self) -> object:
+        """Return the place of the call that is the first in line; None if no call waits."""
+        while self.line:
+            place, waiting = next(iter(self.line.items()))
+            if runs(waiting):
+                return place
+            del self.line[place]
+        self.lease.starved = None
+        return None
+
+    def _wait(
+        self,
+        place: object,
+        count: int,
+        need_ms: int | None,
+        deadline: float,
+        taken: Acquired,
+        until: float,
+    ) -> Flow[None]:
+        """Stand in line, then ask for IDs until there are enough."""
+        patience, tries = deadline - self.now(), 0
+        while self._first() is not place:
+            limit = until if self.lease.starved else max(until, deadline)
+            if self.now() >= limit:
+                raise self.lease.starved or Unavailable("no answer: other calls come first")
+            yield Idle(min(limit, self.now() + _LOOK_S))
+        while not taken:
+            keep = _KEEP_PLACE_S
+            if len(self.line) == 1:  # else the next call takes over the place at the manager
+                keep = min(keep, max(until - self.now(), 0.0))
+            deadline = self.now() + patience  # for each answer
+            try:
+                yield from self._acquire(count, need_ms, deadline, taken, math.ceil(keep * 1000))
+            except Exhausted as error:
+                if self.now() >= until:
+                    raise
+                self.lease.starved = error
+                tries += 1
+                yield from self._pause(count, error, tries, until)
+        if not tries:
+            self.lease.starved = None
+
+    def _pause(self, count: int, error: Exhausted, tries: int, until: float) -> Flow[None]:
+        """Wait until there may be IDs, for a second at most: some may be released early."""
+        wait = self.link.pause(tries)
+        if error.due_s and not error.others_wait:
+            wait = max(error.due_s, _PAUSE_S[0])
+        ask_at = min(self.now() + min(wait, _PAUSE_S[1]), until)
+        while self.now() < (at := min(ask_at, self.lease.cache.ready_at(count))):
+            self.check_open()
+            yield Idle(at)
+
+    def _acquire(
+        self, count: int, need_ms: int | None, deadline: float, taken: Acquired, wait_ms: int
+    ) -> Flow[None]:
+        """Put IDs into ``taken``, from the cache or from the manager; see `Lease.fetch`."""
         tries = 0
         while not taken:
             try:
@@ -97,7 +184,7 @@ class Session:
                 lease = self.lease
                 lease.take_ready(count, need_ms, taken)
                 if not taken:
-                    fetching = lease.fetch(count, need_ms, deadline, taken)
+                    fetching = lease.fetch(count, need_ms, deadline, taken, wait_ms)
                     yield from self._in_turn(fetching, deadline)
             except CidError as error:
                 tries += 1

@@ -80,18 +80,26 @@ class Client(Base):
         self._check_home()
         self._runner.close(self._timeout)
 
-    def acquire(self) -> int:
+    def acquire(self, *, timeout: float | None = None) -> int:
         """Acquire one ID and return it. Most calls need no round trip.
 
+        Args:
+            timeout: seconds to wait for an ID if the pool is exhausted. By default, and with 0,
+                this does not wait. The time that the manager takes to answer comes on top.
+
         Raises:
-            Exhausted: all IDs of the pool are held or cooling.
+            InvalidArgument: ``timeout`` is not a time of 0 seconds to a day.
+            Exhausted: all IDs of the pool are held or cooling, or others wait for the next ones.
+                The text says when the next ID is due, and `Exhausted.due_s` is this time.
         """
         if self._home is not ProcessIdentity.current:
             self._check_home()
-        lease, cid = self._session.lease, 0
+        session, cid = self._session, 0
+        lease, until = session.lease, None if timeout is None else self._until("timeout", timeout)
         try:
             with self._runner.lock:
-                cid = lease.take()
+                if until is None or not session.line:
+                    cid = lease.take()
             if cid:
                 if lease.cache.needs_maintenance:
                     self._runner.wake()
@@ -101,18 +109,23 @@ class Client(Base):
             taken.lease = lease
             self._runner.take_back(taken, error)
             raise
-        return int(self._acquire(1)[0])
+        return int(self._acquire(1, until)[0])
 
-    def acquire_many(self, count: int) -> IDs:
+    def acquire_many(self, count: int, *, timeout: float | None = None) -> IDs:
         """Acquire ``count`` IDs, all or none; return them as a uint64 array of shape [count].
 
+        Args:
+            count: the number of IDs.
+            timeout: seconds to wait if the pool has fewer free IDs; see `acquire`.
+
         Raises:
-            InvalidArgument: ``count`` is not a positive integer.
+            InvalidArgument: ``count`` is not a positive integer, or ``timeout`` is not a time of 0
+                seconds to a day.
             LimitExceeded: ``count`` is more than one request may acquire.
-            Exhausted: the pool has fewer free IDs.
+            Exhausted: the pool has fewer free IDs, or others wait for them.
         """
         self._check_home()
-        return self._acquire(whole("count", count))
+        return self._acquire(whole("count", count), self._until("timeout", timeout))
 
     def release(self, cid: int, *, ended: bool = False, cooldown: float | None = None) -> None:
         """Release an ID. It needs no round trip: the heartbeat tells the manager.
@@ -171,6 +184,7 @@ class Client(Base):
         cooldown: float | None = None,
         check: bool = True,
         end_inputs: Inputs | None = None,
+        wait: float | None = None,
         farewell: Inputs | None = None,
     ) -> Sequence:
         """Acquire an ID and return a sequence on ``model`` that uses it. Use it with ``with``.
@@ -186,19 +200,24 @@ class Client(Base):
                 has a configuration that cannot be read. ``cooldown`` is then required.
             end_inputs: inputs of the END request that is sent if the sequence is closed without
                 END.
+            wait: seconds to wait for an ID if the pool is exhausted, and then for a slot of the
+                model, if this is longer than ``timeout``. By default, and with 0, this waits for no
+                ID, and for a slot as long as ``timeout``.
             farewell: the former name of ``end_inputs``.
 
         Raises:
             InvalidArgument: the model has no sequence batching, its CORRID control is too narrow
                 for the manager's pool, or streaming is used over HTTP.
-            Exhausted: all IDs of the pool are held or cooling.
+            Exhausted: all IDs of the pool are held or cooling, or others wait for the next ones.
         """
         self._check_home()
         taken = Acquired()
         end_inputs = farewell if end_inputs is None else end_inputs
         try:
             self._runner.start()
-            plan = self._runner.run(self._begin_sequence(model, timeout, cooldown, check, taken))
+            plan = self._runner.run(
+                self._begin_sequence(model, timeout, cooldown, check, taken, wait)
+            )
             if self._session.lease.cache.needs_maintenance:
                 self._runner.wake()
             return Sequence(self._runner, plan, streaming, end_inputs, self, caller())
@@ -206,12 +225,12 @@ class Client(Base):
             self._runner.take_back(taken, error)
             raise
 
-    def _acquire(self, count: int) -> IDs:
+    def _acquire(self, count: int, until: float | None) -> IDs:
         session, taken = self._session, Acquired()
         try:
             self._runner.start()
-            deadline = session.now() + self._timeout
-            self._runner.run(session.acquire(count, None, deadline, taken))
+            acquiring = session.acquire(count, None, self._deadline(), taken, until)
+            self._runner.run(acquiring)
             if session.lease.cache.needs_maintenance:
                 self._runner.wake()
             return np.array(taken, np.uint64)

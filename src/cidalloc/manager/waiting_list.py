@@ -1,0 +1,98 @@
+"""The waiting list: the sessions that wait for IDs of an exhausted pool, in their order.
+
+It is in memory only. A session keeps its place by asking again.
+"""
+
+from __future__ import annotations
+
+from .._alloc import Allocator
+from ..errors import Exhausted
+from ..protocol import MAX_WAIT_MS
+from .sessions import Session
+
+__all__ = ["WaitingList", "exhausted"]
+
+
+class WaitingList:
+    """The sessions that wait for IDs of a pool, each with one place. Times are milliseconds.
+
+    A place is lost when its time is over. `check` removes such places when it comes across them.
+    """
+
+    def __init__(self, pool: Allocator) -> None:
+        self._pool = pool
+        self._places: dict[Session, tuple[int, int]] = {}  # how many IDs, and until when
+        self._latest = 0  # no place is kept for longer
+
+    def __bool__(self) -> bool:
+        return bool(self._places)
+
+    def any(self, now: int) -> bool:
+        """Whether a session may be waiting. Constant time; it may be wrong for `MAX_WAIT_MS`."""
+        return bool(self._places) and now < self._latest
+
+    def count(self, now: int) -> int:
+        """Return how many sessions wait."""
+        return sum(now < until for _, until in self._places.values())
+
+    def check(self, session: Session | None, count: int, now: int) -> None:
+        """Check that a request takes no ID that a place before it needs.
+
+        The time that it takes grows with the number of free IDs, and not with that of the places.
+
+        Args:
+            session: the request uses the place of this session. A request without a place, or
+                for more IDs than its place, comes after all others.
+            count: the number of IDs that it asks for.
+            now: the time.
+
+        Raises:
+            Exhausted: it has to wait for the others.
+        """
+        pool = self._pool
+        pool.acquire_many(0, now=now)  # so that it knows the time
+        free = pool.capacity - pool.active - pool.cooling
+        before, over = 0, []
+        for each, (needed, until) in self._places.items():
+            if until <= now:
+                over.append(each)
+            elif each is session:
+                if count <= needed:
+                    break
+            else:
+                before += needed
+                if before + count > free:
+                    break
+        for each in over:
+            del self._places[each]
+        if before and before + count > free:
+            raise exhausted(pool, count, now, "; others wait before this request")
+
+    def keep(self, session: Session, count: int, now: int, wait_ms: int) -> None:
+        """Give a session a place for so many IDs, or let it keep the one that it has.
+
+        If it asks for more IDs than before, or its time was over, it comes last. A session has no
+        place for more IDs than the pool has.
+        """
+        needed, until = self._places.get(session, (0, 0))
+        if count > needed or until <= now:
+            self.leave(session)
+        if count <= self._pool.capacity:
+            until = now + min(wait_ms, MAX_WAIT_MS)
+            self._places[session] = count, until
+            self._latest = max(self._latest, until)
+
+    def leave(self, session: Session) -> None:
+        """Remove a session that has got its IDs or has ended."""
+        self._places.pop(session, None)
+
+
+def exhausted(pool: Allocator, count: int, now: int, why: str = "") -> Exhausted:
+    """Return the error that there are not so many IDs; its text says when the next one is due."""
+    due, when = pool.next_due, "none is cooling"
+    if due is not None:
+        when = f"the next is due in {max(due - now, 0) / 1e3:g} s"
+    return Exhausted(
+        f"cannot issue {count} of {pool.capacity} IDs: {pool.active} are held,"
+        f" {pool.cooling} are cooling; {when}{why}"
+    )
