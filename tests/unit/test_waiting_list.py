@@ -114,7 +114,7 @@ def test_a_place_is_for_its_time(manager: Manager) -> None:
     assert not manager.acquire(C)
     manager.now = 1000
     assert manager.acquire(C)
-    assert not manager.registry.waiting, "it takes no memory and no time any more"
+    assert not manager.registry.waiting.places, "it takes no memory and no time any more"
 
 
 def test_asking_again_keeps_the_place(manager: Manager) -> None:
@@ -281,7 +281,7 @@ def test_the_time_of_a_check_does_not_grow_with_the_list() -> None:
                 visited += 1
                 yield each
 
-    waiting._places = Counted(waiting._places)
+    waiting.places = Counted(waiting.places)
     assert not manager.acquire(D)
     manager.release(A)
     assert not manager.acquire(D)
@@ -379,7 +379,7 @@ class Lines(RuleBasedStateMachine):
         assert status["waiting"] == left
         assert status["free"] == self.free()
         assert registry.waiting.any(now) or not left
-        assert len(registry.waiting._places) <= len(TOKENS), "sessions that have ended are not kept"
+        assert len(registry.waiting.places) <= len(TOKENS), "sessions that have ended are not kept"
 
 
 TestLines = Lines.TestCase

@@ -400,7 +400,7 @@ class Registry:
         If the session ``waits``, it uses its place among those that wait.
         """
         pool, full = self.pool, None
-        if self.waiting:
+        if self.waiting.places:  # else nobody waits
             self.waiting.check(session if waits else None, count, self.now)
         if pool.opened + count > pool.ready < pool.capacity:
             try:

@@ -16,24 +16,23 @@ __all__ = ["WaitingList", "exhausted"]
 class WaitingList:
     """The sessions that wait for IDs of a pool, each with one place. Times are milliseconds.
 
-    A place is lost when its time is over. `check` removes such places when it comes across them.
+    Attributes:
+        places: for each session in their order, how many IDs it waits for, and until when. `check`
+            removes places of which the time is over when it comes across them.
     """
 
     def __init__(self, pool: Allocator) -> None:
         self._pool = pool
-        self._places: dict[Session, tuple[int, int]] = {}  # how many IDs, and until when
+        self.places: dict[Session, tuple[int, int]] = {}
         self._latest = 0  # no place is kept for longer
-
-    def __bool__(self) -> bool:
-        return bool(self._places)
 
     def any(self, now: int) -> bool:
         """Whether a session may be waiting. Constant time; it may be wrong for `MAX_WAIT_MS`."""
-        return bool(self._places) and now < self._latest
+        return bool(self.places) and now < self._latest
 
     def count(self, now: int) -> int:
         """Return how many sessions wait."""
-        return sum(now < until for _, until in self._places.values())
+        return sum(now < until for _, until in self.places.values())
 
     def check(self, session: Session | None, count: int, now: int) -> None:
         """Check that a request takes no ID that a place before it needs.
@@ -53,7 +52,7 @@ class WaitingList:
         pool.acquire_many(0, now=now)  # so that it knows the time
         free = pool.capacity - pool.active - pool.cooling
         before, over = 0, []
-        for each, (needed, until) in self._places.items():
+        for each, (needed, until) in self.places.items():
             if until <= now:
                 over.append(each)
             elif each is session:
@@ -64,7 +63,7 @@ class WaitingList:
                 if before + count > free:
                     break
         for each in over:
-            del self._places[each]
+            del self.places[each]
         if before and before + count > free:
             raise exhausted(pool, count, now, "; others wait before this request")
 
@@ -74,17 +73,17 @@ class WaitingList:
         If it asks for more IDs than before, or its time was over, it comes last. A session has no
         place for more IDs than the pool has.
         """
-        needed, until = self._places.get(session, (0, 0))
+        needed, until = self.places.get(session, (0, 0))
         if count > needed or until <= now:
             self.leave(session)
         if count <= self._pool.capacity:
             until = now + min(wait_ms, MAX_WAIT_MS)
-            self._places[session] = count, until
+            self.places[session] = count, until
             self._latest = max(self._latest, until)
 
     def leave(self, session: Session) -> None:
         """Remove a session that has got its IDs or has ended."""
-        self._places.pop(session, None)
+        self.places.pop(session, None)
 
 
 def exhausted(pool: Allocator, count: int, now: int, why: str = "") -> Exhausted:

@@ -62,14 +62,15 @@ class AsyncClient(Base):
     async def acquire(self, *, timeout: float | None = None) -> int:
         """Acquire one ID and return it. See `Client.acquire`."""
         self._check_home()
-        session, until = self._session, self._until("timeout", timeout)
-        lease = session.lease
-        cid = lease.take() if until is None or not session.line else 0
+        if timeout is not None:  # not before the calls that wait
+            return int((await self.acquire_many(1, timeout=timeout))[0])
+        lease = self._session.lease
+        cid = lease.take()
         if cid:
             if lease.cache.needs_maintenance:
                 self._runner.wake()
             return cid
-        return int((await self._acquire(1, until))[0])
+        return int((await self._acquire(1, None))[0])
 
     async def acquire_many(self, count: int, *, timeout: float | None = None) -> IDs:
         """Acquire ``count`` IDs, all or none. See `Client.acquire_many`."""

@@ -94,12 +94,12 @@ class Client(Base):
         """
         if self._home is not ProcessIdentity.current:
             self._check_home()
-        session, cid = self._session, 0
-        lease, until = session.lease, None if timeout is None else self._until("timeout", timeout)
+        if timeout is not None:  # not before the calls that wait
+            return int(self.acquire_many(1, timeout=timeout)[0])
+        lease, cid = self._session.lease, 0
         try:
             with self._runner.lock:
-                if until is None or not session.line:
-                    cid = lease.take()
+                cid = lease.take()
             if cid:
                 if lease.cache.needs_maintenance:
                     self._runner.wake()
@@ -109,7 +109,7 @@ class Client(Base):
             taken.lease = lease
             self._runner.take_back(taken, error)
             raise
-        return int(self._acquire(1, until)[0])
+        return int(self._acquire(1, None)[0])
 
     def acquire_many(self, count: int, *, timeout: float | None = None) -> IDs:
         """Acquire ``count`` IDs, all or none; return them as a uint64 array of shape [count].
