@@ -36,7 +36,9 @@ def session(world: World) -> Session:
 
 
 def begin(world: World, session: Session, model: str = "model") -> ModelInfo:
-    return world.run(session, session.models.begin(model, TIMEOUT, world.now, 1.0))
+    models = session.models
+    known = models.known(model, TIMEOUT, world.now)
+    return known or world.run(session, models.look(model, world.now, 1.0))
 
 
 def give(world: World, session: Session, cid: int, idle: float) -> None:

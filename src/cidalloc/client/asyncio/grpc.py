@@ -43,15 +43,6 @@ class AsyncGrpcTransport(GrpcBase):
         shut = lambda channel: self._tasks.start(channel.close())  # noqa: E731
         super().__init__(grpc.aio, shut, address, headers, options)
 
-    async def infer(
-        self, limit: float, model: str, inputs: list[Any], /, **options: Any
-    ) -> GrpcResult:
-        request, beside = self._calls.request(model, inputs, **options)
-        self._calls.show(request)
-        answer = await self._wait(self._sequences, "infer", request, limit, beside)
-        self._calls.show(answer)
-        return GrpcResult(answer)
-
     async def call(
         self, model: str, request: protocol.Request, timeout: float
     ) -> tuple[protocol.IDs, str]:
@@ -75,7 +66,6 @@ class AsyncGrpcTransport(GrpcBase):
         self, limit: float, model: str, inputs: list[Any], done: Done, /, **options: Any
     ) -> None:
         request, beside = self._calls.request(model, inputs, **options)
-        self._calls.show(request)
         connection = self._sequences.take()
         try:
             call = connection.infer(request, timeout=max(limit, SHORT_S), **beside)
@@ -88,8 +78,7 @@ class AsyncGrpcTransport(GrpcBase):
                 self._tasks.start(deliver(self._read(call, connection), done))
                 return
             self._sequences.release(connection)
-            self._calls.show(response.result())
-            done(GrpcResult(response.result()), None)
+            done(self._calls.result(response.result()), None)
 
         # gRPC's own task; a further one would double the cost in asyncio.
         self._tasks.add(call._call_response).add_done_callback(over)
@@ -97,7 +86,7 @@ class AsyncGrpcTransport(GrpcBase):
     async def _read(self, call: Any, connection: Connection) -> GrpcResult:
         """Return the result of a call, or raise its error."""
         try:
-            return GrpcResult(await call)
+            return self._calls.result(await call)
         except grpc.RpcError as error:
             raise self._sequences.failed(connection, error, self.url) from None
         finally:

@@ -100,14 +100,14 @@ class Base(ForkGuard):
 
     def _release(self, cid: int, ended: bool, cooldown: float | None) -> None:
         self._check_home()
-        session, runner = self._session, self._runner
+        session = self._session
         if ended and type(cid) is int and not session.closed:
-            with runner.lock:
+            with self._runner.lock:
                 cache = session.lease.cache
                 done = cache.recycle(cid, session.now())
             if done:
                 if cache.needs_maintenance:
-                    runner.wake()
+                    self._runner.wake()
                 return
         self._release_many([cid], ended, cooldown)
 
@@ -152,7 +152,18 @@ class Base(ForkGuard):
         timeout = seconds("timeout", timeout, DAY_S)
         until = self._until("wait", wait)
         longest = max(timeout, wait or 0.0)  # that a request may take
-        target = yield from self._target(model, longest, cooldown, check)
+        if cooldown is not None:
+            cooldown = seconds("cooldown", cooldown, _MAX_COOLDOWN_S, low=0.0)
+        if check:
+            target = session.models.known(model, longest, session.now())
+            if target is None:
+                target = yield from session.models.look(model, session.now(), self._timeout)
+            if cooldown is not None:
+                target = replace(target, idle_s=max(cooldown, target.idle_s), exact=False)
+        elif cooldown is None:
+            raise InvalidArgument("check=False: say with cooldown= when the model forgets")
+        else:
+            target = ModelInfo(model, cooldown, exact=False)
         need = need_ms(target.idle_s, longest)
         if need > MAX_COOLDOWN_MS:
             raise InvalidArgument(
@@ -173,7 +184,10 @@ class Base(ForkGuard):
                         f" {pool[-1]} would be cut: give the manager a lower pool, or the model a"
                         " wider CORRID"
                     )
-            yield from session.acquire(1, need, deadline, taken, until)
+            if not session.line:  # else others come first
+                session.lease.take_ready(1, need, taken)
+            if not taken:
+                yield from session.acquire(1, need, deadline, taken, until)
         except (Unavailable, SessionExpired):
             if not alone:
                 raise
@@ -182,21 +196,6 @@ class Base(ForkGuard):
         key = taken.lease.next_key(taken[0])
         left = round(until - session.now(), 1) if until else 0.0
         return Plan(target, taken[0], taken.lease, timeout, key, check, left)
-
-    def _target(
-        self, model: str, timeout: float, cooldown: float | None, check: bool
-    ) -> Flow[ModelInfo]:
-        if cooldown is not None:
-            cooldown = seconds("cooldown", cooldown, _MAX_COOLDOWN_S, low=0.0)
-        if not check:
-            if cooldown is None:
-                raise InvalidArgument("check=False: say with cooldown= when the model forgets")
-            return ModelInfo(model, cooldown, exact=False)
-        session = self._session
-        target = yield from session.models.begin(model, timeout, session.now(), self._timeout)
-        if cooldown is not None:
-            target = replace(target, idle_s=max(cooldown, target.idle_s), exact=False)
-        return target
 
     def _random_plan(self, target: ModelInfo, timeout: float, check: bool) -> Plan:
         cid = 2**_RANDOM_BITS + self._rng.getrandbits(_RANDOM_BITS)

@@ -202,10 +202,11 @@ class Calls:
         headers: Mapping[str, str] | None = None,
         compression_algorithm: str | None = None,
         tell_final: bool = False,
+        secret: bool = False,
     ) -> tuple[Any, dict[str, Any]]:
         """Return the message and gRPC's arguments for the arguments of tritonclient's ``infer``.
 
-        With ``tell_final`` the server marks the last answer.
+        With ``tell_final`` the server marks the last answer. A ``secret`` message is never printed.
         """
         # tritonclient does the same, with 1.5 times the work: what is absent is false or 0.
         request = service_pb2.ModelInferRequest()
@@ -238,9 +239,13 @@ class Calls:
                 request.raw_input_contents.append(content)
         for each in outputs or ():
             request.outputs.append(each._get_tensor())
-        beside: dict[str, Any] = {
-            "metadata": self.metadata if headers is None else _metadata(headers)
-        }
+        if self.verbose and not secret:
+            print(request)
+        beside: dict[str, Any] = {}
+        if headers is not None:
+            beside["metadata"] = _metadata(headers)
+        elif self.metadata:
+            beside["metadata"] = self.metadata
         if compression_algorithm is not None:
             beside["compression"] = _compression(compression_algorithm)
         return request, beside
@@ -248,7 +253,7 @@ class Calls:
     def manager_request(self, model: str, request: protocol.Request) -> tuple[Any, dict[str, Any]]:
         """Return the message and gRPC's arguments for a request to the manager."""
         arguments = encode(tritonclient.grpc, request)
-        return self.request(model, arguments.pop("inputs"), **arguments)
+        return self.request(model, arguments.pop("inputs"), secret=True, **arguments)
 
     def config_request(self, model: str) -> tuple[Any, dict[str, Any]]:
         """Return the message and gRPC's arguments that ask for a configuration."""
@@ -258,10 +263,11 @@ class Calls:
         """Return the message and gRPC's arguments that ask for the version of the server."""
         return service_pb2.ServerMetadataRequest(), {"metadata": self.metadata}
 
-    def show(self, what: Any) -> None:
-        """Print a message of a sequence if ``verbose`` is set."""
+    def result(self, answer: Any) -> GrpcResult:
+        """Return the result of an answer."""
         if self.verbose:
-            print(what)
+            print(answer)
+        return GrpcResult(answer)
 
 
 def read_config(answer: Any) -> Mapping[str, Any]:
@@ -363,7 +369,6 @@ class StreamBase:
         request, _ = self._calls.request(model, inputs, **options)
         if self.over:
             raise Unavailable(f"the stream to {self._calls.url} broke: open a new sequence")
-        self._calls.show(request)
         self._queue.put_nowait(request)
 
     def end(self) -> None:
@@ -378,7 +383,6 @@ class StreamBase:
 
     def _received(self, answer: Any) -> None:
         """Pass an answer on."""
-        self._calls.show(answer)
         response = answer.infer_response
         if answer.error_message:
             error = InferenceServerException(answer.error_message)
@@ -386,7 +390,7 @@ class StreamBase:
             return
         final = "triton_final_response"
         last = final not in response.parameters or response.parameters[final].bool_param
-        self._receive(response.id, last, GrpcResult(response), None)
+        self._receive(response.id, last, self._calls.result(response), None)
 
     def _ended(self, failure: Exception | None) -> None:
         """Note that gRPC has closed the stream, and fail the requests that are unanswered."""

@@ -150,20 +150,17 @@ class ModelCache:
         self.to_check: dict[str, float] = {}
         """Models with new sequences since the last look, and the longest timeout of these."""
 
-    def begin(self, model: str, timeout: float, now: float, limit: float) -> Flow[ModelInfo]:
-        """Return what a new sequence on ``model`` needs to know.
+    def known(self, model: str, timeout: float, now: float) -> ModelInfo | None:
+        """Return what a new sequence on ``model`` needs to know; None if it has to be read.
 
         Args:
             model: the name of the model.
             timeout: seconds that a request of the sequence may take.
             now: the time.
-            limit: seconds to wait for each answer.
-
-        Raises what `read_model_info` does.
         """
         known = self._known.get(model)
         if known is None or now - known[1] >= KNOWN_S:
-            return (yield from self.look(model, now, limit))
+            return None
         self.to_check[model] = max(timeout, self.to_check.get(model, 0.0))
         return known[0]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .lease import Lease
 from .model_info import ModelInfo
@@ -10,11 +10,10 @@ from .model_info import ModelInfo
 __all__ = ["Plan"]
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """What a sequence begins with.
 
-    Args:
+    Attributes:
         target: the model.
         cid: the ID.
         lease: the lease that the ID belongs to; None for a random ID, which is not managed.

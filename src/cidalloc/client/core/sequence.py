@@ -197,7 +197,8 @@ class SequenceCore:
             waits = not has_turn and self._stream is None
             start = state.send(now, request.end, waits)
             self._version = version
-            self._allow(now, request.timeout)
+            if request.timeout > self.plan.timeout:
+                self._allow(now, request.timeout)
             request.until = now + request.timeout + _LATE_S
             options = request.options = {**self._bounds, **request.options}
             if start:
@@ -247,8 +248,7 @@ class SequenceCore:
 
     def _allow(self, now: float, timeout: float) -> None:
         """Note that Triton may start a request so late."""
-        if timeout > self.plan.timeout:
-            self._at_triton_until = max(self._at_triton_until, now + timeout)
+        self._at_triton_until = max(self._at_triton_until, now + timeout)
 
     def _advance(self, ready: Request | None = None) -> None:
         """Send the request that is next.

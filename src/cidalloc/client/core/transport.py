@@ -82,8 +82,9 @@ the error. Without an ID, an error is for all requests that are unanswered."""
 class Transport(Protocol):
     """What a client needs of a server.
 
-    For `AsyncClient`, `call`, `model_config`, `server_version` and `close` return awaitables, and
-    `infer` is not used.
+    For `AsyncClient`, `call`, `model_config`, `server_version` and `close` return awaitables. For
+    `Client`, it also has the method ``infer(limit, model, inputs, /, **options)``: it sends a
+    request as tritonclient's ``infer`` does, and waits at most ``limit`` seconds for its result.
 
     Attributes:
         url: the server, as errors name it.
@@ -111,9 +112,6 @@ class Transport(Protocol):
 
     def server_version(self, timeout: float) -> Any:
         """Return the version of the server, such as ``2.51.0``."""
-
-    def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
-        """Send a request as tritonclient's ``infer`` does, and wait at most ``limit`` seconds."""
 
     def submit(
         self, limit: float, model: str, inputs: list[Any], done: Done, /, **options: Any

@@ -42,13 +42,18 @@ class GrpcTransport(GrpcBase):
 
     def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> GrpcResult:
         request, beside = self._calls.request(model, inputs, **options)
-        self._calls.show(request)
+        connections = self._sequences
         if limit < SHORT_S:
-            answer = self._wait(self._sequences, "infer", request, limit, beside)
-        else:
-            answer = self._block(request, limit, beside)
-        self._calls.show(answer)
-        return GrpcResult(answer)
+            return self._calls.result(self._wait(connections, "infer", request, limit, beside))
+        # In this thread alone, which costs half as much as `_wait`. If a signal handler raises an
+        # exception in the main thread meanwhile, gRPC cancels the request.
+        connection = connections.take()
+        try:
+            return self._calls.result(connection.infer(request, timeout=limit, **beside))
+        except grpc.RpcError as error:
+            raise connections.failed(connection, error, self.url) from None
+        finally:
+            connections.release(connection)
 
     def call(
         self, model: str, request: protocol.Request, timeout: float
@@ -79,14 +84,12 @@ class GrpcTransport(GrpcBase):
         def over(call: Any) -> None:
             result, error = None, None
             try:
-                self._calls.show(call.result())
-                result = GrpcResult(call.result())
+                result = self._calls.result(call.result())
             except grpc.RpcError as failed:
                 error = connections.failed(connection, failed, self.url)
             connections.release(connection)
             done(result, error)
 
-        self._calls.show(request)
         self._start(connections, connection, "infer", request, limit, beside, over)
 
     def open_stream(self, receive: Receive, /) -> _Stream:
@@ -95,20 +98,6 @@ class GrpcTransport(GrpcBase):
     def close(self) -> None:
         self._asks.close()
         self._sequences.close()
-
-    def _block(self, request: Any, limit: float, beside: Mapping[str, Any]) -> Any:
-        """Send a request in this thread alone, which costs half as much as `_wait`.
-
-        If a signal handler raises an exception in the main thread meanwhile, gRPC cancels the
-        request.
-        """
-        connection = self._sequences.take()
-        try:
-            return connection.infer(request, timeout=limit, **beside)
-        except grpc.RpcError as error:
-            raise self._sequences.failed(connection, error, self.url) from None
-        finally:
-            self._sequences.release(connection)
 
     def _wait(
         self,

@@ -51,7 +51,7 @@ class Sequence(SequenceHandle):
         opened_at: tuple[str, int],
     ) -> None:
         super().__init__(runner, plan.target.name, client, opened_at)
-        self._transport = runner.transport
+        self._transport: Any = runner.transport
         self._core = SequenceCore(runner, plan, streaming, end_inputs)
 
     def infer(self, inputs: Inputs, *, end: bool = False, **options: Any) -> Result:
