@@ -26,7 +26,7 @@ def test_no_promise_is_broken() -> None:
         assert not wrong, f"seed {seed}: {wrong[:5]}"
         total = {name: total.get(name, 0) + counts[name] for name in (*total, *counts)}
     # Everything happened.
-    for name in (*FAULTS, "power", "thefts", "late or twice", "held", "end", "ended"):
+    for name in (*FAULTS, "power", "thefts", "late or twice", "held", "end", "ended", "waited"):
         assert total[name] > FLEETS / 10, name
     assert total["sequences"] > 25 * FLEETS
 

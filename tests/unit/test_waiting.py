@@ -105,8 +105,9 @@ def test_clients_are_served_in_their_order(crowd: Crowd, holder: Session) -> Non
     assert isinstance(late.error, errors.Exhausted) and late.error.others_wait
 
 
-def test_clients_with_many_calls_take_turns(crowd: Crowd, holder: Session) -> None:
-    one, other = crowd.client(ahead=0), crowd.client(ahead=0)
+@pytest.mark.parametrize("ahead", [0, 8])
+def test_clients_with_many_calls_take_turns(crowd: Crowd, holder: Session, ahead: int) -> None:
+    one, other = crowd.client(ahead=ahead), crowd.client(ahead=ahead)
     ones = [crowd.call(one, wait=600.0) for _ in range(3)]
     crowd.wait(0.5)
     others = [crowd.call(other, wait=600.0) for _ in range(3)]
@@ -139,21 +140,33 @@ def test_a_call_that_does_not_wait_takes_nothing_from_those_that_do(
 def test_a_recycled_id_goes_to_the_call_that_waits(crowd: Crowd) -> None:
     client = crowd.client(ahead=2)
     assert crowd.take(client, 2) == [1, 2]
-    call = crowd.call(client, wait=60.0)
     began = crowd.world.now
-    crowd.wait(0.3)
     crowd.release(client, 2)
-    crowd.wait(2.999)
-    assert client.lease.take() == 0
+    crowd.wait(0.3)
+    call = crowd.call(client, wait=60.0)
+    crowd.wait(2.699)
     assert call.done_at is None
     crowd.world.now += 0.002
     assert client.lease.take() == 0, "it is ready, but not for this call"
-    crowd.wait(0.1)
+    crowd.settle()
     assert call.cids == [2]
-    assert call.done_at is not None and call.done_at - began < 3.32
+    assert call.done_at == pytest.approx(began + 3.001)
+    assert client.lease.starved is None and not client.line
+
+
+def test_unused_ids_do_not_stay_with_a_client_that_had_to_wait(crowd: Crowd) -> None:
+    """Others may wait for them, and it knows that the pool is small."""
+    client = crowd.client()
+    crowd.take(client, 2)
+    call = crowd.call(client, wait=60.0)
     crowd.release(client, 1)
-    crowd.wait(5.0)
-    assert client.lease.take() == 1, "nobody waits"
+    crowd.wait(3.1)
+    crowd.release(client, *call.cids)
+    crowd.wait(0.1)
+    assert crowd.world.held() == 1, "at once"
+    crowd.wait(15.0)
+    crowd.release(client, 2)
+    assert crowd.world.held() == 1, "and after some time as usual"
 
 
 def test_an_own_release_reaches_the_manager_meanwhile(crowd: Crowd, holder: Session) -> None:
@@ -307,6 +320,24 @@ def test_unused_ids_of_others_come_back_at_their_next_heartbeat() -> None:
     crowd.wait(100.0)
     assert len(call.cids) == 8
     assert call.done_at is not None and call.done_at - began < TTL * 0.35 + 3.0
+
+
+def test_a_client_that_waits_does_not_keep_unused_ids_from_those_before_it() -> None:
+    settings = Settings(first=1, capacity=6, cooldown_ms=1_000, unended_cooldown_ms=0, fresh=True)
+    crowd = Crowd(settings)
+    holder, one, other = crowd.client(ahead=0), crowd.client(ahead=0), crowd.client(ahead=8)
+    crowd.take(holder, 3)
+    crowd.release(other, *crowd.take(other, 3))
+    first = crowd.call(one, 4, wait=100.0)
+    second = crowd.call(other, 5, wait=100.0)
+    crowd.release(holder, 1, 2, 3)
+    began = crowd.world.now
+    crowd.wait(TTL * 0.35 + 3.0)
+    assert len(first.cids) == 4
+    crowd.release(one, *first.cids)
+    crowd.wait(3.0)
+    assert len(second.cids) == 5
+    assert second.done_at is not None and second.done_at - began < 30.0
 
 
 def test_a_cache_in_use_is_kept_though_others_wait() -> None:

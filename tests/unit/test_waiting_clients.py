@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -144,3 +146,32 @@ def test_a_call_with_a_time_limit_does_not_overtake() -> None:
             flow.close()
 
     asyncio.run(main())
+
+
+def test_many_threads_and_clients_share_few_ids() -> None:
+    """Nobody fails, no ID is used twice at a time, and none is lost."""
+    transport = Loopback(Settings(first=1, capacity=3, cooldown_ms=100, fresh=True))
+    used: set[int] = set()
+    lock = threading.Lock()
+
+    def work(client: Client, turn: int) -> None:
+        count = 1 + turn % 2
+        cids = client.acquire_many(count, timeout=60).tolist()
+        with lock:
+            assert not used & set(cids)
+            used.update(cids)
+        time.sleep(0.01)
+        with lock:
+            used.difference_update(cids)
+        client.release_many(cids, ended=True)
+
+    clients = [Client(transport=transport, ahead=ahead) for ahead in (0, 2, 1024)]
+    with ThreadPoolExecutor(12) as pool:
+        tasks = [pool.submit(work, clients[turn % 3], turn) for turn in range(60)]
+        for task in tasks:
+            task.result(60)
+    for client in clients:
+        assert client.held().tolist() == []
+        client.close()
+    with Client(transport=transport, ahead=0) as client:
+        assert sorted(client.acquire_many(3, timeout=10).tolist()) == [1, 2, 3]

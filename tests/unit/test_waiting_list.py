@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -244,6 +245,23 @@ def test_a_refused_request_has_no_place() -> None:
         manager.registry.acquire(1, manager.now, wait_ms=1000)
     manager.release(A)
     assert manager.acquire(C)
+
+
+def test_another_process_knows_no_places(tmp_path: Path) -> None:
+    limits, boot = Settings(first=1, capacity=2, cooldown_ms=0, fresh=True), bytes(16)
+    registry = Registry.in_file(tmp_path / "registry", limits, 0, boot)
+    for token in (A, B, C):
+        registry.open(token, 0, ttl_ms=TTL)
+    held = registry.acquire(2, 0, token=A, seq=1)
+    for token in (B, C):
+        with pytest.raises(Exhausted):
+            registry.acquire(1, 0, token=token, seq=1, wait_ms=MAX_WAIT_MS)
+    registry.close()
+    registry = Registry.in_file(tmp_path / "registry", limits, 0, boot)
+    assert status_of(registry, 0)["waiting"] == 0
+    registry.release(held[:1], 0, token=A, seq=2, ended=True)
+    assert len(registry.acquire(1, 0, token=C, seq=2, wait_ms=MAX_WAIT_MS)) == 1
+    registry.close()
 
 
 def test_what_the_error_says(manager: Manager) -> None:

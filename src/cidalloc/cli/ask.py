@@ -209,7 +209,7 @@ def acquire(manager: Manager, count: int, wait: float) -> None:
             left = until - time.monotonic()
             if left <= 0:
                 raise
-            time.sleep(min(error.due_s or 1.0, 1.0, left))
+            time.sleep(min(max(error.due_s or 1.0, 0.05), 1.0, left))
     click.echo("\n".join(map(str, ids.tolist())))
     if sys.stderr.isatty():
         click.echo(

@@ -31,6 +31,7 @@ MAX_AHEAD = 1024
 _QUICK_S = 1.0  # a cache that is empty again so soon was too small
 _STALE_S = 30.0  # IDs that were not needed for so long may go back
 _WANTED_S = 5.0  # the same for all unused IDs if other clients wait for some
+_SHARED_S = 10.0  # released IDs are not cached for so long after calls of this client had to wait
 _REFILL_BACK_OFF_S = 10.0  # no IDs are fetched ahead for so long after the manager had no more
 _AWAIT_MODEL_S = 60.0  # a model that does not answer is asked for so long
 
@@ -71,7 +72,7 @@ class IdCache:
         self.target_size = min(1, ahead)  # IDs to fetch ahead
         self.needs_refill = self.needs_maintenance = False
         self.refilled_at = self.refill_after = self.taken_at = NEVER
-        self.trim_at = self.await_until = NEVER
+        self.trim_at = self.await_until = self.shared_until = NEVER
 
     # ---- For each ID
 
@@ -105,7 +106,7 @@ class IdCache:
         """Let a used ID cool after its sequence was ended; return False if it is not used."""
         try:
             self.used.remove(cid)
-            if len(self.cooling) + len(self.fresh) < self.ahead:
+            if len(self.cooling) + len(self.fresh) < self.ahead and now >= self.shared_until:
                 self.cooling.append((now + self.cooldown, cid))
             else:
                 self._put_to_release(cid, ENDED)
@@ -218,11 +219,17 @@ class IdCache:
         """Note that the manager has no more IDs: fetch none ahead for a while."""
         self.refill_after = now + _REFILL_BACK_OFF_S
 
+    def share(self, now: float) -> None:
+        """Note that calls wait for IDs: released IDs go to the manager, for who comes first."""
+        self.shared_until = now + _SHARED_S
+        self.trim_at = min(self.trim_at, now + _WANTED_S)
+
     def trim(self, now: float, others_wait: bool = False) -> None:
         """Release IDs that were not needed for long; set `trim_at`.
 
-        If other clients wait for IDs, a few seconds without demand are long.
+        If others wait for IDs, a few seconds without demand are long.
         """
+        others_wait = others_wait or now < self.shared_until
         while self.target_size > 1 and now - self.refilled_at >= 2 * _STALE_S:
             self.target_size //= 2
             self.refilled_at += _STALE_S
@@ -240,7 +247,7 @@ class IdCache:
                 gone.append(cooling.popleft()[1])
         for cid in gone:
             self._put_to_release(cid, ENDED)
-        self.trim_at = now + _STALE_S
+        self.trim_at = now + (_WANTED_S if others_wait else _STALE_S)
 
     # ---- Releasing
 

@@ -250,7 +250,7 @@ class Lease:
             # A late OPEN made that session, and it holds no ID of this one.
             self.lose("the manager has another session under its name")
             raise SessionUnknown(self.lost_why)
-        if any(answer[2:3]) and not self.starved:
+        if any(answer[2:3]) and (not self.starved or self.starved.others_wait):
             self.cache.trim(self._link.now(), others_wait=True)
 
     def announce(self, need_ms: int, deadline: float) -> Flow[None]:

@@ -157,6 +157,7 @@ class Session:
                 if self.now() >= until:
                     raise
                 self.lease.starved = error
+                self.lease.cache.share(self.now())
                 tries += 1
                 yield from self._pause(count, error, tries, until)
         if not tries:
