@@ -148,7 +148,8 @@ def client_conditions(results: Results) -> str:
     rounds = [len(row["ours"]["cpu"]) for row in results["rows"]]
     return (
         f"{machine(results)} {min(rounds)} to {max(rounds)} rounds a row;"
-        f" {results['minutes']} minutes."
+        f" {results['minutes']} minutes; Triton crashed in {results['crashes']} cases, which were"
+        " repeated."
     )
 
 

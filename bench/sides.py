@@ -207,10 +207,14 @@ class Threads:
         self._calls = [thread.submit(worker.__enter__).result() for thread, worker in pairs]
         return self
 
-    def __exit__(self, *error: object) -> None:
-        for thread, worker in zip(self._threads, self._workers, strict=True):
-            thread.submit(worker.__exit__, None, None, None).result()
+    def __exit__(self, *error: Any) -> None:
+        pairs = zip(self._threads, self._workers, strict=True)
+        left = [thread.submit(worker.__exit__, *error) for thread, worker in pairs]
+        for thread in self._threads:
             thread.shutdown()
+        if error == (None, None, None):
+            for each in left:
+                each.result()
 
     def run(self, times: int) -> Times:
         """Let each worker do so many units; return what one unit took."""
@@ -286,9 +290,9 @@ class Tasks:
         self._calls = [run(worker.__aenter__()) for worker in self._workers]
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         for worker in self._workers:
-            self._loop.run_until_complete(worker.__aexit__(None, None, None))
+            self._loop.run_until_complete(worker.__aexit__(*error))
 
     def run(self, times: int) -> Times:
         """Let each worker do so many units; return what one unit took."""
