@@ -146,10 +146,10 @@ def client_ids(results: Results) -> str:
 def client_conditions(results: Results) -> str:
     """Say where and how the figures came about."""
     rounds = [len(row["ours"]["cpu"]) for row in results["rows"]]
+    crashes = results["crashes"]
     return (
         f"{machine(results)} {min(rounds)} to {max(rounds)} rounds a row;"
-        f" {results['minutes']} minutes; Triton crashed in {results['crashes']} cases, which were"
-        " repeated."
+        f" {results['minutes']} minutes{f'; Triton crashed {crashes} times' if crashes else ''}."
     )
 
 

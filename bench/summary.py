@@ -50,7 +50,7 @@ def summary(client: Results, study: Results) -> str:
             f" {number(median(of_randbits(client, CACHED)))} × {RANDBITS}",
         ],
         [
-            "**A request to the manager**, which few IDs need",
+            "**A request to the manager**, which most IDs do not need",
             f"{number(median(a / b for a, b in trips))} × the time of one to a model that does"
             " nothing",
         ],
