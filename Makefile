@@ -5,7 +5,8 @@
 #   make dist    sdist and wheel, the wheel tested in environments of its own
 #   make bench   the allocator next to its peers: half an hour; fills docs/performance.md in
 #   make bench-registry  what the manager's registry costs: sessions, opening it again
-#   make bench-client  what an ID costs at the client, next to uuid4 and Redis
+#   make bench-client  the client next to plain tritonclient, and an ID next to uuid4 and Redis:
+#                6 minutes; fills docs/performance.md in
 #   make load    the manager's requests a second next to a model that does nothing: 12 minutes;
 #                needs wrk and h2load (the Debian packages wrk and nghttp2-client)
 #   make scale   what an operation costs with up to 100 million held IDs and a million sessions
@@ -87,7 +88,7 @@ bench: .venv/.bench
 	$(BIN)/python bench/study.py $(ARGS)
 
 bench-client: .venv/.bench
-	$(BIN)/python bench/client.py
+	$(BIN)/python bench/client.py $(ARGS)
 
 bench-registry: .venv/.built .venv/.dev
 	$(BIN)/python bench/registry.py $(ARGS)

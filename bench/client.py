@@ -1,39 +1,133 @@
-"""What an ID costs at the client: out of its stock, from uuid4, from Redis, by a plain round trip.
+"""What this client costs next to plain tritonclient, and an ID next to other ways to get one.
 
-Prints microseconds for an ID: of this process's CPU time, and of the clock; each the median of many
-rounds, taken in turns. `make bench-client` runs it. Redis is left out where it is not installed.
+All of it is measured in one run on one server, in turns: both clients do the same work one after
+the other, in an order that changes each round. `make bench-client` runs it; client_report.py fills
+docs/performance.md in. Redis is left out where it is not installed.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import gc
+import random
+import secrets
 import shutil
 import socket
-import statistics
 import subprocess
+import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
+
+import client_report
+import load
+import sides
+from study import DOCS, QUICK, machine
+from tritonclient.utils import InferenceServerException
 
 from cidalloc.client import Client
 from cidalloc.client.sync.transport import connect
 from cidalloc.codes import Operation
-from cidalloc.devserver.demo import demo_server
+from cidalloc.devserver.triton_server import TritonServer
+from cidalloc.errors import CidError
 from cidalloc.manager.settings import Settings
-from cidalloc.protocol import MODEL, Request, as_ids
+from cidalloc.protocol import MODEL as MANAGER
+from cidalloc.protocol import Request, as_ids
+from cidalloc.triton_model import export
 
-ROUNDS = 60
+WORKERS = (1, 8, 64)
+COOLING = "cooling"
+"""A manager with the default cooldown; `MANAGER` has none, so that IDs recycle at any rate."""
+SLICE = 0.03  # seconds: many short turns tell more than few long ones, since load comes in bursts
 PIPELINED = 1_000
+PACKAGES = ("cidalloc", "tritonclient", "grpcio", "protobuf", "aiohttp", "gevent", "numpy")
+Values = dict[str, list[float]]
+Turns = Callable[[dict[str, Callable[[], sides.Times]]], dict[str, Values]]
+"""`in_turns` with its duration."""
 
 
-def per_call(work: Callable[[], object], times: int) -> tuple[float, float]:
-    """Return the microseconds of CPU time and of the clock that one call takes."""
-    began = time.process_time(), time.perf_counter()
-    for _ in range(times):
-        work()
-    ended = time.process_time(), time.perf_counter()
-    return (ended[0] - began[0]) / times * 1e6, (ended[1] - began[1]) / times * 1e6
+def cases() -> Iterator[tuple[str, str, int, str]]:
+    """Yield transport, unit, number of workers and manager of each comparison."""
+    for transport in sides.TRANSPORTS:
+        for unit in (client_report.REQUEST, client_report.SEQUENCE):
+            if transport != sides.NEW_STREAM or unit == client_report.SEQUENCE:
+                yield from ((transport, unit, workers, MANAGER) for workers in WORKERS)
+    yield from (("gRPC", client_report.SEQUENCE, workers, COOLING) for workers in WORKERS)
+
+
+def in_turns(
+    ways: dict[str, Callable[[], sides.Times]], seconds: float, least: int
+) -> dict[str, Values]:
+    """Let the ways take turns; return each one's microseconds of the clock and of CPU time.
+
+    Args:
+        ways: what to run in each round.
+        seconds: how long.
+        least: the number of rounds that it takes at least.
+    """
+    found: dict[str, Values] = {name: {"time": [], "cpu": []} for name in ways}
+    order, chance = list(ways), random.Random(0)  # noqa: S311
+    until = time.monotonic() + seconds
+    rounds = 0
+    gc.collect()
+    while rounds < least or time.monotonic() < until:
+        # Every order is followed by its reverse: each of two is the first equally often.
+        if rounds % 2:
+            order.reverse()
+        else:
+            chance.shuffle(order)
+        rounds += 1
+        for name in order:
+            for kind, value in zip(("time", "cpu"), ways[name](), strict=True):
+                found[name][kind].append(float(f"{value:.4g}"))
+    return found
+
+
+def calibrated(run: Callable[[int], object]) -> int:
+    """Return how many times fit into a slice; this also warms up."""
+    run(1)
+    times = 1
+    while True:
+        began = time.perf_counter()
+        run(times)
+        took = time.perf_counter() - began
+        if took > SLICE / 4:
+            return max(1, round(times * SLICE / took))
+        times *= 2
+
+
+def compare(
+    transport: str, unit: str, workers: int, manager: str, server: TritonServer, turns: Turns
+) -> dict[str, Any]:
+    """Compare both clients in one case."""
+    with sides.both(transport, unit, workers, server, manager) as pair:
+        times = calibrated(pair["plain"].run)
+        calibrated(pair["ours"].run)
+        found = turns({name: partial(side.run, times) for name, side in pair.items()})
+    what = {"transport": transport, "unit": unit, "workers": workers}
+    return {**what, "cooldown": manager == COOLING, **found}
+
+
+def surviving(server: TritonServer, measure: Callable[[], Any]) -> tuple[Any, int]:
+    """Return what was measured, and how many times the server had to be started again for it.
+
+    Triton 2.51 sometimes crashes if 64 streams have requests at once, also with plain tritonclient.
+    """
+    for crashes in range(5):
+        try:
+            return measure(), crashes
+        except (InferenceServerException, CidError):
+            time.sleep(2)  # it takes some time to die
+            if server.poll() is None:
+                raise
+            server.stop_process()
+            server.start()
+    raise SystemExit("error: Triton crashed five times in one case")
 
 
 @contextlib.contextmanager
@@ -70,23 +164,24 @@ def redis_server() -> Iterator[Any]:
         process.wait()
 
 
-def main() -> None:
-    """Measure and print."""
-    # Without a cooldown, so that IDs recycle at once at any rate.
-    settings = Settings(cooldown_ms=0, fresh=True)
+def ids(server: TritonServer, turns: Turns) -> dict[str, Values]:
+    """Measure what an ID costs: from the client's cache, at random, and by round trips."""
     with (
-        demo_server(settings) as server,
         Client(server.grpc_url) as cids,
+        contextlib.closing(connect(server.grpc_url)) as plain,
         redis_server() as redis,
     ):
-        plain = connect(server.grpc_url)
 
-        def recycled() -> None:
+        def cached() -> None:
             cids.release(cids.acquire(), ended=True)
 
-        def round_trip() -> None:
-            ids, _ = plain.call(MODEL, Request(Operation.NEW), 10.0)
-            plain.call(MODEL, Request(Operation.DELETE, as_ids(ids), {"ended": True}), 10.0)
+        def unused() -> None:
+            with cids.sequence(sides.MODEL):
+                pass
+
+        def round_trips(model: str) -> None:
+            new, _ = plain.call(model, Request(Operation.NEW), 10.0)
+            plain.call(model, Request(Operation.DELETE, as_ids(new), {"ended": True}), 10.0)
 
         def pipelined() -> None:
             pipeline = redis.pipeline(transaction=False)
@@ -94,27 +189,60 @@ def main() -> None:
                 pipeline.incr("id")
             pipeline.execute()
 
-        ways: dict[str, tuple[Callable[[], object], int, int]] = {
-            "acquire + release, recycled": (recycled, 2_000, 1),
-            "uuid.uuid4()": (uuid.uuid4, 2_000, 1),
-            "acquire + release, two round trips over gRPC": (round_trip, 10, 1),
+        ways: dict[str, tuple[Callable[[], Any], int]] = {
+            client_report.CACHED: (cached, 1),
+            client_report.RANDBITS: (lambda: secrets.randbits(63), 1),
+            client_report.UUID: (uuid.uuid4, 1),
+            client_report.UNUSED: (unused, 1),
+            client_report.ROUND_TRIPS: (lambda: round_trips(MANAGER), 1),
+            client_report.EMPTY: (lambda: round_trips(load.EMPTY), 1),
         }
         if redis is not None:
-            ways["Redis INCR"] = (lambda: redis.incr("id"), 50, 1)
-            ways[f"Redis INCR, {PIPELINED} in a pipeline"] = (pipelined, 1, PIPELINED)
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-        for _ in range(ROUNDS + 5):
-            for name, (work, times, each) in ways.items():
-                cpu, clock = per_call(work, times)
-                found[name].append((cpu / each, clock / each))
-        plain.close()
-    base = found["uuid.uuid4()"][5:]
-    print("| an ID by | CPU | clock | CPU / uuid4 |\n|---|---|---|---|")
-    for name, times in found.items():
-        cpu, clock = (statistics.median(column) for column in zip(*times[5:], strict=True))
-        pairs = zip(times[5:], base, strict=True)
-        ratio = statistics.median(mine[0] / theirs[0] for mine, theirs in pairs)
-        print(f"| {name} | {cpu:,.2f} µs | {clock:,.2f} µs | {ratio:,.2f} |")
+            ways["Redis `INCR`"] = (lambda: redis.incr("id"), 1)
+            ways[f"Redis `INCR`, {PIPELINED} in a pipeline"] = (pipelined, PIPELINED)
+        runs = {}
+        for name, (work, each) in ways.items():
+            if name != client_report.EMPTY:  # it does as many as the round trips before it
+                times = calibrated(partial(sides.repeat, work))
+            runs[name] = partial(sides.timed, partial(sides.repeat, work, times), times * each)
+        return turns(runs)
+
+
+def main() -> None:
+    """Measure all cases and write the report."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--quick", action="store_true", help="short, into build/bench/quick")
+    options.add_argument("--seconds", type=float, help="per case; 7.5, or 0.5 with --quick")
+    options.add_argument("--only", default="", help="transports that begin with this")
+    options.add_argument("--output", type=Path, help="where to write")
+    given = options.parse_args()
+    folder = given.output or (QUICK if given.quick or given.only else DOCS)
+    seconds = given.seconds or (0.5 if given.quick else 7.5)
+    turns = partial(in_turns, seconds=seconds, least=5 if given.quick else 15)
+    began = time.time()
+    results: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d", time.gmtime(began)),
+        "machine": machine(PACKAGES),
+        "crashes": 0,
+        "rows": [],
+    }
+    with tempfile.TemporaryDirectory() as name:
+        models = load.repository(Path(name), load.EMPTY)
+        export(models, Settings(fresh=True), name=COOLING)
+        sides.write_model(models)
+        with TritonServer(models) as server:
+            for case in cases():
+                if case[0].startswith(given.only):
+                    print(f"\r{' '.join(map(str, case)):<60}", end="", file=sys.stderr, flush=True)
+                    row, crashes = surviving(server, partial(compare, *case, server, turns))
+                    results["rows"].append(row)
+                    results["crashes"] += crashes
+            results["ids"] = ids(server, partial(turns, seconds=3 * seconds))
+    results["minutes"] = round((time.time() - began) / 60, 1)
+    print(f"\r{results['minutes']} minutes{'':<60}", file=sys.stderr)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "client.json").write_text(client_report.compact(results))
+    client_report.write(folder)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draws the study: time against size, both logarithmic, readable on light and on dark pages."""
+"""Draws the results of the benchmarks, readable on light and on dark pages."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
 
 mpl.rcParams.update(
     {
@@ -44,6 +45,13 @@ LOOKS = {
 }
 """Colour, dash and width of each contestant; mid-tones, for both kinds of page."""
 
+WORKERS = {1: ("#d1242f", "o"), 8: ("#8250df", "s"), 64: ("#218bff", "D")}
+"""Colour and marker of each number of threads or tasks."""
+
+FEW_TICKS = (0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30)
+MANY_TICKS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.7, 2)
+"""Where the axes of ratios have numbers: for a large range, and for a small one."""
+
 PICTURES = {
     "churn": ("Scalar churn: release a random ID, acquire one", "live IDs", "ns per pair"),
     "bulk churn": (
@@ -60,7 +68,7 @@ PICTURES = {
 
 
 def draw(results: dict[str, Any], folder: Path) -> None:
-    """Draw all pictures for which there are results."""
+    """Draw the study: time against size, both logarithmic, as far as there are results."""
     for name, (title, x_label, y_label) in PICTURES.items():
         lines = _lines(results, name)
         if not lines:
@@ -74,9 +82,7 @@ def draw(results: dict[str, Any], folder: Path) -> None:
         for contestant, points in lines.items():
             _line(axes, contestant, points)
         _names(axes, lines)
-        path = folder / f"{name.split(' 1')[0].replace(' ', '-')}.svg"
-        canvas.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
-        _slim(path)
+        _save(canvas, folder / f"{name.split(' 1')[0].replace(' ', '-')}.svg")
 
 
 Lines = dict[str, list[tuple[int, list[float]]]]
@@ -127,7 +133,53 @@ def _names(axes: Axes, lines: Lines) -> None:
         )
 
 
-def _slim(path: Path) -> None:
+def draw_ratios(
+    found: dict[str, dict[str, dict[int, Any]]], goals: dict[str, float], path: Path
+) -> None:
+    """Draw ratios to plain tritonclient, with their spread.
+
+    Args:
+        found: a `report.Figure` for each case, each kind and each number of workers.
+        goals: the limit of each kind.
+        path: the picture.
+    """
+    canvas = Canvas(figsize=(8.6, 1.4 + 0.42 * len(found)), layout="constrained")
+    panels = canvas.subplots(1, len(goals), sharex=True, sharey=True)
+    for axes, (kind, goal) in zip(panels, goals.items(), strict=True):
+        axes.axvspan(0.01, goal, color="#2da44e", alpha=0.12, linewidth=0)
+        axes.axvline(1.0, color="#7d8590", linewidth=1.2)
+        axes.axvline(goal, color="#2da44e", linewidth=1.2, linestyle="--")
+        for step, (workers, (colour, marker)) in enumerate(WORKERS.items()):
+            figures = [by[kind][workers] for by in found.values()]
+            y = [place + 0.24 * (step - 1) for place in range(len(figures))]
+            low, high = [each.low for each in figures], [each.high for each in figures]
+            axes.hlines(y, low, high, color=colour, alpha=0.35, linewidth=4)
+            axes.plot([each.middle for each in figures], y, marker, color=colour, markersize=6)
+        axes.set_title(f"{'CPU time' if kind == 'cpu' else kind} (goal ≤ {goal:.2f})", fontsize=11)
+        axes.set_xscale("log")
+        axes.grid(True, axis="x", color="#7d8590", alpha=0.25, linewidth=0.6)
+    figures = [each for by in found.values() for kind in goals for each in by[kind].values()]
+    least, most = (
+        min(each.low for each in figures) * 0.95,
+        max(each.high for each in figures) * 1.05,
+    )
+    ticks = [tick for tick in (FEW_TICKS if most > 2 else MANY_TICKS) if least <= tick <= most]
+    panels[0].set_xlim(least, most)
+    panels[0].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    panels[0].set_xticks([], minor=True)
+    panels[0].set_yticks(range(len(found)), list(found))
+    panels[0].set_ylim(len(found) - 0.5, -0.5)
+    handles = [
+        Line2D([], [], color=colour, marker=marker, linestyle="", label=f"{workers} at once")
+        for workers, (colour, marker) in WORKERS.items()
+    ]
+    canvas.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    canvas.suptitle("This client divided by plain tritonclient: left is better", fontsize=12)
+    _save(canvas, path)
+
+
+def _save(canvas: Canvas, path: Path) -> None:
+    canvas.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
     # Two decimals are enough, and no line ends in blanks.
     text = re.sub(r"(\d+\.\d\d)\d+", r"\1", path.read_text())
     path.write_text("\n".join(line.rstrip() for line in text.splitlines()) + "\n")

@@ -44,9 +44,9 @@ class Figure:
 
 def number(value: float) -> str:
     """Write a number with three significant digits, and no more than needed."""
-    if value >= 100:
+    if abs(value) >= 100:
         return f"{value:,.0f}"
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
 
 
 def figure(
@@ -156,14 +156,16 @@ ELSEWHERE = [
         "≥ 0.8",
         "The manager under load",
     ),
-    ("the client's own CPU, acquire + release", "below one `uuid.uuid4()`", "At the client"),
+    ("a request or a sequence / plain tritonclient's", "≤ 1.03, CPU ≤ 1.10", "The client"),
+    ("CPU of a sequence of 2 beyond plain tritonclient's", "≤ 25 µs", "The client"),
+    ("CPU of acquire + release at the client / `secrets.randbits(63)`", "≤ 1", "The client"),
 ]
 """Goals of other parts of the project, and the section that has the figures."""
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """Lay out a Markdown table."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+def markdown(head: list[str], rows: list[list[str]], rule: str = "---:") -> str:
+    """Lay out a Markdown table; ``rule`` aligns all columns but the first."""
+    lines = [head, ["---", *[rule] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -177,15 +179,21 @@ def goals(results: Results) -> str:
     return markdown(["what", "goal", "measured", "verdict"], rows)
 
 
-def conditions(results: Results) -> str:
-    """Say where and how the figures came about."""
+def machine(results: Results) -> str:
+    """Say when and where the figures came about."""
     of = results["machine"]
     packages = ", ".join(f"{name} {number}" for name, number in of["packages"].items())
     return (
         f"{results['date']}: {of['cpu']}, {of['cpus']} CPUs, load before {of['load before']}; "
-        f"Linux {of['kernel']}, {of['libc']}; Python {of['python']}; {packages}. "
-        f"{results['processes']} processes per case, at most 3 of what repeats well; "
-        f"{results['rounds']} rounds or more in each; seed {results['seed']}; "
+        f"Linux {of['kernel']}, {of['libc']}; Python {of['python']}; {packages}."
+    )
+
+
+def conditions(results: Results) -> str:
+    """Say where and how the figures of the study came about."""
+    return (
+        f"{machine(results)} {results['processes']} processes per case, at most 3 of what repeats"
+        f" well; {results['rounds']} rounds or more in each; seed {results['seed']}; "
         f"{results['minutes']} minutes."
     )
 
@@ -252,6 +260,7 @@ def compact(results: Results) -> str:
 def write(folder: Path) -> None:
     """Make tables and pictures from results.json; fill the page in if these are its results."""
     import pictures
+    import summary
 
     results = json.loads((folder / "results.json").read_text())
     parts = {part.__name__: part(results) for part in (goals, conditions, memory, filling)}
@@ -259,6 +268,7 @@ def write(folder: Path) -> None:
     pictures.draw(results, folder)
     if folder.resolve() == DOCS.resolve():
         refresh(PAGE, parts)
+        summary.write()
     print("\n\n".join(parts.values()))
 
 

@@ -63,7 +63,7 @@ def merge(found: list[dict[str, Any]]) -> dict[str, Any]:
     return cases
 
 
-def machine() -> dict[str, Any]:
+def machine(packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
     """Describe what the figures depend on."""
     model = ""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -79,7 +79,7 @@ def machine() -> dict[str, Any]:
         "libc": " ".join(platform.libc_ver()),
         "huge pages": huge.read_text().strip() if huge.exists() else "unknown",
         "python": f"{platform.python_version()} ({platform.python_compiler()})",
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in packages},
     }
 
 
