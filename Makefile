@@ -6,7 +6,7 @@
 #   make bench   the allocator next to its peers: half an hour; fills docs/performance.md in
 #   make bench-registry  what the manager's registry costs: sessions, opening it again
 #   make bench-client  the client next to plain tritonclient, and an ID next to uuid4 and Redis:
-#                6 minutes; fills docs/performance.md in
+#                5 minutes; fills docs/performance.md in
 #   make load    the manager's requests a second next to a model that does nothing: 12 minutes;
 #                needs wrk and h2load (the Debian packages wrk and nghttp2-client)
 #   make scale   what an operation costs with up to 100 million held IDs and a million sessions
