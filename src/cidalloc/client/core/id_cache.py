@@ -33,6 +33,7 @@ _STALE_S = 30.0  # IDs that were not needed for so long may go back
 _WANTED_S = 5.0  # the same for all unused IDs if other clients wait for some
 _SHARED_S = 10.0  # released IDs are not cached for so long after calls of this client had to wait
 _REFILL_BACK_OFF_S = 10.0  # no IDs are fetched ahead for so long after the manager had no more
+_BATCH_S = 0.05  # between two release requests, so that many IDs leave together
 _AWAIT_MODEL_S = 60.0  # a model that does not answer is asked for so long
 
 
@@ -71,7 +72,7 @@ class IdCache:
         self.releasing_cooldown = ENDED
         self.target_size = min(1, ahead)  # IDs to fetch ahead
         self.needs_refill = self.needs_maintenance = False
-        self.refilled_at = self.refill_after = self.taken_at = NEVER
+        self.refilled_at = self.refill_after = self.taken_at = self.released_at = NEVER
         self.trim_at = self.await_until = self.shared_until = NEVER
 
     # ---- For each ID
@@ -106,7 +107,9 @@ class IdCache:
         """Let a used ID cool after its sequence was ended; return False if it is not used."""
         try:
             self.used.remove(cid)
-            if len(self.cooling) + len(self.fresh) < self.ahead and now >= self.shared_until:
+            # What cools leaves room for the fresh IDs that a busy client needs.
+            room = self.ahead - max(len(self.fresh), self.target_size if self.ahead > 1 else 0)
+            if len(self.cooling) < room and now >= self.shared_until:
                 self.cooling.append((now + self.cooldown, cid))
             else:
                 self._put_to_release(cid, ENDED)
@@ -125,10 +128,11 @@ class IdCache:
         """Whether IDs have to be released, or are in a release request without an answer."""
         return bool(self.to_release or self.releasing or self.awaiting_model)
 
-    def needs_round_trip(self, now: float) -> bool:
-        """Whether the heartbeat has to release IDs or to fetch some."""
-        refill = self.needs_refill and now >= self.refill_after
-        return bool(self.to_release or self.awaiting_model or refill)
+    def due(self, now: float) -> float:
+        """Return when the heartbeat has to release IDs or to fetch some; infinite if never."""
+        if self.awaiting_model or (self.needs_refill and now >= self.refill_after):
+            return NEVER
+        return self.released_at + _BATCH_S if self.to_release else float("inf")
 
     def ready(self, now: float, enough: int) -> int:
         """Return how many IDs can be taken now; it may stop counting at ``enough``."""
@@ -168,9 +172,10 @@ class IdCache:
             self._put_to_release(cid, cooldown_ms)
 
     def _put_to_release(self, cid: int, cooldown_ms: int) -> None:
+        if not self.to_release:  # else the heartbeat knows
+            self.needs_maintenance = True
         self.to_release.setdefault(cooldown_ms, {})[cid] = None
         self.used.discard(cid)
-        self.needs_maintenance = True
 
     def await_model(self, cid: int, model: str, idle: float, timeout: float, now: float) -> None:
         """Let a used ID wait until the present idle time of ``model`` is known.
@@ -210,7 +215,8 @@ class IdCache:
         if now < self.refill_after:
             return 0
         if now - self.refilled_at < _QUICK_S:
-            self.target_size = min(2 * self.target_size, self.ahead)
+            # IDs that cool have the other half of the cache.
+            self.target_size = min(2 * self.target_size, max(self.ahead // 2, 1))
         self.refilled_at = now
         left = len(self.cooling) + len(self.fresh) - taken
         return max(0, min(self.target_size, self.ahead - left))
@@ -251,9 +257,10 @@ class IdCache:
 
     # ---- Releasing
 
-    def send(self, most: int) -> list[int]:
+    def send(self, most: int, now: float) -> list[int]:
         """Choose at most so many IDs, all with one cooldown, for the next release request."""
         self.requeue()
+        self.released_at = now
         for cooldown_ms, cids in self.to_release.items():
             self.releasing_cooldown = cooldown_ms
             self.releasing = list(islice(cids, most))

@@ -287,9 +287,10 @@ class Lease:
         if not self.opened:
             return float("inf")
         now, cache = self._link.now(), self.cache
-        if (self.doubtful or cache.needs_round_trip(now)) and now < self.deadline:
-            return self.retry_at
-        return max(min(self.renew_at, cache.trim_at), self.retry_at)
+        due = min(self.renew_at, cache.trim_at)
+        if now < self.deadline:
+            due = NEVER if self.doubtful else min(due, cache.due(now))
+        return max(due, self.retry_at)
 
     def put_off(self, tries: int) -> None:
         """Let the heartbeat pause after so many tries that failed."""
@@ -431,7 +432,7 @@ class Lease:
         while True:
             if self.doubtful:
                 yield from self.reconcile(deadline)
-            cids = self.cache.send(self._most)
+            cids = self.cache.send(self._most, self._link.now())
             if not cids:
                 return
             cooldown_ms = self.cache.releasing_cooldown
