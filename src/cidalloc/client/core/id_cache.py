@@ -228,14 +228,12 @@ class IdCache:
     def share(self, now: float) -> None:
         """Note that calls wait for IDs: released IDs go to the manager, for who comes first."""
         self.shared_until = now + _SHARED_S
-        self.trim_at = min(self.trim_at, now + _WANTED_S)
 
     def trim(self, now: float, others_wait: bool = False) -> None:
         """Release IDs that were not needed for long; set `trim_at`.
 
         If others wait for IDs, a few seconds without demand are long.
         """
-        others_wait = others_wait or now < self.shared_until
         while self.target_size > 1 and now - self.refilled_at >= 2 * _STALE_S:
             self.target_size //= 2
             self.refilled_at += _STALE_S
@@ -253,7 +251,7 @@ class IdCache:
                 gone.append(cooling.popleft()[1])
         for cid in gone:
             self._put_to_release(cid, ENDED)
-        self.trim_at = now + (_WANTED_S if others_wait else _STALE_S)
+        self.trim_at = now + _STALE_S
 
     # ---- Releasing
 
