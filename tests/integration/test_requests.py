@@ -407,6 +407,40 @@ def test_threads_of_one_sequence_take_turns(server: TritonServer, way: str) -> N
 
 
 @pytest.mark.server
+@pytest.mark.parametrize("way", ["grpc", "http", "stream"])
+def test_64_threads_of_one_client(server: TritonServer, way: str) -> None:
+    """Each with sequences of its own: no sum is another one's, and all IDs come back."""
+    with Client(url_of(server, way)) as cids, ThreadPoolExecutor(64) as pool:
+
+        def work(number: int) -> list[int]:
+            with cids.sequence("quick", streaming=way == "stream") as sequence:
+                sums = [total(sequence.infer(one(way, number))) for _ in range(3)]
+                return [*sums, total(sequence.infer(one(way, number), end=True))]
+
+        for number, sums in enumerate(pool.map(work, range(192))):
+            assert sums == [number, 2 * number, 3 * number, 4 * number]
+        assert len(cids.held()) == 0
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("way", ["grpc", "http", "stream"])
+def test_64_tasks_of_one_client(server: TritonServer, way: str) -> None:
+    async def work(cids: AsyncClient, number: int) -> list[int]:
+        async with cids.sequence("quick", streaming=way == "stream") as sequence:
+            sums = [total(await sequence.infer(one(way, number))) for _ in range(3)]
+            return [*sums, total(await sequence.infer(one(way, number), end=True))]
+
+    async def main() -> None:
+        async with AsyncClient(url_of(server, way)) as cids:
+            found = await asyncio.gather(*(work(cids, number) for number in range(64)))
+            for number, sums in enumerate(found):
+                assert sums == [number, 2 * number, 3 * number, 4 * number]
+            assert len(cids.held()) == 0
+
+    asyncio.run(main())
+
+
+@pytest.mark.server
 @pytest.mark.parametrize("way", WAYS)
 def test_the_last_one_in_the_queue_is_sent(server: TritonServer, way: str) -> None:
     with Client(url_of(server, way)) as cids, ThreadPoolExecutor(1) as pool:

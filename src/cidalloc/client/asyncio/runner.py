@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from ...errors import CidError, InvalidArgument, Unavailable
 from ..core.effects import Config, Effect, Flow, Idle, Reply, Send, ServerVersion
+from ..core.requests import Requests
 from ..core.runner import LOOK_S, RunnerBase
 from ..core.sequence import SequenceCore
 from ..core.session import Session
@@ -91,8 +92,8 @@ class AsyncRunner(RunnerBase):
         self.start()
         self._notify()
 
-    def watch(self, core: SequenceCore) -> None:
-        """Call `SequenceCore.look` of a sequence repeatedly until it returns False."""
+    def watch(self, core: Requests) -> None:
+        """Call `Requests.look` of a sequence repeatedly until it returns False."""
         self._watched[core] = None
         if not self._ticking:
             self._ticking = True

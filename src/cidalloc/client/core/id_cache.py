@@ -33,7 +33,7 @@ _STALE_S = 30.0  # IDs that were not needed for so long may go back
 _WANTED_S = 5.0  # the same for all unused IDs if other clients wait for some
 _SHARED_S = 10.0  # released IDs are not cached for so long after calls of this client had to wait
 _REFILL_BACK_OFF_S = 10.0  # no IDs are fetched ahead for so long after the manager had no more
-_BATCH_S = 0.05  # between two release requests, so that many IDs leave together
+_BATCH_S = 50e-6  # between two release requests, times `ahead`: so that many IDs leave together
 _AWAIT_MODEL_S = 60.0  # a model that does not answer is asked for so long
 
 
@@ -132,7 +132,7 @@ class IdCache:
         """Return when the heartbeat has to release IDs or to fetch some; infinite if never."""
         if self.awaiting_model or (self.needs_refill and now >= self.refill_after):
             return NEVER
-        return self.released_at + _BATCH_S if self.to_release else float("inf")
+        return self.released_at + self.ahead * _BATCH_S if self.to_release else float("inf")
 
     def ready(self, now: float, enough: int) -> int:
         """Return how many IDs can be taken now; it may stop counting at ``enough``."""

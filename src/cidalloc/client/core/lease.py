@@ -177,14 +177,7 @@ class Lease:
             self.give([cid], cooldown_ms)
 
     def release_unended(self, cid: int, model: str, idle: float, timeout: float) -> None:
-        """Take back the ID of a sequence without END, on a model that may have been reloaded.
-
-        Args:
-            cid: the ID.
-            model: the model.
-            idle: the model's idle time in seconds when the sequence began.
-            timeout: seconds that a request may have taken.
-        """
+        """Take back the ID of a sequence without END; see `IdCache.await_model`."""
         if self._has(cid):
             self.cache.await_model(cid, model, idle, timeout, self._link.now())
 
@@ -224,11 +217,8 @@ class Lease:
     def open(self, deadline: float) -> Flow[None]:
         """Open the session at the manager."""
         self.first_sent = min(self.first_sent, self._link.now())
-        reply = yield from self._ask(
-            Operation.OPEN,
-            deadline,
-            {"ttl_ms": int(self._link.ttl * 1000), "label": self.label},
-        )
+        what: dict[str, Parameter] = {"ttl_ms": int(self._link.ttl * 1000), "label": self.label}
+        reply = yield from self._ask(Operation.OPEN, deadline, what)
         answer = reply.output.tolist()
         if len(answer) < 5 or answer[0] != PROTOCOL:
             raise ProtocolError(f"OPEN was answered with {answer}: a manager of another version?")
@@ -262,9 +252,7 @@ class Lease:
     def close(self, deadline: float, ended: bool) -> Flow[None]:
         """Close the session at the manager, after `end`.
 
-        Args:
-            deadline: when to stop waiting.
-            ended: no ID is in use, so all may cool for the minimum cooldown.
+        If all sequences ``ended``, its IDs cool for the minimum cooldown.
         """
         yield from self._ask(Operation.CLOSE, deadline, {"ended": ended})
 
@@ -428,8 +416,9 @@ class Lease:
         self.doubtful = False
 
     def release(self, deadline: float) -> Flow[None]:
-        """Release at the manager the IDs that have to leave."""
-        while True:
+        """Release at the manager the IDs that have to leave now; more may have to meanwhile."""
+        left = sum(map(len, (self.cache.releasing, *self.cache.to_release.values())))
+        while left > 0 or self.doubtful:
             if self.doubtful:
                 yield from self.reconcile(deadline)
             cids = self.cache.send(self._most, self._link.now())
@@ -452,6 +441,7 @@ class Lease:
             else:
                 self.cache.releasing = []
                 self.doubtful = False
+                left -= len(cids)
 
 
 def _some(cids: Iterable[int]) -> str:

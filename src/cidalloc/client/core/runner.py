@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .lease import Acquired
+from .requests import Requests
 from .sequence import SequenceCore
 from .session import Session
 from .transport import Transport
@@ -37,14 +38,14 @@ class RunnerBase:
         self.now: Callable[[], float] = transport.now
         self.lock = threading.Lock()
         self.sequences: dict[SequenceCore, None] = {}
-        self._watched: dict[SequenceCore, None] = {}
+        self._watched: dict[Requests, None] = {}
 
     def future(self) -> Any:
         """Return a new future."""
         raise NotImplementedError
 
-    def watch(self, core: SequenceCore) -> None:
-        """Call `SequenceCore.look` of a sequence repeatedly until it returns False."""
+    def watch(self, core: Requests) -> None:
+        """Call `Requests.look` of a sequence repeatedly until it returns False."""
         raise NotImplementedError
 
     def wake(self) -> None:

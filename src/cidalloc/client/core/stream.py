@@ -55,7 +55,7 @@ class Request:
 
     @property
     def is_awaited(self) -> bool:
-        """Whether something waits for it that `SequenceCore.look` can end."""
+        """Whether something waits for it that `Requests.look` can end."""
         return self.future is not None or self.waiter is not None
 
     @property

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from ...errors import CidError
 from ..core.effects import Config, Flow, Idle, Reply, Send, ServerVersion
+from ..core.requests import Requests
 from ..core.runner import LOOK_S, RunnerBase
 from ..core.sequence import SequenceCore
 from ..core.session import Session
@@ -94,8 +95,8 @@ class Runner(RunnerBase):
             self.session.lease.cache.needs_maintenance = False
             self._changed.notify_all()
 
-    def watch(self, core: SequenceCore) -> None:
-        """Call `SequenceCore.look` of a sequence repeatedly until it returns False."""
+    def watch(self, core: Requests) -> None:
+        """Call `Requests.look` of a sequence repeatedly until it returns False."""
         self._watched[core] = None
         if self._watcher is None:
             with self.lock:
