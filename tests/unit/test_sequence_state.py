@@ -141,8 +141,8 @@ def send(it: SequenceState, at: float, answered: float | None) -> None:
 def test_when_triton_must_have_forgotten() -> None:
     it = life()
     send(it, 10, 13)
-    assert not it.must_be_forgotten(18.4)
-    assert it.must_be_forgotten(18.6)
+    assert not it.needs_end(18.4)[1]
+    assert it.needs_end(18.6) == (True, True)
     it.send(18.4, False)
     assert "nothing was sent" in it.why_forgotten
     it.settle(18.41, False, None)
@@ -164,13 +164,13 @@ def test_when_nobody_knows_it_never_must(then: Callable[[SequenceState], object]
     it = life()
     send(it, 8, 9)
     then(it)
-    assert not it.must_be_forgotten(1e6)
+    assert not it.needs_end(1e6)[1]
 
 
 def test_a_time_that_is_a_guess_never_must() -> None:
     it = life(exact=False)
     send(it, 10, 13)
-    assert not it.must_be_forgotten(1e6)
+    assert not it.needs_end(1e6)[1]
 
 
 def test_after_its_end_time_does_not_matter() -> None:
@@ -198,7 +198,7 @@ def test_waiting_for_a_slot_is_no_idle_time() -> None:
     """Triton does not count it; and who does not know blames nobody for being idle."""
     it = life()
     send(it, 10, 30)  # it waited for 20 s, four times the idle time
-    assert not it.must_be_forgotten(30.1)
+    assert not it.needs_end(30.1)[1]
     it.send(30.1, False)
     assert "nothing was sent" not in it.why_forgotten
     assert "kept the model busy" in it.why_forgotten

@@ -73,13 +73,15 @@ class Requests:
         self._order = threading.Lock()  # requests are sent in the order in which they were counted
         self._stream: SequenceStream | None = None
         if streaming or target.decoupled:
-            self._stream = SequenceStream(
-                runner.transport.open_stream, target, plan.checked, self._more, self.over
-            )
+            self._open_stream()
 
     def give_back(self) -> None:
         """Release the ID, and end the stream. May be repeated."""
         raise NotImplementedError
+
+    def _open_stream(self) -> None:
+        open_stream, plan = self._runner.transport.open_stream, self.plan
+        self._stream = SequenceStream(open_stream, plan.target, plan.checked, self._more, self.over)
 
     # ---- Sending
 
@@ -184,7 +186,11 @@ class Requests:
             if has_turn:
                 self._turn = request
             waits = not has_turn and self._stream is None
-            start = state.send(now, request.end, waits)
+            if request.drops:
+                start = True
+                state.drop(now)
+            else:
+                start = state.send(now, request.end, waits)
             self._version = version
             if request.timeout > self.plan.timeout:
                 self._allow(now, request.timeout)

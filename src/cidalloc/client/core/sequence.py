@@ -7,11 +7,14 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from tritonclient.utils import InferenceServerException
+
 from ...errors import InvalidArgument, SequenceLost, SessionExpired, Unavailable
 from .id_cache import ENDED, need_ms
 from .plan import Plan
 from .requests import Requests
 from .sequence_state import BackTo
+from .stream import Request
 from .tensors import Inputs
 from .transport import HURRY_S
 
@@ -53,15 +56,18 @@ class SequenceCore(Requests):
         return again
 
     def closing(self, patience: float) -> Iterator[tuple[list[Any], float]]:
-        """Send END with the end_inputs if Triton may still have the sequence; then call `finish`.
+        """Send END with the end_inputs if the model may keep state; then call `finish`.
 
-        Yields futures and the seconds to wait for them, each time before it goes on.
+        If Triton has forgotten the sequence, START goes with it. Yields futures and the seconds to
+        wait for them, each time before it goes on.
         """
-        if self._wants_end_inputs():
-            assert self.end_inputs is not None
+        refused = False
+        while (request := self._end_request(refused)) is not None:
             why: object = None
             try:
-                future = self.submit(self.request(self.end_inputs, True, {}, many=True))
+                if request.drops and self._stream is not None and self._stream.over:
+                    self._open_stream()
+                future = self.submit(request)
                 yield [future], patience
                 if future.cancel() or future.cancelled() or not future.done():
                     why = "no answer in time"
@@ -69,8 +75,11 @@ class SequenceCore(Requests):
                     why = future.exception()
             except Exception as error:
                 why = error
-            if why is not None:
-                _log.warning("END of %s failed: %s", self.name, why)
+            refused = isinstance(why, SequenceLost | InferenceServerException)
+            if request.drops or not refused:
+                if why is not None:
+                    _log.warning("END of %s failed: %s", self.name, why)
+                break
         if self.on_way:
             unanswered, cancelled = self._unanswered()
             yield unanswered, HURRY_S if cancelled else patience
@@ -80,15 +89,27 @@ class SequenceCore(Requests):
         """Whether there is nothing left to do: its END was answered, and its ID released."""
         return self.state.recycled and not self.on_way and self not in self._runner.sequences
 
-    def _wants_end_inputs(self) -> bool:
-        if self.end_inputs is None or not self.state.wants_end:
-            return False
+    def _end_request(self, refused: bool) -> Request | None:
+        """Return a request that ends the sequence; None if nothing has to be or may be sent.
+
+        Args:
+            refused: Triton has refused END alone.
+        """
+        end_inputs = self.end_inputs
+        if end_inputs is None:
+            return None
         with self._runner.lock:
             try:
-                now = self.check_lease()
+                needs_end, forgotten = self.state.needs_end(self.check_lease())
             except (SequenceLost, SessionExpired, InvalidArgument):
-                return False
-        return not self.state.must_be_forgotten(now)
+                return None  # another client may have the ID
+        if not needs_end:
+            return None
+        request = self.request(end_inputs, True, {}, many=True)
+        request.drops = forgotten or refused
+        if request.drops:
+            self.end_inputs = None  # never twice
+        return request
 
     def _unanswered(self) -> tuple[list[Any], bool]:
         """Return the futures of all requests on their way, and whether the callers cancelled all.

@@ -177,6 +177,18 @@ class SequenceState:
             "the server was restarted or its model reloaded, or something else used this ID"
         )
 
+    def drop(self, now: float) -> None:
+        """Note that START and END go out in one request, for what a model may still keep.
+
+        Its ID cools as without END.
+        """
+        if self.phase is not Phase.LOST:
+            self._go(Event.SEND_END)
+        self.doubtful = True
+        self._forgotten_at = float("inf")
+        self.unanswered += 1
+        self.goes_out(now)
+
     def lend(self, now: float, end: bool) -> bool:
         """Note a request that the application sends, and whose answer the sequence never sees."""
         start = self.send(now, end)
@@ -240,14 +252,15 @@ class SequenceState:
         certain = self._at_once and not self.doubtful
         return self.phase is Phase.ENDED and certain and not self.unanswered
 
-    @property
-    def wants_end(self) -> bool:
-        """Whether Triton may still have the sequence, and got no END."""
-        return self.phase is Phase.LIVE
+    def needs_end(self, now: float) -> tuple[bool, bool]:
+        """Return whether the model may keep state, and whether Triton has forgotten the sequence.
 
-    def must_be_forgotten(self, now: float) -> bool:
-        """Whether Triton has certainly forgotten the sequence."""
-        return self.phase is Phase.LOST or (now > self._forgotten_at and not self.unanswered)
+        The model keeps what got no END: Triton does not tell it of sequences that it forgets. And
+        it refuses END alone for these.
+        """
+        lost = self.phase is Phase.LOST
+        forgotten = now > self._forgotten_at and not self.unanswered
+        return lost or self.phase is Phase.LIVE, lost or forgotten
 
     def _go(self, event: Event) -> None:
         to = TRANSITIONS.get((self.phase, event))

@@ -28,6 +28,7 @@ class Request:
         many: it may have any number of answers.
 
     Attributes:
+        drops: START and END go with it, for what the model may keep of a forgotten sequence.
         future: gets the result; None if nothing but the calling thread waits for it.
         waiter: the calling thread waits here; None if it sends the request itself.
         answers: the queue for answers before the last one; None if nothing reads them.
@@ -37,7 +38,7 @@ class Request:
     """
 
     __slots__ = (
-        *("answers", "end", "future", "inputs", "left", "many", "number", "options"),
+        *("answers", "drops", "end", "future", "inputs", "left", "many", "number", "options"),
         *("timeout", "until", "waiter"),
     )
 
@@ -49,7 +50,7 @@ class Request:
         self.future: Any = None
         self.waiter: Waiter | None = None
         self.answers: Any = None
-        self.left = False
+        self.drops = self.left = False
         self.until = 0.0
         self.number = ""
 
@@ -208,6 +209,11 @@ class SequenceStream:
             self._stream.cut()
             self._cut_at = float("inf")
         return self._cut_at < float("inf")
+
+    @property
+    def over(self) -> bool:
+        """Whether it is closed."""
+        return self._stream.over
 
     def suspect(self) -> None:
         """Note that an answer did not come in time: the next stream takes a new connection."""
