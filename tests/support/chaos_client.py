@@ -34,9 +34,10 @@ class Watched:
     def __init__(self, url: str, recorder: Recorder) -> None:
         self._transport, self._recorder = connect(url), recorder
         self.url, self.now = self._transport.url, self._transport.now
-        self.inputs, self.submit = self._transport.inputs, self._transport.submit
+        self.library, self.submit = self._transport.library, self._transport.submit
         self.open_stream = self._transport.open_stream
         self.model_config, self.close = self._transport.model_config, self._transport.close
+        self.server_version = self._transport.server_version
         self.session_of: dict[int, int] = {}  # by ID
         self.here = threading.local()
         self._sessions: dict[Any, int] = {}  # by token

@@ -132,7 +132,7 @@ def _all_free(registry: Registry, session: Holder) -> list[int]:
     got: list[int] = []
     while len(got) < MOST:
         try:
-            got += registry._issue(1, session).tolist()
+            got += registry._issue(1, session, False).tolist()
         except Exhausted:
             break
     return got

@@ -135,9 +135,12 @@ class TritonServer:
             if self._wait_ready(time.monotonic() + timeout):
                 return
             self.stop_process()
-            # Another process may have taken the free port before Triton bound it.
             text = log.read_text(errors="replace")
-            if "Address already in use" not in text or all(self._wanted_ports) or attempt == 2:
+            # Another process may have taken the free port before Triton bound it.
+            again = "Address already in use" in text and not all(self._wanted_ports)
+            # Triton 2.51 sometimes closes a descriptor of gRPC's at its start.
+            again = again or "epoll_wait error: Bad file descriptor" in text
+            if not again or attempt == 2:
                 raise Unavailable(f"Triton did not become ready: {_complaint(text)}")
 
     def stop(self) -> None:
