@@ -214,7 +214,7 @@ def test_top_in_a_terminal(opened: Opened, triton: TritonServer, key: str) -> No
         terminal = opened("top", triton.grpc_url, "--interval", "0.2")
         terminal.until("the watched one")
         cids.acquire_many(100)
-        terminal.until("acquired")
+        terminal.until("requests/s")
         terminal.resize(20, 60)
         terminal.until("the watched")
         terminal.type(key)
@@ -227,6 +227,8 @@ def test_top_in_a_terminal(opened: Opened, triton: TritonServer, key: str) -> No
 def test_top_outlives_the_server(opened: Opened, few: Path) -> None:
     with Server(few) as server:
         terminal = opened("top", server.grpc_url, "--interval", "0.2", "--timeout", "1")
+        terminal.until("ok")
+        terminal.type("\t\r")  # unfolds the server
         terminal.until("a restart forgets")
     terminal.until("no answer")
     terminal.type("q")
