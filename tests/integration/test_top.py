@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import html
 import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -288,27 +286,6 @@ def test_every_key_is_at_the_bottom(manager: Manager, size: tuple[int, int]) -> 
 
 
 # ---- The command
-
-
-def test_once_without_the_extra() -> None:
-    script = """
-import sys
-sys.modules["textual"] = None
-from cidalloc import cli
-sys.argv = ["cidalloc", "top", "127.0.0.1:1", "localhost:1", "--timeout", "1", "--once"]
-cli.run()
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stdout.count("no answer") >= 2, "each with its reason"
-    assert done.stderr.startswith("error: UNAVAILABLE: ") and done.stderr.count("\n") == 1
-
-
-def test_the_screen_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cidalloc.cli.top.find_spec", lambda name: None)
-    done = run("top", NOWHERE, "--web")
-    assert done.returncode == 1
-    assert "pip install 'cidalloc[top]'" in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("where", ["8080", "host", "host:port", ":8080", "127.0.0.1:99999"])

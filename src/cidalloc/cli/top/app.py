@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import threading
 import time
@@ -249,6 +250,7 @@ class TopApp(App[None]):
         super().__init__()
         self._watches = {each.url: Watch(each, interval) for each in managers}
         self._leaving = threading.Event()
+        self._started_by = os.getppid()
         self._readers = [
             threading.Thread(target=self._read, args=(each, interval), daemon=True)
             for each in self._watches.values()
@@ -291,6 +293,8 @@ class TopApp(App[None]):
         while not self._leaving.is_set():
             self.post_message(self.Answered(watch, ask(watch.manager)))
             self._leaving.wait(interval)
+            if self.is_web and os.getppid() != self._started_by:
+                os._exit(1)  # the web server was killed: nobody reads this page, or can end it
 
     def on_top_app_answered(self, message: Answered) -> None:
         """Show an answer."""

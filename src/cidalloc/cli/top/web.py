@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import socket
 import sys
@@ -36,7 +37,8 @@ class _Pages(Server):
     """
 
     def __init__(self, arguments: Sequence[str], loopback: bool) -> None:
-        super().__init__(shlex.join([sys.executable, "-m", "cidalloc", *arguments]))
+        command = shlex.join([sys.executable, "-m", "cidalloc", *arguments])
+        super().__init__(f"exec {command}")  # no shell stays beside each page
         self._loopback = loopback
         self._open = 0
 
@@ -103,13 +105,20 @@ def serve(where: str, arguments: Sequence[str]) -> None:
     if host is None or port is None:
         raise InvalidArgument(f"--web {where!r} is not HOST:PORT")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of pages that end last
     with socket.create_server((host, port), family=family) as listener:
         loopback = _is_loopback(listener.getsockname()[0])
         shown = f"[{host}]" if ":" in host else host
+        readers = "every user of this machine" if loopback else "everybody who reaches it"
         click.echo(
-            f"http://{shown}:{listener.getsockname()[1]} shows labels and numbers, no tokens, to"
-            f" {'every user of this machine' if loopback else 'everybody who reaches it'}."
-            " Ctrl-C stops it."
+            f"http://{shown}:{listener.getsockname()[1]} shows the status to {readers}: labels,"
+            " numbers, the path of the registry's file; no tokens. Ctrl-C stops it."
         )
         pages = _Pages(arguments, loopback)
-        web.run_app(pages.application(), sock=listener, print=None, access_log=None)
+        web.run_app(
+            pages.application(),
+            sock=listener,
+            print=None,
+            access_log=None,
+            shutdown_timeout=0.5,  # then the open pages are closed
+        )
