@@ -26,6 +26,7 @@ from .watch import FIGURES, Answer, Watch, ask
 
 __all__ = ["TopApp"]
 
+_PICTURE_S = 0.2  # between two pictures, if there are answers
 _LEAVING_S = 1.0  # how long to wait for answers that are under way when the screen closes
 
 
@@ -37,12 +38,8 @@ class Column(NamedTuple):
     shown: Callable[[Any], str] = "{:,}".format
 
 
-def _share(free: float) -> str:
-    return f"{free:.1%}"
-
-
 class Session(NamedTuple):
-    """A session as its manager reported it; ``status`` is empty of what an earlier one lacks."""
+    """A session as a manager lists it in its status."""
 
     key: str
     url: str
@@ -79,7 +76,7 @@ SERVERS = (
     Column(
         "free",
         lambda watch: watch.status and watch.status["free"] / watch.status["pool"]["capacity"],
-        _share,
+        "{:.1%}".format,
     ),
     Column("sessions", _of_status("sessions_total")),
     Column("acq/s", _of_rates("acquired"), "{:,.0f}".format),
@@ -112,10 +109,10 @@ class Items(DataTable[Text]):
         Binding("tab", "app.focus_next", "Table"),
     ]
 
-    def __init__(self, columns: Sequence[Column], sort: int, name: str) -> None:
-        super().__init__(cursor_type="row", zebra_stripes=True, fixed_columns=1, id=name)
+    def __init__(self, columns: Sequence[Column], name: str) -> None:
+        super().__init__(cursor_type="row", fixed_columns=1, id=name)
         self._columns = columns
-        self._sort = sort
+        self._sort = 0
         self._reverse = False
         self._items: dict[str, Any] = {}
         self._heads: list[str] = []
@@ -123,10 +120,7 @@ class Items(DataTable[Text]):
     @property
     def item(self) -> Any:
         """The item under the cursor; None if there is none."""
-        if not self.is_valid_row_index(self.cursor_row):
-            return None
-        key = self.ordered_rows[self.cursor_row].key.value
-        return self._items.get(key or "")
+        return self._items.get(self._key() or "")
 
     def show(self, items: dict[str, Any]) -> None:
         """Show these items, each under a key of its own."""
@@ -249,6 +243,7 @@ class TopApp(App[None]):
     def __init__(self, managers: Sequence[Manager], interval: float) -> None:
         super().__init__()
         self._watches = {each.url: Watch(each, interval) for each in managers}
+        self._stale = False
         self._leaving = threading.Event()
         self._started_by = os.getppid()
         self._readers = [
@@ -259,14 +254,14 @@ class TopApp(App[None]):
     def compose(self) -> ComposeResult:
         """Return the parts of the screen, from top to bottom."""
         yield Static(id="head", markup=False)
-        yield Items(SERVERS, 0, "servers")
+        yield Items(SERVERS, "servers")
         with Horizontal(id="figures"):
             for name in FIGURES:
                 with Vertical(classes="figure"):
                     yield Static(id=f"{name}-text", markup=False)
                     yield Sparkline(id=name)
         yield Input(placeholder="part of a label", id="filter", select_on_focus=False)
-        yield Items(SESSIONS[: None if len(self._watches) > 1 else -1], 0, "sessions")
+        yield Items(SESSIONS if len(self._watches) > 1 else SESSIONS[:-1], "sessions")
         with VerticalScroll(id="details", can_focus=False):
             yield Static(markup=False)
         yield Footer()
@@ -278,6 +273,7 @@ class TopApp(App[None]):
             loop.add_signal_handler(number, self.exit, None, 128 + number)
         self.query_one("#sessions").focus()
         self._draw()
+        self.set_interval(_PICTURE_S, self._draw_answers)
         for each in self._readers:
             each.start()
 
@@ -297,18 +293,33 @@ class TopApp(App[None]):
                 os._exit(1)  # the web server was killed: nobody reads this page, or can end it
 
     def on_top_app_answered(self, message: Answered) -> None:
-        """Show an answer."""
+        """Keep an answer for the next picture."""
         message.watch.take(message.answer)
-        self._draw()
+        self._stale = True
+
+    def _draw_answers(self) -> None:
+        """Show the answers since the last picture, if there are any."""
+        if self._stale:
+            self._stale = False
+            self._draw()
 
     def _draw(self) -> None:
         """Show the last answers of all managers."""
-        if not self.is_running:  # then parts of the screen are gone
-            return
+        self.query_one("#servers", Items).show(self._watches)
+        part = self.query_one("#filter", Input).value.casefold()
+        sessions = [
+            each
+            for watch in self._watches.values()
+            for each in _sessions(watch)
+            if part in (each.status["label"] or "").casefold()
+        ]
+        self.query_one("#sessions", Items).show({each.key: each for each in sessions})
+        self._draw_selected()
+
+    def _draw_selected(self) -> None:
+        """Show what belongs to the rows under the cursors."""
         watches = self._watches
-        servers = self.query_one("#servers", Items)
-        servers.show(watches)
-        watch: Watch = servers.item or next(iter(watches.values()))
+        watch: Watch = self.query_one("#servers", Items).item or next(iter(watches.values()))
         what = watch.manager.url if len(watches) == 1 else f"{len(watches)} servers"
         head = f"{watch.manager.model} at {what}  {time.strftime('%H:%M:%S')}"
         if watch.error is not None:
@@ -322,14 +333,6 @@ class TopApp(App[None]):
             self.query_one(f"#{name}-text", Static).update(f"{name}{unit} {now}")
             # The lowest number is drawn as the lowest bar, so that one has to be 0.
             self.query_one(f"#{name}", Sparkline).data = [0.0, *figures] if figures else []
-        part = self.query_one("#filter", Input).value.casefold()
-        sessions = [
-            each
-            for watch in watches.values()
-            for each in _sessions(watch)
-            if part in (each.status["label"] or "").casefold()
-        ]
-        self.query_one("#sessions", Items).show({each.key: each for each in sessions})
         self.query_one("#details Static", Static).update(self._details())
 
     def _details(self) -> RenderableType:
@@ -341,14 +344,9 @@ class TopApp(App[None]):
         if isinstance(item, Session):
             grid = Grid.grid(padding=(0, 2))
             for name, value in {**item.status, "server": item.url}.items():
-                seconds = name.endswith("_s") and isinstance(value, (int, float))
-                text = (
-                    duration(value)
-                    if seconds
-                    else f"{value:,}"
-                    if isinstance(value, int)
-                    else str(value)
-                )
+                text = str(value)
+                if isinstance(value, (int, float)):
+                    text = duration(value) if name.endswith("_s") else f"{value:,}"
                 title = name.removesuffix("_s").replace("_", " ")
                 grid.add_row(Text(title, "bold"), Text(text))
             return grid
@@ -384,15 +382,15 @@ class TopApp(App[None]):
     def on_data_table_row_selected(self) -> None:
         """Unfold the server or session under the cursor, or fold it."""
         self.query_one("#details").toggle_class("-open")
-        self._draw()
 
     def on_data_table_row_highlighted(self) -> None:
         """Show the figures and details of another row."""
-        self._draw()
+        if self.is_running:  # otherwise parts of the screen are gone
+            self._draw_selected()
 
     def on_descendant_focus(self) -> None:
         """Show the details of the table that has the focus."""
-        self.query_one("#details Static", Static).update(self._details())
+        self._draw_selected()
 
 
 def _sessions(watch: Watch) -> list[Session]:
