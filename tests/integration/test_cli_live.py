@@ -164,6 +164,9 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
 
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
     def until(self, words: str, seconds: float = 30.0) -> None:
         """Read until it said some words from now on."""
         self.text, deadline = "", time.monotonic() + seconds
@@ -221,6 +224,19 @@ def test_top_in_a_terminal(opened: Opened, triton: TritonServer, key: str) -> No
         assert terminal.status() == 0
         assert "\x1b[?1049l" in terminal.text, "the screen of before is back"
         assert "Traceback" not in terminal.text
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_top_that_is_ended_leaves_the_terminal_as_it_was(
+    opened: Opened, triton: TritonServer, number: int
+) -> None:
+    terminal = opened("top", triton.grpc_url)
+    terminal.until("Quit")
+    terminal.signal(number)
+    assert terminal.status() == 128 + number
+    assert "\x1b[?1049l" in terminal.text
+    assert "Traceback" not in terminal.text
 
 
 @pytest.mark.server

@@ -126,7 +126,7 @@ def test_a_session_unfolds(manager: Manager) -> None:
         details = app.query_one("#details")
         await until(lambda: len(column(app, "sessions", 0)) == 3)
         assert not details.display
-        words = ("tts", "30", "one:8001", "expires in")
+        words = ("tts", "held", "one:8001", "expires in")
         before = [shown(app).count(each) for each in words]
         await pilot.press("down", "down", "enter")
         await until(lambda: [shown(app).count(each) - 1 for each in words] == before)

@@ -17,6 +17,7 @@ from rich.text import Text
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.coordinate import Coordinate
 from textual.message import Message
 from textual.widgets import DataTable, Footer, Input, Sparkline, Static
 
@@ -138,10 +139,14 @@ class Items(DataTable[Text]):
             for n, each in enumerate(self._columns)
         ]
         if heads == self._heads and keys == [each.key.value for each in self.ordered_rows]:
+            widths = [each.content_width for each in self.ordered_columns]
             for row, texts in enumerate(cells):
                 for column, text in enumerate(texts):
-                    if self.get_cell_at((row, column)) != text:  # type: ignore[arg-type]
-                        self.update_cell_at((row, column), text, update_width=True)  # type: ignore[arg-type]
+                    where = Coordinate(row, column)
+                    if self.get_cell_at(where) != text:
+                        # To update a width measures the whole column.
+                        wider = text.cell_len > widths[column]
+                        self.update_cell_at(where, text, update_width=wider)
             return
         kept, scrolled = self._key(), self.scroll_offset
         self.clear(columns=True)
@@ -299,7 +304,7 @@ class TopApp(App[None]):
 
     def _draw_answers(self) -> None:
         """Show the answers since the last picture, if there are any."""
-        if self._stale:
+        if self._stale and self.is_running:
             self._stale = False
             self._draw()
 
@@ -318,6 +323,8 @@ class TopApp(App[None]):
 
     def _draw_selected(self) -> None:
         """Show what belongs to the rows under the cursors."""
+        if not self.is_running:  # parts of the screen are gone
+            return
         watches = self._watches
         watch: Watch = self.query_one("#servers", Items).item or next(iter(watches.values()))
         what = watch.manager.url if len(watches) == 1 else f"{len(watches)} servers"
@@ -385,8 +392,7 @@ class TopApp(App[None]):
 
     def on_data_table_row_highlighted(self) -> None:
         """Show the figures and details of another row."""
-        if self.is_running:  # otherwise parts of the screen are gone
-            self._draw_selected()
+        self._draw_selected()
 
     def on_descendant_focus(self) -> None:
         """Show the details of the table that has the focus."""
