@@ -319,6 +319,7 @@ def test_a_status(service: Service, clock: Clock) -> None:
         "inactive": 1,
         "peak": 3,
         "high_water": 3,
+        "draining": False,
         "anonymous": 1,
         "waiting": 0,
         "sessions": [{"label": "one", "held": 1, "age_s": 1.5, "expires_in_s": 18.5}],

@@ -37,6 +37,7 @@ def show(file: Path, as_json: bool) -> None:
     found, status = _look(file)
     pid, running = _writer(file)
     status["writer"] = pid if running else None
+    status["draining"] = status["draining"] and running
     if as_json:
         click.echo(json.dumps(status))
         return
@@ -52,6 +53,7 @@ def show(file: Path, as_json: bool) -> None:
         ("cooling", f"{status['cooling']:,}"),
         ("ever opened", f"{status['high_water']:,}"),
         ("sessions", f"{status['sessions_total']:,}"),
+        *([("draining", "no new sequence begins")] if status["draining"] else []),
     )
     for name, value in rows:
         console.print(f"{name:<12} {value}", soft_wrap=True)

@@ -100,6 +100,13 @@ def _manager(facts: Facts) -> Iterator[Finding]:
         level = "ok" if took < _SLOW_MS else "warn"
         todo = "" if level == "ok" else "find out what keeps the server's CPUs busy"
         yield Finding(level, f"{facts.manager} {version} answers ({took:.0f} ms)", todo)
+        if facts.status.get("draining"):
+            yield Finding(
+                "warn",
+                "the server is being drained: no new sequence begins, running ones continue",
+                "restart the server when its sequences have ended ('cidalloc drain FILE --wait"
+                " 10m'), or end the drain: 'cidalloc drain --undo FILE'",
+            )
 
 
 def _memory(facts: Facts) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import RegistryCorrupt
 from .registry import Registry
 from .settings import Settings
+from .storage.drain import is_draining
 from .storage.file import Storage
 from .storage.file_format import Word
 
@@ -33,6 +34,7 @@ def status_of(registry: Registry, now: int, sessions: int = SHOWN) -> dict[str, 
         "inactive": pool.inactive,
         "peak": pool.peak,
         "high_water": pool.high_water,
+        "draining": is_draining(registry.store.header),
         "anonymous": registry.anonymous,
         "waiting": registry.waiting.count(registry.now),
         "sessions": [

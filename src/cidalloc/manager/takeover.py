@@ -19,6 +19,7 @@ from ..errors import CidError, InvalidArgument, RegistryLocked, Unavailable
 from .recovery import shape_for
 from .registry import Registry
 from .settings import Settings
+from .storage import drain
 from .storage.file import Storage
 from .storage.file_lock import TakeoverRequest, process_id, writer_of
 
@@ -153,6 +154,10 @@ class RegistryHolder:
                 self._let_go_at = self._clock()
                 self._trouble = "a newer process has the registry"
             else:
+                header = self._registry.store.header
+                if drain.answer(header):
+                    on = "begins" if drain.is_draining(header) else "is over"
+                    _log.warning("%s: the drain %s", self._path, on)
                 self._registry.tick(self._clock())
 
     def close(self) -> None:

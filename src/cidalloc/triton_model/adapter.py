@@ -55,6 +55,7 @@ class TritonPythonModel:
             Code.UNKNOWN_OPERATION: kinds.UNSUPPORTED,
             Code.UNAVAILABLE: kinds.UNAVAILABLE,
             Code.REGISTRY_LOCKED: kinds.UNAVAILABLE,
+            Code.DRAINING: kinds.UNAVAILABLE,
             Code.INTERNAL: kinds.INTERNAL,
         }
 

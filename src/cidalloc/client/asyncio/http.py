@@ -61,7 +61,7 @@ class AsyncHttpTransport(HttpBase):
         with translating(model, self.url):
             call = self._manager_request(model, request)
             result = (await self._send(call, timeout)).result(call)
-        return read_answer(result, request, model, self.url)
+        return read_answer(result, model, self.url)
 
     async def model_config(self, model: str, timeout: float) -> Mapping[str, Any]:
         with translating(model, self.url):

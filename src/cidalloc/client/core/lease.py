@@ -317,6 +317,7 @@ class Lease:
         error = self._link.note(reply)
         if self.lost_why and not closing:
             raise SessionUnknown(self.lost_why)
+        self.cache.drain(reply.draining)
         if error is None:
             if operation is not Operation.OPEN and not closing:
                 self._renewed(sent)

@@ -285,12 +285,13 @@ class Session:
     def _maintain(self, deadline: float) -> Flow[None]:
         """Trim the cache, release IDs and refill the cache. In turn."""
         cache = self.lease.cache
-        if self.now() >= cache.trim_at:
+        if self.now() >= cache.trim_at or cache.draining:
             cache.trim(self.now())
         yield from self._give_back(deadline)
         if cache.needs_refill:
             cache.needs_refill = False
-            yield from self.lease.fetch(0, 0, deadline, None)
+            if not cache.draining:
+                yield from self.lease.fetch(0, 0, deadline, None)
 
     def _give_back(self, deadline: float) -> Flow[None]:
         """Release all IDs that have to leave. In turn."""

@@ -24,7 +24,6 @@ from urllib.parse import urlsplit
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from ... import protocol
-from ...codes import Operation
 from ...errors import (
     CidError,
     InternalError,
@@ -162,25 +161,19 @@ def encode(module: Any, request: protocol.Request) -> dict[str, Any]:
         kind = np_to_triton_dtype(array.dtype)
         tensor = module.InferInput(name, list(array.shape), kind)
         inputs.append(tensor.set_data_from_numpy(array))
-    names = [protocol.OUTPUT]
-    if request.operation is Operation.STATUS:
-        names.append(protocol.DETAIL)
-    outputs = [module.InferRequestedOutput(name) for name in names]
+    outputs = [module.InferRequestedOutput(name) for name in (protocol.OUTPUT, protocol.DETAIL)]
     return {"inputs": inputs, "outputs": outputs, "parameters": dict(request.parameters)}
 
 
-def read_answer(
-    result: Any, request: protocol.Request, model: str, url: str
-) -> tuple[protocol.IDs, str]:
+def read_answer(result: Any, model: str, url: str) -> tuple[protocol.IDs, str]:
     """Return OUTPUT and DETAIL of what the manager answered.
 
     Raises:
         ProtocolError: it is not a manager's answer.
     """
     try:
-        output, detail = result.as_numpy(protocol.OUTPUT), ""
-        if request.operation is Operation.STATUS:
-            detail = result.as_numpy(protocol.DETAIL)[0, 0].decode()
+        output = result.as_numpy(protocol.OUTPUT)
+        detail = result.as_numpy(protocol.DETAIL)[0, 0].decode()
     except (ValueError, TypeError, LookupError):  # bytes that do not fit the shape
         output = None
     if output is None or output.dtype != "uint64":
@@ -318,7 +311,8 @@ def translate(error: Exception, model: str, url: str) -> CidError:
     if not isinstance(error, InferenceServerException):
         return ProtocolError(f"model {model} at {url} answers unlike Triton: {error!r}")
     text, status = error.message() or "", error.status()
-    ours = protocol.parse_error(text)
+    # A number that this version does not know has the meaning of Triton's status.
+    ours = protocol.parse_error(text, STATUSES.get(str(status), ProtocolError))
     if ours is not None:
         return ours
     if "unknown model" in text.lower():

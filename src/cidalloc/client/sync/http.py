@@ -57,7 +57,7 @@ class HttpTransport(HttpBase):
         with translating(model, self.url):
             call = self._manager_request(model, request)
             result = self._send(call, timeout).result(call)
-        return read_answer(result, request, model, self.url)
+        return read_answer(result, model, self.url)
 
     def model_config(self, model: str, timeout: float) -> Mapping[str, Any]:
         with translating(model, self.url):
