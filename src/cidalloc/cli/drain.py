@@ -166,7 +166,8 @@ def _left(status: dict[str, Any]) -> str:
         whose.insert(0, f"without a session {status['anonymous']:,}")
     if len(sessions) > _NAMED or status["sessions_total"] > len(status["sessions"]):
         whose.append("and others")
-    return f"{status['held']:,} IDs are held: {', '.join(whose)}"
+    ids = "1 ID is" if status["held"] == 1 else f"{status['held']:,} IDs are"
+    return f"{ids} held: {', '.join(whose)}"
 
 
 def _progress() -> Callable[[str], None]:
