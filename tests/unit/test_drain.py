@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import pty
 import struct
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -366,6 +369,31 @@ def test_drain_wait_and_undo(polled: Service, tmp_path: Path, path: Path) -> Non
     assert run(path, "--undo") == (0, "New sequences may begin again.\n")
     assert ask(polled, Operation.NEW)
     assert run(path, "--undo") == (0, "There was no drain.\n")
+
+
+@pytest.mark.parametrize("terminal", ["xterm", "dumb"])
+def test_progress_on_a_terminal(polled: Service, path: Path, terminal: str) -> None:
+    ask(polled, Operation.OPEN, session=TOKEN, ttl_ms=60_000, label="worker 7")
+    ask(polled, Operation.NEW, session=TOKEN, seq=1, count=2)
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cidalloc", "drain", str(path), "--wait", "1m"],
+        env={**os.environ, "COLUMNS": "60", "TERM": terminal},
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+    )
+    shown = b""
+    while b"worker 7 2" not in shown:
+        shown += os.read(ours, 1 << 16)
+    ask(polled, Operation.CLOSE, session=TOKEN)
+    out, _ = process.communicate(timeout=30)
+    shown += os.read(ours, 1 << 16)
+    os.close(theirs)
+    os.close(ours)
+    assert process.returncode == 0 and out.endswith(b"No ID is held: all sequences have ended.\n")
+    lines = shown.decode().split("\r")
+    assert lines[1] == f"{'2 IDs are held: worker 7 2':<59}"
+    assert lines[-2].strip() == lines[-1] == "", "nothing is left on the line"
 
 
 def test_a_drain_that_is_undone_meanwhile(polled: Service, path: Path, switch: DrainSwitch) -> None:

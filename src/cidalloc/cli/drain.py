@@ -177,6 +177,6 @@ def _progress() -> Callable[[str], None]:
 
     def show(line: str) -> None:
         width = shutil.get_terminal_size().columns - 1
-        click.echo(f"\r\033[K{line[:width]}", nl=False, err=True)
+        click.echo(f"\r{line[:width]:<{width}}\r", nl=False, err=True)
 
     return show
