@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
@@ -23,15 +24,17 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from loopback import Loopback
+from loopback import AsyncLoopback, Loopback
 from rich.console import Console
+from simulation import World
 
 from cidalloc import errors
 from cidalloc.cli import drain as command
 from cidalloc.cli.registry import registry as registry_command
 from cidalloc.cli.rules import Facts, examine
 from cidalloc.cli.screen import status_view
-from cidalloc.client import Client
+from cidalloc.client import AsyncClient, Client
+from cidalloc.client.core.lease import Acquired
 from cidalloc.codes import Operation
 from cidalloc.manager import takeover
 from cidalloc.manager.inspection import look
@@ -283,6 +286,77 @@ def test_a_client_stops_and_begins_again(tmp_path: Path) -> None:
         client.release(client.acquire(), ended=True)
         with client.sequence("model") as sequence:
             sequence.infer([], end=True)
+    switch.close()
+
+
+async def asyncio_client(folder: Path) -> None:
+    loopback = AsyncLoopback(values(folder))
+    switch = DrainSwitch(folder / "cidmgr.cidalloc")
+    async with AsyncClient(transport=loopback, ttl=1.0) as client:
+        await client.acquire_many(5)
+        async with client.sequence("model") as sequence:
+            switch.set(True)
+            await asyncio.sleep(0.5)
+            assert loopback.loopback.service.figures()["held"] == 6  # type: ignore[index]
+            for call in (client.acquire(), client.acquire_many(2, timeout=60.0)):
+                with pytest.raises(errors.Draining):
+                    await call
+            with pytest.raises(errors.Draining):
+                await client.sequence("model", wait=60.0)
+            await sequence.infer([], end=True)
+        switch.set(False)
+        await client.acquire()
+    switch.close()
+
+
+def test_an_asyncio_client(tmp_path: Path) -> None:
+    asyncio.run(asyncio_client(tmp_path))
+
+
+def test_ids_of_a_lost_answer_leave_in_a_drain(tmp_path: Path) -> None:
+    """They are found when the client asks what it holds, which is after it heard of the drain."""
+    world = World(values(tmp_path, cooldown_ms=5_000))
+    switch = DrainSwitch(tmp_path / "cidmgr.cidalloc")
+    session = world.session()
+    used = world.acquire(session)
+    taken = Acquired()
+    call = session.acquire(2, None, world.now + 5.0, taken)
+    world.fates = ["unanswered"]
+    reply = world.perform(next(call))
+    assert world.held() >= 3
+    switch.set(True)
+    with pytest.raises(errors.Draining):
+        while True:
+            reply = world.perform(call.send(reply))
+    world.keep(session, world.now + 1.0)
+    assert world.held() == len(used) == 1 and not taken
+    world.release(session, *used)
+    world.keep(session, world.now + 1.0)
+    assert world.held() == 0
+    assert not session.lease.cache.outgoing
+    world.operations()
+    world.keep(session, world.now + 100.0)
+    assert set(world.operations()) == {"RENEW"}, "it asks for no IDs ahead"
+    switch.set(False)
+    assert len(world.acquire(session)) == 1
+    switch.close()
+
+
+def test_a_busy_client_hears_of_a_drain_without_a_heartbeat(tmp_path: Path) -> None:
+    """Its releases renew the lease, so it sends no RENEW."""
+    world = World(values(tmp_path))
+    switch = DrainSwitch(tmp_path / "cidmgr.cidalloc")
+    session = world.session()
+    cids = world.acquire(session, 10)
+    while not session.lease.cache.fresh:
+        world.acquire(session)
+    switch.set(True)
+    world.operations()
+    world.release(session, cids.pop(), cooldown_ms=0)
+    world.keep(session, world.now + 1.0)
+    assert world.operations() == ["DELETE", "DELETE"], "the second one is of unused IDs"
+    assert session.lease.cache.draining and not session.lease.cache.fresh
+    assert session.lease.take() == 0
     switch.close()
 
 

@@ -108,7 +108,10 @@ def _begin(switch: DrainSwitch, path: Path) -> None:
         if time.monotonic() >= until:
             if ours:
                 switch.set(False)
-            raise Unavailable(f"no manager answers that has {path}, within {_ANSWER_S:g} s")
+            raise Unavailable(
+                f"no manager answers that has {path}, within {_ANSWER_S:g} s: it does not run, or"
+                " is of an earlier version"
+            )
         # Again and again, since it may be another server from now on.
         if not switch.on:
             switch.set(True)
