@@ -91,7 +91,7 @@ def test_a_drain(server: TritonServer, tmp_path: Path) -> None:
 
         waits = start_draining(tmp_path / "state")
         crowd.append(waits)
-        assert line(waits.stdout) == "No new sequence begins on this server."
+        assert line(waits.stdout) == "The server is draining: its manager issues no more IDs."
         began = time.monotonic()
         first, _ = writer_of(file)
         reload_manager(server, tmp_path / "models")
@@ -132,8 +132,8 @@ def test_a_drain(server: TritonServer, tmp_path: Path) -> None:
     running = [end for start, end in spans if start < began < end]
     print(
         f"{len(crowd)} processes, {len(spans)} sequences, {len(running)} of them ran when the drain"
-        f" began; the last one ended {max(end for _, end in spans) - began:.1f} s later,"
-        f" {done - began:.1f} s later no ID was held; Triton ended {ended:.1f} s after that"
+        f" began; the last one ended after {max(end for _, end in spans) - began:.1f} s, no ID was"
+        f" held after {done - began:.1f} s, and Triton ended {ended:.1f} s later"
     )
     assert len(spans) > PROCESSES * SEQUENCES and running
     assert len(refused) == PROCESSES * SEQUENCES + 2 and min(refused) > began - 1.0
@@ -158,7 +158,10 @@ def test_undo(server: TritonServer, tmp_path: Path) -> None:
             with pytest.raises(Draining):
                 cids.sequence(demo.MODEL)
             late = run("drain", folder, "--wait", "1s")
-            assert (late.returncode, late.stdout) == (3, "No new sequence begins on this server.\n")
+            assert (late.returncode, late.stdout) == (
+                3,
+                "The server is draining: its manager issues no more IDs.\n",
+            )
             assert late.stderr.startswith("error: time is over: 1 ID is held: ")
             sequence.infer({"INPUT": [[1]]}, end=True)
         assert run("drain", folder, "--wait", "20s").returncode == 0

@@ -428,7 +428,7 @@ def test_drain_wait_and_undo(polled: Service, tmp_path: Path, path: Path) -> Non
     cid = ask(polled, Operation.NEW)[0]
     ask(polled, Operation.OPEN, session=TOKEN, ttl_ms=60_000, label="worker 7")
     ask(polled, Operation.NEW, session=TOKEN, seq=1, count=2)
-    assert run(tmp_path) == (0, "No new sequence begins on this server.\n")
+    assert run(tmp_path) == (0, "The server is draining: its manager issues no more IDs.\n")
     status, text = run(path, "--wait", "0.3s")
     assert status == 3
     assert "time is over: 3 IDs are held: without a session 1, worker 7 2. The drain goes" in text
@@ -571,7 +571,7 @@ def test_it_is_shown(polled: Service, path: Path) -> None:
     assert "draining" not in shown() and "drained" not in shown()
     run(path)
     text = shown()
-    assert "draining     no new sequence begins\n" in text, "registry show"
+    assert "draining     the manager issues no more IDs\n" in text, "registry show"
     assert "cidalloc drain --undo FILE" in text, "status and top"
     assert "the server is being drained" in text, "doctor"
     polled.close()

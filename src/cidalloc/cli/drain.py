@@ -43,8 +43,8 @@ def _seconds(context: click.Context, param: click.Parameter, text: str | None) -
     "--wait",
     metavar="TIME",
     callback=_seconds,
-    help="Wait until no ID is held, for so long at most, such as 150s or 10m. Then the exit status"
-    " is 3, and the drain goes on.",
+    help="Wait until no ID is held. If that takes longer than TIME, such as 150s or 10m, the exit"
+    " status is 3, and the drain goes on.",
 )
 @click.option("--undo", is_flag=True, help="End the drain: new sequences may begin again.")
 def drain(file: Path, wait: float | None, undo: bool) -> None:
@@ -63,7 +63,7 @@ def drain(file: Path, wait: float | None, undo: bool) -> None:
             _undo(switch)
             return
         _begin(switch, path)
-        click.echo("No new sequence begins on this server.")
+        click.echo("The server is draining: its manager issues no more IDs.")
         if wait is not None:
             _wait(switch, path, time.monotonic() + wait)
             click.echo("No ID is held: all sequences have ended.")

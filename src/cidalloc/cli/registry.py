@@ -53,7 +53,7 @@ def show(file: Path, as_json: bool) -> None:
         ("cooling", f"{status['cooling']:,}"),
         ("ever opened", f"{status['high_water']:,}"),
         ("sessions", f"{status['sessions_total']:,}"),
-        *([("draining", "no new sequence begins")] if status["draining"] else []),
+        *([("draining", "the manager issues no more IDs")] if status["draining"] else []),
     )
     for name, value in rows:
         console.print(f"{name:<12} {value}", soft_wrap=True)

@@ -83,7 +83,7 @@ def _facts(status: Mapping[str, Any], rates: Rates | None) -> Table:
     anonymous = status["anonymous"]
     more = f"; {anonymous:,} of them without a session" if anonymous else ""
     if status.get("draining"):  # earlier managers cannot
-        row("draining", "no new sequence begins; 'cidalloc drain --undo FILE' ends this")
+        row("draining", "the manager issues no more IDs; 'cidalloc drain --undo FILE' ends this")
     row("held", f"{held:,}, including the ID caches of clients{more}")
     row("cooling", f"{cooling:,}")
     row("free", f"{status['free']:,} ({status['free'] / capacity:.1%})")
