@@ -86,8 +86,7 @@ class Lease:
         self.starved: Exhausted | None = None
         self.label, self._link, self._lost = label, link, lost
         self._registry = ""  # its UUID
-        self._sequences = 0
-        self._seq = 0
+        self._sequences = self._seq = 0
         self._announcing_ms = 0  # announced by a NEW that is not answered yet
         self._most = _MOST_AT_ONCE
 
