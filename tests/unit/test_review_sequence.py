@@ -127,10 +127,10 @@ def test_a_heartbeat_outlives_an_answer_that_cannot_be_read() -> None:
             return super().call(model, request, timeout)
 
     transport = Garbled(SETTINGS)
-    with Client(transport=transport, ttl=0.6) as cids:
+    with Client(transport=transport, ttl=1.0) as cids:
         cids.acquire()
         transport.garbled = 1
-        time.sleep(1.0)
+        time.sleep(1.6)
         assert cids._session.state == "open", cids
 
 
