@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import pytest
@@ -86,4 +85,3 @@ def test_an_end_that_the_model_itself_refuses_is_sent_once(cids: Client) -> None
     with cids.sequence("counter", end_inputs={"X": 1000}) as sequence:
         sequence.infer({"X": 0})
     assert ends(cids) == before + 1000
-

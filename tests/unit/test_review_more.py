@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from fake_triton import FakeTriton
-from loopback import Loopback
 from simulation import World
 from test_review_sequence import SETTINGS, Model
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
 import zlib
@@ -44,7 +43,9 @@ class Model(Loopback):
     def check(self, options: dict[str, Any]) -> None:
         pass
 
-    def submit(self, limit: float, model: str, inputs: list[Any], done: Any, /, **options: Any) -> None:
+    def submit(
+        self, limit: float, model: str, inputs: list[Any], done: Any, /, **options: Any
+    ) -> None:
         if self.hold:
             self.sent.append(options)
             self.held.append(done)
@@ -96,7 +97,9 @@ def test_an_interrupted_wait_does_not_let_the_next_request_overtake() -> None:
         model.hold = True
         first = sequence.async_infer([])
         before = signal.signal(signal.SIGALRM, handler)
-        timer = threading.Timer(0.2, lambda: model.held.pop(0)(SimpleNamespace(get_response=dict), None))
+        timer = threading.Timer(
+            0.2, lambda: model.held.pop(0)(SimpleNamespace(get_response=dict), None)
+        )
         timer.start()  # the first is answered, so the second is sent by the timer's thread
         signal.setitimer(signal.ITIMER_REAL, 0.6)
         try:
@@ -191,7 +194,9 @@ def test_a_lost_id_that_another_sequence_got_gets_no_end_of_the_lost_one() -> No
         lease = sequence._core.plan.lease
         with cids._runner.lock:
             cache = lease.cache
-            cache.used.discard(cid)  # as `reconcile` does with an ID that the manager does not count
+            cache.used.discard(
+                cid
+            )  # as `reconcile` does with an ID that the manager does not count
         with pytest.raises(SequenceLost):
             sequence.infer([])
         with cids._runner.lock:
