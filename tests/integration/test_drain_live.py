@@ -65,10 +65,9 @@ def line(stream: IO[str] | None) -> str:
     return stream.readline().strip()
 
 
-def reload_manager(server: TritonServer, models: Path) -> None:
-    """Load the manager again, which starts a new process."""
-    (models / "cidmgr" / "touched").touch()
-    url = f"{server.http_url}/v2/repository/models/cidmgr/load"
+def manage(server: TritonServer, what: str) -> None:
+    """Load or unload the manager."""
+    url = f"{server.http_url}/v2/repository/models/cidmgr/{what}"
     urllib.request.urlopen(urllib.request.Request(url, b"{}"), timeout=60).close()
 
 
@@ -94,7 +93,8 @@ def test_a_drain(server: TritonServer, tmp_path: Path) -> None:
         assert line(waits.stdout) == "The server is draining: its manager issues no more IDs."
         began = time.monotonic()
         first, _ = writer_of(file)
-        reload_manager(server, tmp_path / "models")
+        (tmp_path / "models" / "cidmgr" / "touched").touch()
+        manage(server, "load")
         for process in crowd[:-1]:
             assert line(process.stdout) == "refused"
         second, _ = writer_of(file)
@@ -145,6 +145,27 @@ def test_a_drain(server: TritonServer, tmp_path: Path) -> None:
         assert not cids.status()["draining"], "it begins undrained on the same file"
         with cids.sequence(demo.MODEL) as sequence:
             sequence.infer({"INPUT": [[1]]}, end=True)
+
+
+def test_a_manager_that_is_killed(server: TritonServer, tmp_path: Path) -> None:
+    """Its successor in the same server drains, too; sequences and `--wait` go on."""
+    with Client(server.grpc_url, ttl=60.0) as cids, cids.sequence(demo.MODEL) as sequence:
+        sequence.infer({"INPUT": [[1]]})
+        with start_draining(tmp_path / "state") as waits:
+            try:
+                assert "draining" in line(waits.stdout)
+                os.kill(writer_of(tmp_path / "state" / "cidmgr.cidalloc")[0], signal.SIGKILL)
+                for what in ("unload", "load"):
+                    sequence.infer({"INPUT": [[1]]})
+                    manage(server, what)
+                sequence.infer({"INPUT": [[1]]})
+                with pytest.raises(Draining):
+                    cids.acquire()
+                assert waits.poll() is None
+                sequence.infer({"INPUT": [[1]]}, end=True)
+                assert waits.wait(30) == 0
+            finally:
+                waits.kill()
 
 
 def test_undo(server: TritonServer, tmp_path: Path) -> None:

@@ -129,7 +129,13 @@ def test_a_refused_request_renews_the_lease(tmp_path: Path) -> None:
 def test_a_child_of_a_fork(service: Service) -> None:
     pid = os.fork()
     if not pid:
-        os._exit(0 if ask(service, Operation.NEW) is errors.Forked else 1)
+        try:
+            refused = ask(service, Operation.NEW) is errors.Forked
+            service.poll()
+        except errors.Forked:
+            os._exit(0 if refused else 1)
+        finally:
+            os._exit(2)
     assert os.waitpid(pid, 0)[1] == 0
 
 

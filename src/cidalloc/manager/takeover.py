@@ -154,11 +154,11 @@ class RegistryHolder:
                 self._let_go_at = self._clock()
                 self._trouble = "a newer process has the registry"
             else:
+                self._registry.tick(self._clock())  # first: a forked child has no header
                 header = self._registry.store.header
                 if drain.answer(header):
                     on = "begins" if drain.is_draining(header) else "is over"
                     _log.warning("%s: the drain %s", self._path, on)
-                self._registry.tick(self._clock())
 
     def close(self) -> None:
         """Let go of the file for good."""

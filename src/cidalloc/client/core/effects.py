@@ -79,7 +79,10 @@ class Reply:
 
     @property
     def draining(self) -> bool | None:
-        """Whether the manager says that its server is being drained; None if it says nothing."""
+        """Whether the manager says that its server is being drained; None if it says nothing.
+
+        The answer to STATUS says it in its JSON, which this does not read.
+        """
         if self.error is not None:
             return True if isinstance(self.error, Draining) else None
         return self.detail == DRAINING
