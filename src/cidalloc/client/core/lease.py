@@ -171,9 +171,8 @@ class Lease:
 
     def release_from(self, cid: int, cooldown_ms: int) -> None:
         """Take back the ID of a sequence. A lost ID needs nothing more."""
-        if cooldown_ms == ENDED and self.cache.recycle(cid, self._link.now()):
-            return
-        if self._has(cid):
+        recycled = cooldown_ms == ENDED and self.cache.recycle(cid, self._link.now())
+        if not recycled and self._has(cid):
             self.give([cid], cooldown_ms)
 
     def release_unended(self, cid: int, model: str, idle: float, timeout: float) -> None:
@@ -181,11 +180,13 @@ class Lease:
         if self._has(cid):
             self.cache.await_model(cid, model, idle, timeout, self._link.now())
 
-    def _has(self, cid: int) -> bool:
-        if cid in self.cache.used:
-            return True
+    def drop_lost(self, cid: int) -> None:
+        """Forget why an ID was lost, since its sequence is closed."""
         self._lost.pop(cid, None)
-        return False
+
+    def _has(self, cid: int) -> bool:
+        self.drop_lost(cid)
+        return cid in self.cache.used
 
     def check(self, cid: int, now: float) -> None:
         """Check that a sequence may still use its ID.
@@ -250,10 +251,7 @@ class Lease:
             self.announced_ms = max(self.announced_ms, need_ms)
 
     def close(self, deadline: float, ended: bool) -> Flow[None]:
-        """Close the session at the manager, after `end`.
-
-        If all sequences ``ended``, its IDs cool for the minimum cooldown.
-        """
+        """Close the session at the manager. If all ``ended``, its IDs cool for the minimum."""
         yield from self._ask(Operation.CLOSE, deadline, {"ended": ended})
 
     def end(self, why: str) -> None:
