@@ -23,6 +23,13 @@ STATUS = {
 }
 NEW = {"used", "sessions_silent", "expired"}  # that managers before 0.1.0 do not tell
 SEQUENCES = {"sequence_batching": {"max_sequence_idle_microseconds": "5000000"}}
+TEXT = {
+    "sequence_batching": {
+        "control_input": [
+            {"control": [{"kind": "CONTROL_SEQUENCE_CORRID", "data_type": "TYPE_STRING"}]}
+        ]
+    }
+}
 NARROW = {
     "sequence_batching": {
         "control_input": [
@@ -123,6 +130,8 @@ def test_nothing_to_complain_of() -> None:
             "FAIL",
             "the client refuses this model",
         ),
+        (facts(targets={"asr": TEXT}, server="2.54.0"), "ok", "the pool fits its CORRID"),
+        (facts(targets={"asr": TEXT}, server="2.53.0"), "warn", "can crash a Triton server"),
         (facts(targets={}), "note", "no model on this server has sequence_batching"),
         (facts(targets={"asr": SEQUENCES | {"backend": "python"}}), "note", "it leaks"),
         (

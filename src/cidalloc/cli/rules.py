@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..client.core.model_info import ModelInfo
+from ..client.core.model_info import ModelInfo, check_text_ids
 from ..errors import InvalidArgument
 from .screen import duration
 
@@ -277,6 +277,8 @@ def _targets(facts: Facts) -> Iterator[Finding]:
 def _target(facts: Facts, name: str, config: Mapping[str, Any]) -> Iterator[Finding]:
     try:
         target = ModelInfo.from_config(config)
+        if target.text_ids:
+            check_text_ids(name, facts.server)
     except InvalidArgument as error:
         yield Finding(
             "FAIL" if facts.named else "warn",
