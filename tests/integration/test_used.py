@@ -134,7 +134,7 @@ def test_a_client_that_is_killed(server: TritonServer, log: Callable[[str], bool
     finally:
         child.kill()
         child.communicate()
-    line = rf"^W.*the session 'victim' expired with 4 IDs in use, {victim['held']} held"
+    line = rf"^W.*the session 'victim' expired with IDs in use: 4 of {victim['held']}"
     wait_until(lambda: log(line), "the line in Triton's log")
     text = run("status", server.http_url).stdout
     assert re.search(rf"victim +4 +{victim['held']} ", text)

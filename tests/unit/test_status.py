@@ -188,12 +188,12 @@ def test_the_log_is_limited(caplog: pytest.LogCaptureFixture) -> None:
         for n in range(25):
             expired.add(f"c{n}", 5, 3, 1_000 * n)
         found = lines()
-        assert found[0] == "the session 'c0' expired with 3 IDs in use, 5 held"
+        assert found[0] == "the session 'c0' expired with IDs in use: 3 of 5"
         assert len(found) == 10
         expired.log_suppressed(59_999)
         assert lines() == []
         expired.log_suppressed(60_000)
-        assert lines() == ["15 more sessions expired with IDs in use within a minute"]
+        assert lines() == ["more sessions that expired with IDs in use within a minute: 15"]
         expired.log_suppressed(10**6)
         expired.add("next", 2, 1, 10**6)
         assert len(lines()) == 1

@@ -92,7 +92,7 @@ def _facts(status: Mapping[str, Any], rates: Rates | None) -> Table:
     row("held", f"{held:,}, including the ID caches of clients{more}")
     if "used" in status:  # earlier managers do not count them
         silent = status["sessions_silent"]
-        more = f"; {silent:,} sessions have not said how many" if silent else ""
+        more = f"; sessions that have not said it: {silent:,}" if silent else ""
         row("in use", f"{status['used']:,}, as clients said with their last heartbeat{more}")
     row("cooling", f"{cooling:,}")
     row("free", f"{status['free']:,} ({status['free'] / capacity:.1%})")

@@ -52,14 +52,15 @@ class ExpiredSessions:
             self._suppressed += 1
             return
         self._lines += 1
-        _log.warning("the session %r expired with %d IDs in use, %d held", label, used, held)
+        _log.warning("the session %r expired with IDs in use: %d of %d", label, used, held)
 
     def log_suppressed(self, now: int) -> None:
         """Log how many sessions had no line, once a minute at most. Call it from time to time."""
         if self._lines and now - self._lines_since >= _LINES_MS:
             if self._suppressed:
                 _log.warning(
-                    "%d more sessions expired with IDs in use within a minute", self._suppressed
+                    "more sessions that expired with IDs in use within a minute: %d",
+                    self._suppressed,
                 )
             self._lines = self._suppressed = 0
 

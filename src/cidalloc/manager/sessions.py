@@ -30,12 +30,8 @@ _ROW = np.dtype("u8, u8, V16, i8, i8, i8, u8, V64")
 # anonymous IDs. Otherwise it is twice as many as IDs are in use, and 2; or 0 if that is not known.
 _REST = struct.Struct("=Q16sqqqQ64s")
 _BYTES, _WORDS = 128, 16  # of a row
-_SEQ, _COOLDOWN, _OPENED_AT, _KIND = (
-    1,
-    5,
-    6,
-    7,
-)  # words of a row; the first has generation and state
+# Words of a row; the first has generation and state.
+_SEQ, _COOLDOWN, _OPENED_AT, _KIND = 1, 5, 6, 7
 _LONGEST_MS = 2**40  # no time in a row is as long
 _ANONYMOUS = 1  # a kind
 _HIGHEST_KIND = 2 * MAX_CAPACITY + 2
