@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from loopback import Loopback
+from rich.console import Console
 
+from cidalloc.cli.screen import status_view
 from cidalloc.client import Client
 from cidalloc.codes import Operation
 from cidalloc.manager.expired import ExpiredSessions
@@ -56,6 +59,9 @@ FIELDS: dict[str, Any] = {
 }
 
 
+NEW = {"used", "sessions_silent", "sessions_expired_in_use", "expired"}
+
+
 def token(n: int) -> bytes:
     return n.to_bytes(16, "little")
 
@@ -98,6 +104,21 @@ def test_a_large_one_that_came_late_is_listed() -> None:
     assert len(status["sessions"]) == SHOWN
     assert labels(status)[0] == "999"
     assert status["used"] == SHOWN + 55
+
+
+def test_with_many_sessions_the_choice_is_kept_for_a_while() -> None:
+    registry = Registry(SETTINGS, 0)
+    for n in range(300):
+        add(registry, n, 1, 1)
+    add(registry, 998, 9, 8)
+    assert labels(status_of(registry, 1_000))[0] == "998"
+    add(registry, 999, 9, 9, now=1_000)
+    registry.renew(token(998), 1_000, used=2)
+    (first, *_) = status_of(registry, 1_002)["sessions"]
+    assert (first["label"], first["used"]) == ("998", 2), "the numbers are those of now"
+    assert labels(status_of(registry, 1_003))[:2] == ["999", "998"]
+    registry.close_session(token(999), 1_003)
+    assert labels(status_of(registry, 1_004))[0] == "998", "one that has ended is not listed"
 
 
 def test_a_change_that_is_refused_tells_nothing() -> None:
@@ -225,6 +246,36 @@ def test_a_client_tells_what_it_uses() -> None:
         assert used is not None and 3 <= used <= 23, "as old as the last request"
         cids.release_many(more, ended=True)
         cids.release_many(first, ended=True)
+
+
+# ---- On the screen
+
+
+def shown(status: dict[str, Any], most: int | None = None) -> str:
+    console = Console(width=100, file=io.StringIO(), record=True)
+    console.print(status_view(status, None, most))
+    return console.export_text()
+
+
+def test_the_screen() -> None:
+    registry = Registry(SETTINGS, 0)
+    for n in range(9):
+        add(registry, n, 3, n % 3, ttl_ms=10_000)
+    add(registry, 10, 4, 2)
+    add(registry, 11, 4, None)
+    more = {"version": "1", "operations": {}, "errors": {}}
+    status = {**status_of(registry, 12_000), **more}
+    text = shown(status)
+    assert re.search(r"in use +2, .*; sessions that have not said it: 1", text)
+    assert re.search(r"2 open, 9 expired, 6 of them with IDs in use", text)
+    assert re.search(r"^10 +2 +4 +12.0 s +48.0 s$(?s:.*)^11 +- +4 +12.0 s", text, re.M)
+    assert len(re.findall(r"^\d +[12] +3 +0.0 s$", text, re.M)) == 6
+    assert len(re.findall(r"^\d+ +\S+ +[34] +", shown(status, 6), re.M)) == 4
+    old = {name: value for name, value in status.items() if name not in NEW}
+    old["sessions"] = [{k: v for k, v in e.items() if k != "used"} for e in old["sessions"]]
+    text = shown(old)
+    assert "2 open, 9 expired\n" in re.sub(" +\n", "\n", text), "a manager of an earlier version"
+    assert re.search(r"^10 +- +4 +12.0 s", text, re.M)
 
 
 # ---- Its fields

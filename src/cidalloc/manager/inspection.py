@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import heapq
 from pathlib import Path
 from typing import Any
 
 from ..errors import RegistryCorrupt
 from .registry import Registry
-from .sessions import Session
 from .settings import Settings
 from .storage.file import Storage
 from .storage.file_format import Word
@@ -30,8 +28,7 @@ def status_of(registry: Registry, now: int, sessions: int = SHOWN) -> dict[str, 
     pool, table = registry.tick(now), registry.sessions
     pool.acquire_many(0, now=registry.now)  # so that it knows the time
     cooling = pool.cooling
-    counts = ((each.used, pool.held_count(each.number), each) for each in table.named.values())
-    largest = heapq.nlargest(sessions, counts, key=_size) if sessions else []
+    largest = table.largest(SHOWN, registry.now)[:sessions] if sessions else []
     return {
         "pool": {"first": pool.first, "capacity": pool.capacity, "block": pool.block},
         "held": pool.active,
@@ -46,12 +43,12 @@ def status_of(registry: Registry, now: int, sessions: int = SHOWN) -> dict[str, 
         "sessions": [
             {
                 "label": each.label,
-                "held": held,
-                "used": used,
+                "held": pool.held_count(each.number),
+                "used": each.used,
                 "age_s": (registry.now - each.opened_at) / 1000,
                 "expires_in_s": (each.expires - registry.now) / 1000,
             }
-            for used, held, each in largest
+            for each in largest
         ],
         "sessions_total": len(table.named),
         "sessions_silent": table.silent,
@@ -64,11 +61,6 @@ def status_of(registry: Registry, now: int, sessions: int = SHOWN) -> dict[str, 
         "registry": str(registry.uuid),
         "file": str(registry.store.path) if registry.store.path else None,
     }
-
-
-def _size(counts: tuple[int | None, int, Session]) -> tuple[int, int]:
-    used, held, _ = counts
-    return (-1 if used is None else used, held)
 
 
 def look(path: Path, now: int, boot: bytes) -> Registry:

@@ -113,6 +113,8 @@ class Sessions:
         self.named: dict[bytes, Session] = {}  # by digest
         self.anonymous: dict[int, Session] = {}  # by number, the oldest first
         self.used = self.silent = 0
+        self._chosen: list[Session] = []
+        self._choose_at = 0
         self._store = store
         self._pool = pool
         self._rows = memoryview(store.rows).cast("B")
@@ -290,6 +292,22 @@ class Sessions:
         self.used += used - (before or 0)
         session.used = used
         self._words[session.number * _WORDS + _KIND] = 2 * used + 2
+
+    def largest(self, most: int, now: int) -> list[Session]:
+        """Return the sessions with the most IDs in use, and among equals the most held.
+
+        Choosing them takes about 0.1 ms for a thousand sessions. So with n sessions the choice is
+        kept for n / 100 ms: whoever asks all the time takes up about 1 % of the time.
+        """
+        if now >= self._choose_at:
+            held = self._pool.held_count
+            self._chosen = heapq.nlargest(
+                most,
+                self.named.values(),
+                lambda each: (-1 if each.used is None else each.used, held(each.number)),
+            )
+            self._choose_at = now + len(self.named) // 100
+        return [each for each in self._chosen if each.number]
 
     def _count(self, session: Session, by: int) -> None:
         if session.used is None:
