@@ -160,8 +160,9 @@ class Lease:
         lost = {cid: self._lost.pop(cid) for cid in cids if cid in self._lost}
         if lost:
             others = "; no other was given back" if len(lost) < len(cids) else ""
-            why = next(iter(lost.values()))
-            raise SessionExpired(f"{_some(lost)} had been lost: {why}{others}")
+            raise SessionExpired(
+                f"{_some(lost)} had been lost: {next(iter(lost.values()))}{others}"
+            )
         self.cache.check_used(cids)
         if cooldown_ms == ENDED:
             for cid in cids:
@@ -306,6 +307,7 @@ class Lease:
         parameters["session"] = self.token
         if self._registry and operation is not Operation.OPEN:
             parameters["registry"] = self._registry
+            parameters.setdefault("used", len(self.cache.used))
         if operation in _CHANGES or operation is Operation.HELD:
             self._seq += 1
             parameters["seq"] = self._seq
@@ -361,6 +363,7 @@ class Lease:
         while lacking + ahead > 0:
             self._announcing_ms = need
             what: dict[str, Parameter] = {"count": lacking + ahead, "cooldown_ms": need}
+            what["used"] = len(cache.used) + count  # once this is answered
             if wait_ms is not None:
                 what["wait_ms"] = wait_ms
             try:
@@ -423,9 +426,8 @@ class Lease:
             if not cids:
                 return
             cooldown_ms = self.cache.releasing_cooldown
-            how: dict[str, Parameter] = {"ended": True}
-            if cooldown_ms != ENDED:
-                how = {"cooldown_ms": cooldown_ms}
+            ended = cooldown_ms == ENDED
+            how: dict[str, Parameter] = {"ended": True} if ended else {"cooldown_ms": cooldown_ms}
             try:
                 yield from self._ask(Operation.DELETE, deadline, how, cids)
             except LimitExceeded as error:
