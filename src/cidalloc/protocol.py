@@ -180,6 +180,7 @@ _KINDS: dict[str, Any] = {
     "ttl_ms": 0,
     "cooldown_ms": 0,
     "wait_ms": 0,
+    "used": 0,
 }
 """The parameters that operations know: their type; of an integer, its minimum."""
 

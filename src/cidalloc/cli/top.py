@@ -20,7 +20,7 @@ from .screen import rates_between, status_view
 
 __all__ = ["View", "top"]
 
-_AROUND = 14  # lines of the screen around the sessions
+_AROUND = 15  # lines of the screen around the sessions
 
 
 @click.command(epilog="Example: cidalloc top localhost:8001")

@@ -185,7 +185,12 @@ def _change(request: Request) -> dict[str, Any]:
         raise InvalidArgument(
             "a change of a session needs the parameter seq, which rises with each change"
         )
-    return {"token": token, "seq": given.get("seq", 0), "cooldown_ms": given.get("cooldown_ms")}
+    return {
+        "token": token,
+        "seq": given.get("seq", 0),
+        "cooldown_ms": given.get("cooldown_ms"),
+        "used": given.get("used"),
+    }
 
 
 def _new(registry: Registry, request: Request, now: int) -> IDs:
@@ -216,8 +221,9 @@ def _open(registry: Registry, request: Request, now: int) -> list[int]:
 
 
 def _renew(registry: Registry, request: Request, now: int) -> list[int]:
-    cooldown = request.parameters.get("cooldown_ms")
-    grant = registry.renew(_token(request), now, cooldown_ms=cooldown)
+    given = request.parameters
+    cooldown, used = given.get("cooldown_ms"), given.get("used")
+    grant = registry.renew(_token(request), now, cooldown_ms=cooldown, used=used)
     return [grant.generation, grant.ttl_ms, registry.waiting.any(now)]
 
 

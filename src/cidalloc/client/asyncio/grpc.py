@@ -74,7 +74,8 @@ class AsyncGrpcTransport(GrpcBase):
             raise
 
         def over(response: asyncio.Future[Any]) -> None:
-            if response.cancelled() or not isinstance(response.result(), ModelInferResponse):
+            done_well = not response.cancelled() and response.exception() is None
+            if not done_well or not isinstance(response.result(), ModelInferResponse):
                 self._tasks.start(deliver(self._read(call, connection), done))
                 return
             self._sequences.release(connection)

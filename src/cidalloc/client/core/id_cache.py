@@ -74,7 +74,8 @@ class IdCache:
         self.target_size = min(1, ahead)  # IDs to fetch ahead
         self.needs_refill = self.needs_maintenance = self.draining = False
         self.refilled_at = self.refill_after = self.taken_at = self.released_at = NEVER
-        self.trim_at = self.await_until = self.shared_until = NEVER
+        self.trim_at = self.shared_until = NEVER
+        self.await_until: dict[str, float] = {}  # by model
 
     # ---- For each ID
 
@@ -193,9 +194,10 @@ class IdCache:
             timeout: seconds that a request of the sequence may have taken.
             now: the time.
         """
+        if model not in self.awaiting_model:
+            self.await_until[model] = now + _AWAIT_MODEL_S
         self.awaiting_model.setdefault(model, {})[cid] = idle, timeout
         self.used.discard(cid)
-        self.await_until = now + _AWAIT_MODEL_S
         self.needs_maintenance = True
 
     def model_was_read(self, model: str, idle: float) -> None:
@@ -241,7 +243,7 @@ class IdCache:
         The next `trim` releases all unused ones.
         """
         if on is not None:
-            self.draining = on
+            self.draining, self.needs_refill = on, self.needs_refill and not on
 
     def trim(self, now: float, others_wait: bool = False) -> None:
         """Release IDs that were not needed for long; set `trim_at`.

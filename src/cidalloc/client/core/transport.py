@@ -14,7 +14,9 @@ import http.client
 import inspect
 import re
 import ssl
+import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -57,7 +59,10 @@ __all__ = [
 ]
 
 # Without an answer, or when tritonclient cannot read what another server than Triton answers.
-STRANGE = (OSError, ValueError, LookupError, AttributeError, TypeError)
+STRANGE = (
+    *(OSError, ValueError, LookupError, AttributeError, TypeError),
+    *(EOFError, RecursionError, zlib.error),
+)
 
 DAY_S = 86_400.0
 
@@ -173,7 +178,8 @@ def read_answer(result: Any, model: str, url: str) -> tuple[protocol.IDs, str]:
     """
     try:
         output = result.as_numpy(protocol.OUTPUT)
-        detail = result.as_numpy(protocol.DETAIL)[0, 0].decode()
+        text = result.as_numpy(protocol.DETAIL)
+        detail = "" if text is None else text[0, 0].decode()
     except (ValueError, TypeError, LookupError):  # bytes that do not fit the shape
         output = None
     if output is None or output.dtype != "uint64":
@@ -204,7 +210,7 @@ _INSIDE |= {"http", "socket", "ssl", "select", "urllib", "gzip", "zlib", "json",
 def foreign(error: BaseException) -> bool:
     """Whether a signal handler of the application raised an error."""
     trace = error.__traceback__
-    if trace is None:
+    if trace is None or threading.current_thread() is not threading.main_thread():
         return False
     while trace.tb_next is not None:
         trace = trace.tb_next
@@ -243,7 +249,7 @@ def parse_url(url: str) -> Address:
     Raises:
         InvalidArgument: the URL is not valid.
     """
-    if not isinstance(url, str) or not url.isprintable():
+    if not isinstance(url, str) or not url.isprintable() or " " in url:
         raise InvalidArgument(f"{url!r} is not a URL: a URL is text like scheme://host:port")
     if _is_grpc_name(url):
         return Address(f"grpc://{url}", "grpc", False, url)

@@ -1,4 +1,4 @@
-"""HTTP under faults: a body without an end, a server that hangs up, an answer that cannot be read."""
+"""HTTP under faults: a body without end, a server that hangs up, answers that cannot be read."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ def test_a_body_that_keeps_coming_ends_in_time() -> None:
         with contextlib.suppress(Exception):
             transport.infer(0.5, "model", [])
         took = time.monotonic() - began
+        transport.close()
         sender.terminate()
     assert took < 1.5, f"{took:.1f} s instead of 0.5"
 
@@ -92,7 +93,7 @@ def test_a_connection_that_always_has_something_to_read_ends_in_time() -> None:
 
     connection = _Connection.__new__(_Connection)
     connection.socket = Always()  # type: ignore[assignment]
-    with pytest.raises(OSError):
+    with pytest.raises(TimeoutError):
         connection.exchange(b"", HttpAnswer(), boottime() + 0.3)
 
 
@@ -108,6 +109,7 @@ def test_a_server_that_hangs_up_at_once_is_noticed_at_once() -> None:
             with contextlib.suppress(Exception):
                 await transport.server_version(3.0)
             took.append(round(time.monotonic() - began, 2))
+            await transport.close()
             if took[-1] > 1:
                 break
         return took
@@ -136,8 +138,7 @@ def answering(head: bytes, body: bytes) -> Callable[[socket.socket], None]:
 )
 def test_an_answer_that_cannot_be_read_is_an_error_of_ours(head: bytes, body: bytes) -> None:
     with server(answering(head, body)) as url:
-        cids = Client(url, timeout=0.5)
-        with pytest.raises(CidError):
+        with Client(url, timeout=0.5) as cids, pytest.raises(CidError):
             cids.acquire()
 
 
@@ -149,3 +150,4 @@ def test_a_sequence_gets_an_error_of_ours_for_an_answer_that_is_not_tritons() ->
         with cids, cids.sequence("model") as sequence:
             with pytest.raises((CidError, InferenceServerException)):
                 sequence.infer([])
+        transport.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import signal
 import threading
 import time
@@ -138,37 +140,35 @@ def test_a_heartbeat_outlives_an_answer_that_cannot_be_read() -> None:
 
 
 def test_every_line_of_closing_tells_those_who_wait() -> None:
-    at, lost = 1, []
-    while True:
+    lost = []
+    for at in itertools.count(1):
+        bell, ended = Bell(at), threading.Event()
         model = Model()
-        cids = Client(transport=model)
-        sequence = cids.sequence("model", timeout=0.5)
-        sequence.infer([])
-        model.hold = True
-        sequence.async_infer([])
-        ended = threading.Event()
-
-        def work() -> None:
-            try:
-                sequence.infer([])
-            except CidError:
-                pass
-            ended.set()
-
-        worker = threading.Thread(target=work, daemon=True)
-        worker.start()
-        while len(sequence._core.on_way) < 2:
-            time.sleep(0.001)
-        time.sleep(0.002)
-        bell = Bell(at)
-        bell.during(sequence._core.finish)
-        sequence._core.finish()
-        if not ended.wait(1.5):
-            lost.append(bell.rang.rpartition("/")[2])
+        with Client(transport=model) as cids:
+            sequence = cids.sequence("model", timeout=0.5)
+            sequence.infer([])
+            model.hold = True
+            first = sequence.async_infer([])
+            worker = threading.Thread(target=wait_for_turn, args=(sequence, ended), daemon=True)
+            worker.start()
+            while len(sequence._core.on_way) < 2:
+                time.sleep(0.001)
+            time.sleep(0.002)
+            bell.during(sequence._core.finish)
+            sequence._core.finish()
+            if not ended.wait(1.5):
+                lost.append(bell.rang.rpartition("/")[2])
+            sequence.close()
+            first.cancel()
         if not bell.rang:
             break
-        at += 1
     assert not lost, f"infer never ends after an exception at {lost}"
+
+
+def wait_for_turn(sequence: Any, ended: threading.Event) -> None:
+    with contextlib.suppress(CidError):
+        sequence.infer([])
+    ended.set()
 
 
 def test_a_model_that_is_away_holds_ids_for_a_minute_at_most() -> None:
