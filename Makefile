@@ -11,6 +11,7 @@
 #                needs wrk and h2load (the Debian packages wrk and nghttp2-client)
 #   make scale   what an operation costs with up to 100 million held IDs and a million sessions
 #   make crowd   50 client processes with 20 sequences each for a minute, some of them killed
+#   make drill-drain  8 client processes with 12 sequences each, a drain, and the end of Triton
 #   make simulate  2000 fleets of clients with virtual time and every fault: ARGS="SEED --runs N"
 #   make chaos   a real server and 20 client processes for three minutes, while all is broken in
 #                turns: ARGS="--seed N --seconds S --clients C"; a full disk only as root
@@ -48,7 +49,7 @@ define install
 endef
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
 
-.PHONY: help demo test lint dist bench bench-client bench-registry bench-gate load scale simulate chaos fuzz sanitize coverage crowd clean
+.PHONY: help demo test lint dist bench bench-client bench-registry bench-gate load scale simulate chaos fuzz sanitize coverage crowd drill-drain clean
 .DELETE_ON_ERROR:
 
 help:
@@ -75,6 +76,9 @@ lint: .venv/.built .venv/.dev
 
 crowd: .venv/.built .venv/.dev
 	CIDALLOC_CROWD=50x20x60 $(BIN)/python -m pytest -q -s tests/integration/test_crowd.py
+
+drill-drain: .venv/.built .venv/.dev
+	CIDALLOC_DRAIN=8x12x30 $(BIN)/python -m pytest -q -s tests/integration/test_drain_live.py
 
 simulate: ARGS = 1000 --runs 2000
 simulate: .venv/.built .venv/.dev

@@ -77,3 +77,5 @@ class Code(IntEnum):
     """The server has forgotten the sequence, or may have forgotten it. Client only."""
     FORKED = 19
     """The object belongs to the parent process of this fork. Never sent."""
+    DRAINING = 20
+    """The server is being drained: it issues no more IDs, and opens no session."""

@@ -19,7 +19,8 @@
     │   ├── Repeated
     │   ├── SessionExpired
     │   ├── SequenceLost
-    │   └── Forked
+    │   ├── Forked
+    │   └── Draining
     ├── RegistryError (OSError)            the registry's file cannot be used
     │   ├── RegistryLocked
     │   ├── RegistryCorrupt
@@ -43,6 +44,7 @@ _DUE = re.compile(r"due in (\d+(?:\.\d+)?) s")
 __all__ = [
     "CapacityError",
     "CidError",
+    "Draining",
     "Duplicate",
     "Exhausted",
     "Forked",
@@ -191,6 +193,12 @@ class Forked(StateError):
     code = Code.FORKED
 
 
+class Draining(StateError):
+    """The server is being drained: no new sequence begins there, and running ones continue."""
+
+    code = Code.DRAINING
+
+
 class RegistryError(CidError, OSError):
     """The registry's file cannot be used."""
 
@@ -241,12 +249,12 @@ def _leaves(parent: type[CidError]) -> dict[Code, type[CidError]]:
 _CLASS_OF = _leaves(CidError)
 
 
-def error_for(code: int, message: str) -> CidError:
+def error_for(code: int, message: str, unknown: type[CidError] = ProtocolError) -> CidError:
     """Return the exception of ``code`` with ``message``.
 
-    A number that this version does not know becomes a `ProtocolError` that names it.
+    A number that this version does not know becomes an ``unknown`` that names it.
     """
     try:
         return _CLASS_OF[Code(code)](message)
     except (KeyError, ValueError):
-        return ProtocolError(f"unknown error code {code}: {message}")
+        return unknown(f"unknown error code {code}: {message}")

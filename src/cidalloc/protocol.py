@@ -16,12 +16,20 @@ import numpy as np
 import numpy.typing as npt
 
 from .codes import Operation
-from .errors import CidError, InvalidArgument, OutOfRange, UnknownOperation, error_for
+from .errors import (
+    CidError,
+    InvalidArgument,
+    OutOfRange,
+    ProtocolError,
+    UnknownOperation,
+    error_for,
+)
 
 __all__ = [
     "CODE",
     "CORRELATION_ID",
     "DETAIL",
+    "DRAINING",
     "MAX_COOLDOWN_MS",
     "MAX_SEQ",
     "MAX_WAIT_MS",
@@ -46,7 +54,9 @@ CORRELATION_ID = "CORRELATION_ID"
 OUTPUT = "OUTPUT"
 """Output, UINT64 [1, n]: the issued IDs, or a number."""
 DETAIL = "DETAIL"
-"""Output, BYTES [1, 1]: the text of operations that return text; otherwise empty."""
+"""Output, BYTES [1, 1]: the text of STATUS; `DRAINING` during a drain; otherwise empty."""
+DRAINING = "draining"
+"""The DETAIL of each answer but that of STATUS while the server is being drained."""
 
 PROTOCOL = 1
 """The version of the protocol, which the answer to OPEN has."""
@@ -170,6 +180,7 @@ _KINDS: dict[str, Any] = {
     "ttl_ms": 0,
     "cooldown_ms": 0,
     "wait_ms": 0,
+    "used": 0,
 }
 """The parameters that operations know: their type; of an integer, its minimum."""
 
@@ -185,12 +196,17 @@ def error_text(error: CidError) -> str:
     return f"[CIDALLOC {error.code.value} {error.code.name}] {error}"
 
 
-def parse_error(text: str) -> CidError | None:
-    """Return the error of cidalloc anywhere in ``text``, or None."""
+def parse_error(text: str, unknown: type[CidError] = ProtocolError) -> CidError | None:
+    """Return the error of cidalloc anywhere in ``text``, or None.
+
+    Args:
+        text: what Triton sent.
+        unknown: the class of an error whose number this version does not know.
+    """
     found = _ERROR.search(text)
     if not found:
         return None
-    error = error_for(int(found[1]), found[2])
+    error = error_for(int(found[1]), found[2], unknown)
     error.answered = True
     return error
 

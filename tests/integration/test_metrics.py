@@ -62,14 +62,17 @@ def values() -> dict[str, float]:
 
 
 def status(**more: Any) -> dict[str, Any]:
-    zero = dict.fromkeys(("held", "cooling", "peak", "sessions_total", "anonymous", "acquired"), 0)
+    counts = ("held", "used", "cooling", "peak", "sessions_total", "anonymous", "acquired")
+    zero = dict.fromkeys((*counts, "sessions_expired_in_use"), 0)
     released = {"ended": 0, "cooled": 0, "expired": 0}
     rest = {"pool": {"capacity": 9}, "errors": {}, "sessions_expired": 0, "uptime_s": 5.0}
     return {**zero, **rest, "released": released, **more}
 
 
 def test_they_follow_the_status(values: dict[str, float]) -> None:
-    now: dict[str, Any] | None = status(held=3, acquired=5, errors={"NOT_HELD": 2})
+    now: dict[str, Any] | None = status(
+        held=3, used=2, acquired=5, sessions_expired_in_use=4, errors={"NOT_HELD": 2}
+    )
     metrics = Metrics(lambda: now, "ids", Family, lambda: 100.0)
     for _ in range(SETTLED - 1):
         metrics.flush()
@@ -77,14 +80,18 @@ def test_they_follow_the_status(values: dict[str, float]) -> None:
     metrics.flush()
     assert {name.split()[0] for name in values} == set(FAMILIES), "all of them, at once"
     assert values["cidmgr_ids held"] == 3
+    assert values["cidmgr_ids_used"] == 2
+    assert values["cidmgr_sessions_expired_in_use_total"] == 4
     assert values["cidmgr_acquired_total"] == 5
     assert values["cidmgr_errors_total NOT_HELD"] == 2
     assert values["cidmgr_start_time_seconds"] == 95.0
-    now = status(held=1, acquired=7, released={"ended": 4, "cooled": 2, "expired": 0})
+    released = {"ended": 4, "cooled": 2, "expired": 0}
+    now = status(held=1, acquired=7, sessions_expired_in_use=5, released=released)
     metrics.flush()
     assert values["cidmgr_ids held"] == 1
     assert values["cidmgr_acquired_total"] == 7
     assert values["cidmgr_released_total ended"] == 4
+    assert values["cidmgr_sessions_expired_in_use_total"] == 5
     now = None  # handed over
     metrics.flush()
     assert values == {}

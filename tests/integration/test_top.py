@@ -163,6 +163,9 @@ def test_what_later_managers_list() -> None:
         assert column(app, "sessions", 1) == ["open", "expired", "expired"]
         assert column(app, "sessions", 3) == ["1", "2", "2"]
         assert column(app, "sessions", 5)[1:] == ["1 min 01 s ago"] * 2
+        assert column(app, "servers", 1) == ["ok"]
+        status["draining"] = True
+        await until(lambda: column(app, "servers", 1) == ["draining"])
 
     drive([recorded], steps)
 

@@ -28,6 +28,7 @@ def test_no_promise_is_broken() -> None:
     # Everything happened.
     for name in (*FAULTS, "power", "thefts", "late or twice", "held", "end", "ended", "waited"):
         assert total[name] > FLEETS / 10, name
+    assert total["drain"] and total["refused"] > FLEETS
     assert total["sequences"] > 25 * FLEETS
 
 

@@ -41,11 +41,12 @@ from cidalloc.client.core.plan import Plan
 from cidalloc.client.core.sequence import SequenceCore
 from cidalloc.client.core.tensors import Library
 from cidalloc.codes import Operation
-from cidalloc.errors import CidError, Unavailable
+from cidalloc.errors import CidError, Draining, Unavailable
 from cidalloc.manager import takeover as handover
 from cidalloc.manager.registry import Registry
 from cidalloc.manager.service import Service
 from cidalloc.manager.settings import Settings
+from cidalloc.manager.storage.drain import DrainSwitch
 
 TTL_S, GRACE_S, COOLDOWN_S = 10.0, 2.0, 2.0
 IDLE_S, LIMIT_S = 4.0, 3.0  # of the model, and of a request to it
@@ -55,6 +56,7 @@ RULES = history.Rules(TTL_S, GRACE_S, COOLDOWN_S, slack=0.01 + 2 * DRIFT * (TTL_
 CLIENTS, TALKERS = 4, 3
 LENGTH_S = 75.0
 FAULTS = ["freeze", "freeze all", "kill", "cut", "cut all", "manager", "slow"]
+DRAINS = 0.2  # of the fleets that are drained once for a while
 POWER = 0.2  # of the fleets in which the manager's machine loses it once
 _LIVELOCK = 5_000  # steps without time
 SETTINGS: dict[str, int] = {
@@ -290,6 +292,7 @@ class Fleet:
     def __init__(self, seed: int, folder: Path) -> None:
         self.dice = random.Random(seed)
         self.fate = random.Random(seed + 10**6)  # of what happens to the machine of the manager
+        self.operator = random.Random(seed + 2 * 10**6)
         self.now = 1000.0
         self.log: list[history.Event] = []
         self.counts: Counter[str] = Counter()
@@ -303,6 +306,7 @@ class Fleet:
         self._service: Service | None = None
         self._processes = itertools.count(1)
         self._booted = 0.0
+        self._drained = False
         recorder.booted = 0.0
         self.begin_manager()
         self.disk = Disk(folder / f"{protocol.MODEL}.cidalloc", self.fate)
@@ -318,6 +322,8 @@ class Fleet:
         self.at(self.now + 5.0, self.theft)
         if self.fate.random() < POWER:
             self.at(self.now + self.fate.uniform(10.0, 35.0), self.power)
+        if self.operator.random() < DRAINS:
+            self.at(self.now + self.operator.uniform(5.0, 50.0), self.drain)
         steps = 0
         while self._queue and self._queue[0][0] < until:
             then, (self.now, _, what) = self.now, heapq.heappop(self._queue)
@@ -361,7 +367,10 @@ class Fleet:
             json.dumps(dict(request.parameters)),
         )
         if isinstance(answer, CidError):
+            self.counts["refused"] += isinstance(answer, Draining)
             return Reply(error=protocol.parse_error(protocol.error_text(answer)))
+        if self._drained and request.operation in (Operation.NEW, Operation.OPEN):
+            self.wrong.append(f"D: {request.operation.name} in a drain at {self.now:.3f}")
         return Reply(answer[0][0], answer[1])
 
     # ---- The model
@@ -456,10 +465,28 @@ class Fleet:
         assert recorder.writer is not None
         recorder.writer.note("power")
         self._booted = recorder.booted = self.now
+        self._drained = False
         self.at(self.now + self.fate.uniform(0.1, 3.0), self.begin_manager)
 
     def boot_id(self) -> bytes:
         return int(self._booted * 1e6).to_bytes(16, "little")
+
+    def drain(self) -> None:
+        """Somebody drains the server, and changes his mind after a while."""
+        if self._service is None:
+            self.at(self.now + 0.5, self.drain)
+            return
+        switch = DrainSwitch(self.disk.path)
+        switch.set(True)
+        self._drained = True
+        self.counts["drain"] += 1
+
+        def undo() -> None:
+            self._drained = False
+            switch.set(False)
+            switch.close()
+
+        self.at(self.now + self.operator.uniform(1.0, 20.0), undo)
 
     def theft(self) -> None:
         """Somebody tries to give back what is another's: by a session of its own, and without."""

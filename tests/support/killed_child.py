@@ -122,7 +122,7 @@ class Child:
 
     def acquire(self, now: int, name: str, count: int, cooldown: int) -> list[int]:
         ids: list[int] = self.registry.acquire(
-            count, now, cooldown_ms=cooldown, **self.key(name)
+            count, now, cooldown_ms=cooldown, used=count, **self.key(name)
         ).tolist()
         self.ids[name] += ids
         return ids

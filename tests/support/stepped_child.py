@@ -157,6 +157,7 @@ SCENARIOS: dict[str, Scenario] = {
         5,
     ),
     "renew": Scenario(lambda w: w.registry.renew(token("a"), w.time), _three, 1),
+    "say what is used": Scenario(lambda w: w.registry.renew(token("a"), w.time, used=2), _three, 2),
     "close": Scenario(lambda w: w.registry.close_session(token("a"), w.time), _three, 5),
     "close an ended one": Scenario(
         lambda w: w.registry.close_session(token("a"), w.time, ended=True),

@@ -210,6 +210,11 @@ def test_socket_errors(error: OSError, kind: type[errors.CidError]) -> None:
         ("no", "405", errors.ProtocolError),
         ("no", "501", errors.ProtocolError),
         ("step 1: [CIDALLOC 3 NOT_OWNER] not yours", "500", errors.NotOwner),
+        ("[CIDALLOC 20 DRAINING] no new ones", "503", errors.Draining),
+        # Of a later version, whose code this one does not know.
+        ("[CIDALLOC 77 LATER] not now", "503", errors.Unavailable),
+        ("[CIDALLOC 77 LATER] not so", "StatusCode.INVALID_ARGUMENT", errors.InvalidArgument),
+        ("[CIDALLOC 77 LATER] where?", "StatusCode.NOT_FOUND", errors.ProtocolError),
     ],
 )
 def test_triton_errors(text: str, status: str | None, kind: type[errors.CidError]) -> None:

@@ -42,6 +42,7 @@ CODES = {
     "SESSION_EXPIRED": 17,
     "SEQUENCE_LOST": 18,
     "FORKED": 19,
+    "DRAINING": 20,
 }
 
 

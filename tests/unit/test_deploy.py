@@ -77,12 +77,15 @@ def test_the_queries_of_the_dashboard(tmp_path: Path) -> None:
 
 def test_kubernetes() -> None:
     parts = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
-    assert [each["kind"] for each in parts] == ["Service", "StatefulSet"]
+    kinds = ["Service", "PodDisruptionBudget", "StatefulSet"]
+    assert [each["kind"] for each in parts] == kinds
     for part in parts:
         kubernetes_validate.validate(part, "1.31", strict=True)
-    spec = parts[1]["spec"]
+    spec = parts[2]["spec"]
     assert spec["replicas"] == 1, "a session belongs to one manager"
-    assert spec["selector"]["matchLabels"] == spec["template"]["metadata"]["labels"]
+    labels = spec["template"]["metadata"]["labels"]
+    assert spec["selector"]["matchLabels"] == labels
+    assert parts[1]["spec"]["selector"]["matchLabels"] == labels
     (container,) = spec["template"]["spec"]["containers"]
     volumes = {each["name"] for each in spec["template"]["spec"]["volumes"]}
     volumes |= {each["metadata"]["name"] for each in spec["volumeClaimTemplates"]}
@@ -92,6 +95,13 @@ def test_kubernetes() -> None:
         command, *arguments = container[name]["exec"]["command"]
         assert command == "cidalloc"
         takes(arguments)
+    command, *arguments = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert command == "cidalloc"
+    takes(arguments)
+    state = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}["state"]
+    assert arguments[:2] == ["drain", state]
+    waits = int(arguments[arguments.index("--wait") + 1].removesuffix("s"))
+    assert waits + 20 <= spec["template"]["spec"]["terminationGracePeriodSeconds"]
 
 
 def takes(arguments: list[str]) -> None:

@@ -16,8 +16,12 @@ STATUS = {
     "held": 0,
     "cooling": 0,
     "anonymous": 0,
+    "used": 0,
+    "sessions_silent": 0,
+    "expired": [],
     "file": "/state/cidmgr.cidalloc",
 }
+NEW = {"used", "sessions_silent", "expired"}  # that managers before 0.1.0 do not tell
 SEQUENCES = {"sequence_batching": {"max_sequence_idle_microseconds": "5000000"}}
 TEXT = {
     "sequence_batching": {
@@ -47,6 +51,25 @@ def facts(status_says: dict[str, Any] | None = None, /, **more: Any) -> Facts:
     return Facts(**values | more)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"held": 900, "used": 450},
+        {"held": 900, "used": 0, "sessions_silent": 1},
+        {"held": 700, "used": 0},
+    ],
+)
+def test_caches_are_named_only_if_the_pool_is_nearly_full_of_them(more: dict[str, Any]) -> None:
+    assert not any("held IDs are in use" in each.what for each in examine(facts(more)))
+
+
+def test_an_earlier_manager() -> None:
+    old = facts({"held": 950})
+    assert old.status is not None
+    old.status = {k: v for k, v in old.status.items() if k not in NEW}
+    assert [each.level for each in examine(old)].count("FAIL") == 1
+
+
 def test_nothing_to_complain_of() -> None:
     assert {each.level for each in examine(facts())} == {"ok"}
 
@@ -58,6 +81,22 @@ def test_nothing_to_complain_of() -> None:
         (facts({"held": 799}), "ok", "79.9% of the 1,000 IDs"),
         (facts({"held": 700, "cooling": 100}), "warn", "80.0% of the 1,000 IDs"),
         (facts({"held": 950}), "FAIL", "95.0% of the 1,000 IDs"),
+        (facts({"held": 900, "used": 449}), "note", "only 449 of the 900 held IDs are in use"),
+        (
+            facts(
+                {
+                    "expired": [
+                        {"label": "w7", "held": 9, "used": 3, "ago_s": 61.0},
+                        {"label": "w1", "held": 9, "used": None, "ago_s": 65.0},
+                        {"label": "w2", "held": 9, "used": 0, "ago_s": 65.0},
+                        {"label": "w8", "held": 9, "used": 2, "ago_s": 70.0},
+                    ]
+                }
+            ),
+            "warn",
+            "2 sessions expired within the last hour with 5 IDs in use (the last one: w7, "
+            "1 min 01 s ago)",
+        ),
         (facts({"anonymous": 7}), "note", "7 IDs are held without a session"),
         (facts({"anonymous": 90_000}), "warn", "90,000 IDs are held without a session"),
         (facts(answered_ms=1500.0), "warn", "answers (1500 ms)"),

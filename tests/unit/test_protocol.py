@@ -77,14 +77,16 @@ def decoded(**parameters: Any) -> Request:
 
 
 @pytest.mark.parametrize("value", ["3", 3.0, True, None, [3]])
-@pytest.mark.parametrize("name", ["count", "seq", "ttl_ms", "cooldown_ms", "wait_ms"])
+@pytest.mark.parametrize("name", ["count", "seq", "ttl_ms", "cooldown_ms", "wait_ms", "used"])
 def test_integers_are_strict(name: str, value: Any) -> None:
     with pytest.raises(InvalidArgument, match=f"{name}=.* is not an integer"):
         decoded(**{name: value})
 
 
 @pytest.mark.parametrize(
-    ("name", "low"), [("count", 1), ("seq", 1), ("ttl_ms", 0), ("cooldown_ms", 0), ("wait_ms", 0)]
+    ("name", "low"),
+    [("count", 1), ("seq", 1)]
+    + [(name, 0) for name in ("ttl_ms", "cooldown_ms", "wait_ms", "used")],
 )
 def test_integers_have_bounds(name: str, low: int) -> None:
     for value in (low, protocol.MAX_SEQ):

@@ -231,7 +231,7 @@ def test_open_renews_nothing_and_all_else_does() -> None:
         assert registry.open(A, now, ttl_ms=5_000) == Grant(1, 5_000)
     with pytest.raises(SessionUnknown):
         registry.renew(A, now + 128)
-    assert registry.expired == 1 and registry.released["expired"] == 1
+    assert registry.expired.count == 1 and registry.released["expired"] == 1
 
 
 def test_a_renewal_may_ask_for_a_longer_cooldown_and_never_for_a_shorter_one() -> None:
@@ -366,7 +366,7 @@ def test_anonymous_ids_are_taken_back_in_slices() -> None:
             else:
                 assert now > since + 8_000
     assert registry.anonymous == len(registry.sessions) == 0
-    assert registry.expired == 0, "none of them was a session"
+    assert registry.expired.count == 0, "none of them was a session"
 
 
 def test_anonymous_ids_of_several_slices_go_back_together_or_not_at_all() -> None:

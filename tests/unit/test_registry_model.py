@@ -26,6 +26,7 @@ LARGE = 2**30
 
 tokens = st.sampled_from(TOKENS)
 cooldowns = st.sampled_from([None, 0, 10, 700, 20_000, 400_000])
+uses = st.sampled_from([None, 0, 1, 2, 1000])
 steps = st.sampled_from(
     [1, 49, 50, 51, 127, 128, 129, 700, 1000, 5000, 10_000, 60_000, 120_000, 500_000]
 )
@@ -58,6 +59,11 @@ class Session:
     expires: int  # not before this
     seq: int = 0
     held: set[int] = field(default_factory=set)
+    used: int | None = None
+
+    def say(self, used: int | None) -> None:
+        if used is not None:
+            self.used = min(used, len(self.held))
 
 
 class Histories(RuleBasedStateMachine):
@@ -85,7 +91,7 @@ class Histories(RuleBasedStateMachine):
         self.due: dict[int, int] = {}  # of each ID that was issued and is not held
         self.ever: set[int] = set()
         self.marked, self.marked_until = 0, 0  # so many IDs from the start on are not issued before
-        self.most = self.peak = self.expired = 0
+        self.most = self.peak = self.expired = self.expired_in_use = 0
         self.generations: set[int] = set()
         if not self.limits.fresh and self.limits.capacity < LARGE:
             self.marked = self.limits.capacity
@@ -167,6 +173,7 @@ class Histories(RuleBasedStateMachine):
                 assert self.now > session.expires, "L: expired too early"
                 self.let_go(session.held, session.cooldown)
                 self.expired += 1
+                self.expired_in_use += bool(session.used)
                 del self.sessions[token]
         age = self.limits.anonymous_age_ms
         latest = age + age // 8 + self.limits.grace_ms
@@ -250,12 +257,12 @@ class Histories(RuleBasedStateMachine):
             expires = self.now + ttl + limits.grace_ms
             self.sessions[token] = Session(grant, self.cooldown(cooldown or 0), expires)
 
-    @rule(token=tokens, cooldown=st.one_of(cooldowns, st.just(MAX_COOLDOWN_MS + 1)))
-    def renew(self, token: bytes, cooldown: int | None) -> None:
+    @rule(token=tokens, cooldown=st.one_of(cooldowns, st.just(MAX_COOLDOWN_MS + 1)), used=uses)
+    def renew(self, token: bytes, cooldown: int | None, used: int | None) -> None:
         session = self.session(token)
 
         def call() -> Grant:
-            return self.registry.renew(token, self.now, cooldown_ms=cooldown)
+            return self.registry.renew(token, self.now, cooldown_ms=cooldown, used=used)
 
         if session is None:
             with pytest.raises(errors.SessionUnknown):
@@ -265,6 +272,7 @@ class Histories(RuleBasedStateMachine):
                 call()
         else:
             assert call() == session.grant
+            session.say(used)
             if cooldown is not None:
                 session.cooldown = max(session.cooldown, self.cooldown(cooldown))
 
@@ -303,13 +311,18 @@ class Histories(RuleBasedStateMachine):
         count=st.one_of(st.integers(1, 5), st.integers(1, 150)),
         ahead=st.sampled_from([1, 1, 1, 1, 2, 2**40, 0, -1]),
         cooldown=st.one_of(cooldowns, st.just(MAX_COOLDOWN_MS + 1)),
+        used=uses,
     )
-    def acquire(self, token: bytes, count: int, ahead: int, cooldown: int | None) -> None:
+    def acquire(
+        self, token: bytes, count: int, ahead: int, cooldown: int | None, used: int | None
+    ) -> None:
         session, limits = self.session(token), self.limits
         seq = self.seq_for(session, ahead)
 
         def call() -> list[int]:
-            ids = self.registry.acquire(count, self.now, token=token, seq=seq, cooldown_ms=cooldown)
+            ids = self.registry.acquire(
+                count, self.now, token=token, seq=seq, cooldown_ms=cooldown, used=used
+            )
             return [int(cid) for cid in ids]
 
         if session is None:
@@ -329,6 +342,7 @@ class Histories(RuleBasedStateMachine):
             if got := self.taken(count, call):
                 session.held |= got
                 session.seq = seq
+                session.say(used)
 
     @rule(count=st.one_of(st.integers(1, 5), st.integers(1, 150)))
     def acquire_without_a_session(self, count: int) -> None:
@@ -364,6 +378,7 @@ class Histories(RuleBasedStateMachine):
         ahead=st.sampled_from([1, 1, 1, 1, 2, 0, -1]),
         ended=st.booleans(),
         cooldown=cooldowns,
+        used=uses,
     )
     def release(
         self,
@@ -372,6 +387,7 @@ class Histories(RuleBasedStateMachine):
         ahead: int,
         ended: bool,
         cooldown: int | None,
+        used: int | None,
     ) -> None:
         session = None
         if token is None:
@@ -385,7 +401,13 @@ class Histories(RuleBasedStateMachine):
         def call() -> int:
             array = np.array(ids, np.uint64)
             return self.registry.release(
-                array, self.now, token=token, seq=seq, ended=ended, cooldown_ms=cooldown
+                array,
+                self.now,
+                token=token,
+                seq=seq,
+                ended=ended,
+                cooldown_ms=cooldown,
+                used=used,
             )
 
         expected = self.refusal(ids, mine)
@@ -406,6 +428,7 @@ class Histories(RuleBasedStateMachine):
         else:
             session.held -= set(ids)
             session.seq = seq
+            session.say(used)
 
     def some(self, data: st.DataObject, mine: set[int]) -> list[int]:
         """IDs to give back: mostly right ones; or with a foreign, strange or repeated one."""
@@ -474,7 +497,7 @@ class Histories(RuleBasedStateMachine):
         self.registry = self.started()
         assert self.registry.uuid == uuid
         self.opened_at = self.slices_from = self.now
-        self.expired, self.peak = 0, len(self.held)
+        self.expired, self.expired_in_use, self.peak = 0, 0, len(self.held)
 
     # ---- What always holds
 
@@ -507,9 +530,13 @@ class Histories(RuleBasedStateMachine):
         assert status["anonymous"] == len(self.anonymous)
         assert status["sessions_total"] == len(self.sessions)
         assert status["sessions_expired"] == self.expired
+        assert status["sessions_expired_in_use"] == self.expired_in_use
+        told = [each.used for each in self.sessions.values() if each.used is not None]
+        assert status["used"] == sum(told)
+        assert status["sessions_silent"] == len(self.sessions) - len(told)
         assert status["uptime_s"] * 1000 == pytest.approx(self.now - self.opened_at)
-        shown = {each["label"]: each["held"] for each in status["sessions"]}
-        assert shown == {f"of {t[0]}": len(s.held) for t, s in self.sessions.items()}
+        shown = {each["label"]: (each["held"], each["used"]) for each in status["sessions"]}
+        assert shown == {f"of {t[0]}": (len(s.held), s.used) for t, s in self.sessions.items()}
 
 
 TestHistories = Histories.TestCase

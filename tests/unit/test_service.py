@@ -305,7 +305,7 @@ def test_a_status(service: Service, clock: Clock) -> None:
     open_session(service, label="one")
     ask(service, Operation.NEW, session=TOKEN, seq=1, count=2)
     ask(service, Operation.NEW)
-    ask(service, Operation.DELETE, [10], session=TOKEN, seq=2, ended=True)
+    ask(service, Operation.DELETE, [10], session=TOKEN, seq=2, ended=True, used=1)
     ask(service, Operation.DELETE, [10], session=TOKEN, seq=3)
     clock.now += 1_500
     found = status(service)
@@ -314,16 +314,21 @@ def test_a_status(service: Service, clock: Clock) -> None:
         "version": __version__,
         "pool": {"first": 10, "capacity": 5, "block": 1},
         "held": 2,
+        "used": 1,
         "cooling": 1,
         "free": 2,
         "inactive": 1,
         "peak": 3,
         "high_water": 3,
+        "draining": False,
         "anonymous": 1,
         "waiting": 0,
-        "sessions": [{"label": "one", "held": 1, "age_s": 1.5, "expires_in_s": 18.5}],
+        "sessions": [{"label": "one", "held": 1, "used": 1, "age_s": 1.5, "expires_in_s": 18.5}],
         "sessions_total": 1,
+        "sessions_silent": 0,
         "sessions_expired": 0,
+        "sessions_expired_in_use": 0,
+        "expired": [],
         "acquired": 3,
         "released": {"ended": 1, "cooled": 0, "expired": 0},
         "uptime_s": 1.5,

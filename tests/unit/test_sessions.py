@@ -15,7 +15,7 @@ from cidalloc.errors import RegistryCorrupt
 from cidalloc.manager import sessions as sessions_module
 from cidalloc.manager.sessions import ENDING, FREE, OPEN, Session, Sessions
 from cidalloc.manager.storage.file import Storage
-from cidalloc.manager.storage.file_format import GRANULE, MAX_ROWS, Shape, Word
+from cidalloc.manager.storage.file_format import GRANULE, MAX_CAPACITY, MAX_ROWS, Shape, Word
 
 FOREVER = 2**39
 
@@ -48,12 +48,12 @@ def row(
     ttl: int = 10,
     cooldown: int = 5,
     opened_at: int = 0,
-    anonymous: int = 0,
+    kind: int = 0,
     label: bytes = b"",
 ) -> bytes:
     life = generation << 2 | state
     return struct.pack(
-        "=QQ16sqqqQ64s", life, seq, digest(name), ttl, cooldown, opened_at, anonymous, label
+        "=QQ16sqqqQ64s", life, seq, digest(name), ttl, cooldown, opened_at, kind, label
     )
 
 
@@ -247,7 +247,7 @@ def test_used_rows_are_taken_over() -> None:
         row(OPEN, 3, name=1, seq=4, ttl=100, label=b"one"),
         row(FREE, 5, name=2),
         row(ENDING, 4, name=3),
-        row(OPEN, 9, anonymous=1),
+        row(OPEN, 9, kind=1),
         now=1_000,
         grace=50,
     )
@@ -272,7 +272,7 @@ def test_free_rows_below_used_ones_are_taken_first() -> None:
 
 
 def test_only_anonymous_ones_are_believed_after_a_power_cut() -> None:
-    store = stored(row(name=1), row(name=2, anonymous=1), row(ENDING, name=3))
+    store = stored(row(name=1), row(name=2, kind=1), row(ENDING, name=3))
     owners = Sessions.owners(store, 9, after_power_loss=True)
     assert list(owners[:4]) == [0, 0, 1, 0]
     sessions = Sessions(store, Allocator(10))
@@ -280,6 +280,33 @@ def test_only_anonymous_ones_are_believed_after_a_power_cut() -> None:
     assert [*sessions.anonymous] == [2]
     assert not sessions.named
     assert list(Sessions.owners(store, 9, False)[:4]) == [0, 0, 1, 0], "and so it stays"
+
+
+def test_how_many_are_in_use_outlives_the_process() -> None:
+    table = Table()
+    for name in (1, 2, 3):
+        session = table.open(name)
+        table.pool.acquire_many(5, session.number, 0)
+        table.sessions.set_used(session, {1: None, 2: 0, 3: 4}[name])
+    table.open(0)
+    owners = Sessions.owners(table.store, 9, False)
+    later = Sessions(table.store, table.pool)
+    later.recover(owners, 0, 0)
+    assert [each.used for each in later.named.values()] == [None, 0, 4]
+    for sessions in (table.sessions, later):
+        assert (sessions.used, sessions.silent) == (4, 1)
+    highest = taken_over(row(kind=2 * MAX_CAPACITY + 2))[0]
+    assert highest.used == MAX_CAPACITY
+
+
+def test_no_more_are_in_use_than_are_held() -> None:
+    table = Table()
+    session = table.open(1)
+    table.pool.acquire_many(3, session.number, 0)
+    table.sessions.set_used(session, 2**70)
+    assert session.used == table.sessions.used == 3
+    table.sessions.end(session, 0)
+    assert table.sessions.used == table.sessions.silent == 0
 
 
 def test_a_time_of_another_boot_is_not_in_the_future() -> None:
@@ -293,8 +320,9 @@ def test_a_time_of_another_boot_is_not_in_the_future() -> None:
         row(3),
         row(generation=10),
         row(generation=2**62 - 1),
-        row(anonymous=2),
-        row(anonymous=2**64 - 1),
+        row(kind=3),
+        row(kind=2 * MAX_CAPACITY + 4),
+        row(kind=2**64 - 1),
         row(ttl=-1),
         row(ttl=2**40),
         row(cooldown=-1),
@@ -317,7 +345,7 @@ def test_two_rows_of_one_session_are_damage() -> None:
 
 
 def test_the_rest_of_a_free_row_does_not_matter() -> None:
-    _, owners, ending = taken_over(row(FREE, 2**62 - 1, ttl=-5, anonymous=77), row())
+    _, owners, ending = taken_over(row(FREE, 2**62 - 1, ttl=-5, kind=77), row())
     assert owners[:3] == [0, 0, 1]
     assert ending == []
 

@@ -35,6 +35,7 @@ from cidalloc.errors import (
 from cidalloc.manager.inspection import look, status_of
 from cidalloc.manager.registry import Registry
 from cidalloc.manager.settings import Settings
+from cidalloc.manager.storage import drain
 from cidalloc.manager.storage.file import Storage
 from cidalloc.manager.storage.file_format import GRANULE, Part, Shape, Word, checked
 from cidalloc.manager.storage.file_lock import TakeoverRequest, process_id, writer_of
@@ -581,6 +582,20 @@ def test_a_disk_too_full_for_a_pool_that_waits(disk: Disk) -> None:
     assert str(path) in str(caught.value)
     assert ".registry" not in str(caught.value), "not the draft's name"
     assert os.listdir(disk.folder) == []
+
+
+def test_a_drain_on_a_full_disk(disk: Disk) -> None:
+    """Its words have had their place since the file was made."""
+    path = disk.folder / "registry"
+    registry = opened(path)
+    disk.leave(0)
+    switch = drain.DrainSwitch(path)
+    for on in (True, False):
+        switch.set(on)
+        assert drain.answer(registry.store.header) and switch.answered
+        assert drain.is_draining(registry.store.header) is on
+    switch.close()
+    registry.close()
 
 
 def test_a_disk_that_fills_up(disk: Disk) -> None:

@@ -28,6 +28,9 @@ _GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Deploy the manager": {
         "model": ("model", "Write the manager model into a model repository."),
     },
+    "Operate a manager": {
+        "drain": ("drain", "Let no new sequence begin on a server, and wait for the others."),
+    },
     "Watch a manager": {
         "status": ("ask", "Print how many IDs are held, and by which clients."),
         "top": ("top", "Watch the status of a manager, live."),

@@ -37,6 +37,7 @@ def show(file: Path, as_json: bool) -> None:
     found, status = _look(file)
     pid, running = _writer(file)
     status["writer"] = pid if running else None
+    status["draining"] = status["draining"] and running
     if as_json:
         click.echo(json.dumps(status))
         return
@@ -49,9 +50,11 @@ def show(file: Path, as_json: bool) -> None:
         ("writer", f"process {pid}" if running else "none"),
         ("pool", f"{pool['first']} to {last}, {pool['capacity']:,} IDs"),
         ("held", f"{status['held']:,}, {status['anonymous']:,} of them without a session"),
+        ("in use", f"{status['used']:,}, as clients said with their last heartbeat"),
         ("cooling", f"{status['cooling']:,}"),
         ("ever opened", f"{status['high_water']:,}"),
         ("sessions", f"{status['sessions_total']:,}"),
+        *([("draining", "the manager issues no more IDs")] if status["draining"] else []),
     )
     for name, value in rows:
         console.print(f"{name:<12} {value}", soft_wrap=True)
@@ -62,10 +65,12 @@ def show(file: Path, as_json: bool) -> None:
     sessions = status["sessions"]
     if sessions:
         table = Table("session", box=None, pad_edge=False)
-        table.add_column("held", justify="right")
-        table.add_column("age", justify="right")
+        for name in ("in use", "held", "age"):
+            table.add_column(name, justify="right")
         for each in sessions:
-            table.add_row(each["label"] or "–", f"{each['held']:,}", f"{each['age_s']:,.0f} s")
+            used = "-" if each["used"] is None else f"{each['used']:,}"
+            row = (used, f"{each['held']:,}", f"{each['age_s']:,.0f} s")
+            table.add_row(each["label"] or "–", *row)
         console.print()
         console.print(table)
         if status["sessions_total"] > len(sessions):

@@ -100,6 +100,13 @@ def _manager(facts: Facts) -> Iterator[Finding]:
         level = "ok" if took < _SLOW_MS else "warn"
         todo = "" if level == "ok" else "find out what keeps the server's CPUs busy"
         yield Finding(level, f"{facts.manager} {version} answers ({took:.0f} ms)", todo)
+        if facts.status.get("draining"):
+            yield Finding(
+                "warn",
+                "the server is being drained: no new sequence begins, running ones continue",
+                "restart the server when its sequences have ended ('cidalloc drain FILE --wait"
+                " 10m'), or end the drain: 'cidalloc drain --undo FILE'",
+            )
 
 
 def _memory(facts: Facts) -> Iterator[Finding]:
@@ -131,6 +138,15 @@ def _pool(facts: Facts) -> Iterator[Finding]:
             "enlarge the pool ('cidalloc registry upgrade --capacity N FILE'), or find the clients"
             " that hold the IDs ('cidalloc top URL')",
         )
+        # An earlier manager does not count them, and an earlier client does not say.
+        in_use = status.get("used")
+        if in_use is not None and not status["sessions_silent"] and 2 * in_use < status["held"]:
+            yield Finding(
+                "note",
+                f"only {in_use:,} of the {status['held']:,} held IDs are in use: most are in the"
+                " caches of clients",
+                "let clients cache fewer IDs: Client(…, ahead=N)",
+            )
     anonymous = status["anonymous"]
     if anonymous:
         yield Finding(
@@ -138,6 +154,19 @@ def _pool(facts: Facts) -> Iterator[Finding]:
             f"{anonymous:,} IDs are held without a session: the manager cannot see whether their"
             " programs are alive",
             "use the client in those programs, or make them release their IDs",
+        )
+
+
+def _expired(facts: Facts) -> Iterator[Finding]:
+    expired = [each for each in (facts.status or {}).get("expired", ()) if each["used"]]
+    if expired:
+        in_use = sum(each["used"] for each in expired)
+        last = expired[0]
+        yield Finding(
+            "warn",
+            f"{len(expired):,} sessions expired within the last hour with {in_use:,} IDs in use"
+            f" (the last one: {last['label'] or 'no label'}, {duration(last['ago_s'])} ago)",
+            "look for clients that crashed, were killed or frozen, or cannot reach the server",
         )
 
 
@@ -306,6 +335,7 @@ _RULES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     _manager,
     _memory,
     _pool,
+    _expired,
     _digits,
     _manager_config,
     _targets,

@@ -56,15 +56,22 @@ def status_view(
     Args:
         status: the answer to STATUS.
         rates: per second, if they are known.
-        most: number of sessions to show, beginning with those that expire first; None shows all.
+        most: number of sessions to show, open and expired ones together; None shows all. Sessions
+            with the most IDs in use come first, and then the last ones that expired.
     """
     parts: list[RenderableType] = [_facts(status, rates)]
-    sessions = sorted(status["sessions"], key=lambda each: each["expires_in_s"])
-    if sessions and most != 0:
-        parts += [Text(), _sessions(sessions[:most])]
-        hidden = status["sessions_total"] - len(sessions[:most])
+    expired = [each for each in status.get("expired", ()) if each["used"]]
+    if most is not None:
+        expired = expired[: most // 3]
+        most = max(most - len(expired) - 2 * bool(expired), 0)
+    sessions = status["sessions"][:most]
+    if sessions:
+        parts += [Text(), _sessions(sessions)]
+        hidden = status["sessions_total"] - len(sessions)
         if hidden > 0:
             parts.append(Text(f"… and {hidden:,} more", style="dim"))
+    if expired:
+        parts += [Text(), _expired(expired)]
     return Group(*parts)
 
 
@@ -82,13 +89,20 @@ def _facts(status: Mapping[str, Any], rates: Rates | None) -> Table:
     row("pool", f"{pool['first']} to {last}, {capacity:,} IDs")
     anonymous = status["anonymous"]
     more = f"; {anonymous:,} of them without a session" if anonymous else ""
+    if status.get("draining"):  # earlier managers cannot
+        row("draining", "the manager issues no more IDs; 'cidalloc drain --undo FILE' ends this")
     row("held", f"{held:,}, including the ID caches of clients{more}")
+    if "used" in status:  # earlier managers do not count them
+        silent = status["sessions_silent"]
+        more = f"; sessions that have not said it: {silent:,}" if silent else ""
+        row("in use", f"{status['used']:,}, as clients said with their last heartbeat{more}")
     row("cooling", f"{cooling:,}")
     row("free", f"{status['free']:,} ({status['free'] / capacity:.1%})")
     row("peak", f"{status['peak']:,} held at the same time")
     waiting = status.get("waiting", 0)  # earlier managers do not count them
     more = f"; {waiting:,} wait for IDs" if waiting else ""
-    expired = status["sessions_expired"]
+    expired, in_use = status["sessions_expired"], status.get("sessions_expired_in_use", 0)
+    more = (f", {in_use:,} of them with IDs in use" if in_use else "") + more
     row("sessions", f"{status['sessions_total']:,} open, {expired:,} expired{more}")
     if rates is not None:
         row("rates", ", ".join(f"{rate:,.0f} {name}/s" for name, rate in rates.items()))
@@ -100,17 +114,36 @@ def _facts(status: Mapping[str, Any], rates: Rates | None) -> Table:
 
 
 def _sessions(sessions: list[Mapping[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("session", overflow="ellipsis", no_wrap=True)
-    for name in ("held", "age", "expires in"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = _table("session", "in use", "held", "age", "expires in")
     for each in sessions:
         late = each["expires_in_s"] < 10
         table.add_row(
             # A label comes from a client: do not interpret markup in it.
             Text(each["label"] or "–"),
+            _number(each.get("used")),
             f"{each['held']:,}",
             duration(each["age_s"]),
             Text(duration(each["expires_in_s"]), style="yellow" if late else ""),
         )
     return table
+
+
+def _expired(sessions: list[Mapping[str, Any]]) -> Table:
+    table = _table("expired with IDs in use", "in use", "held", "ago")
+    for each in sessions:
+        row = (_number(each["used"]), f"{each['held']:,}", duration(each["ago_s"]))
+        table.add_row(Text(each["label"] or "–"), *row)
+    return table
+
+
+def _table(first: str, *numbers: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(first, overflow="ellipsis", no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _number(count: int | None) -> str:
+    """Return an unknown number as a dash."""
+    return "-" if count is None else f"{count:,}"

@@ -2,50 +2,61 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..errors import RegistryCorrupt
 from .registry import Registry
 from .settings import Settings
+from .storage.drain import is_draining
 from .storage.file import Storage
 from .storage.file_format import Word
 
 __all__ = ["SHOWN", "look", "status_of"]
 
 SHOWN = 100
-"""The most sessions in a status."""
+"""The most open sessions in a status, and the most expired ones."""
 
 _LOOKS = 50  # tries to copy a file that changes meanwhile
 
 
 def status_of(registry: Registry, now: int, sessions: int = SHOWN) -> dict[str, Any]:
-    """Return the state of a registry at the time ``now``, with at most so many sessions."""
+    """Return the state of a registry at the time ``now``.
+
+    It lists at most so many open sessions, those with the most IDs in use first, then those with
+    the most held; and as many that expired in the last hour, the latest first.
+    """
     pool, table = registry.tick(now), registry.sessions
     pool.acquire_many(0, now=registry.now)  # so that it knows the time
     cooling = pool.cooling
+    largest = table.largest(SHOWN, registry.now)[:sessions] if sessions else []
     return {
         "pool": {"first": pool.first, "capacity": pool.capacity, "block": pool.block},
         "held": pool.active,
+        "used": table.used,
         "cooling": cooling,
         "free": pool.capacity - pool.active - cooling,
         "inactive": pool.inactive,
         "peak": pool.peak,
         "high_water": pool.high_water,
+        "draining": is_draining(registry.store.header),
         "anonymous": registry.anonymous,
         "waiting": registry.waiting.count(registry.now),
         "sessions": [
             {
                 "label": each.label,
                 "held": pool.held_count(each.number),
+                "used": each.used,
                 "age_s": (registry.now - each.opened_at) / 1000,
                 "expires_in_s": (each.expires - registry.now) / 1000,
             }
-            for each in islice(table.named.values(), sessions)
+            for each in largest
         ],
         "sessions_total": len(table.named),
-        "sessions_expired": registry.expired,
+        "sessions_silent": table.silent,
+        "sessions_expired": registry.expired.count,
+        "sessions_expired_in_use": registry.expired.in_use,
+        "expired": registry.expired.latest(registry.now, sessions),
         "acquired": registry.acquired,
         "released": {how: registry.released[how] for how in ("ended", "cooled", "expired")},
         "uptime_s": (registry.now - registry.opened_at) / 1000,

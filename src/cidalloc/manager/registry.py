@@ -28,6 +28,7 @@ from ..errors import (
     Unavailable,
 )
 from ..protocol import IDs
+from .expired import ExpiredSessions
 from .recovery import recover, shape_for, storage_in_memory, waiting_for
 from .sessions import Session
 from .settings import Settings
@@ -70,7 +71,8 @@ class Registry:
         waiting: the sessions that wait for IDs.
         now: the latest time seen.
         opened_at: the time at which this object was made.
-        acquired, released, expired: IDs and sessions since then.
+        acquired, released: IDs since then.
+        expired: the sessions that expired since then.
 
     Of each call, ``token`` is the session's and ``now`` the time; the token of no open session
     raises `SessionUnknown`. Any call may raise `Forked` in a child process, and `Unavailable` after
@@ -86,7 +88,7 @@ class Registry:
         live_snapshot: bool = False,
     ) -> None:
         self.settings = settings
-        self.expired = 0
+        self.expired = ExpiredSessions()
         self.released: Counter[str] = Counter()
         self.acquired = 0
         self.store = store or storage_in_memory(settings, boot)
@@ -161,10 +163,10 @@ class Registry:
         )
         return Grant(session.generation, ttl_ms)
 
-    def renew(self, token: bytes, now: int, *, cooldown_ms: int | None = None) -> Grant:
-        """Renew a session's lease. Constant time.
-
-        With ``cooldown_ms`` all its IDs cool for at least so long if it expires, as for `acquire`.
+    def renew(
+        self, token: bytes, now: int, *, cooldown_ms: int | None = None, used: int | None = None
+    ) -> Grant:
+        """Renew a session's lease. Constant time. `acquire` explains ``cooldown_ms`` and ``used``.
 
         Raises:
             LimitExceeded: too long a time.
@@ -172,6 +174,7 @@ class Registry:
         session = self._renewed(token, now)
         if cooldown_ms is not None:
             self._raise_cooldown(session, cooldown_ms)
+        self.sessions.set_used(session, used)
         return Grant(session.generation, session.ttl)
 
     def close_session(self, token: bytes, now: int, *, ended: bool = False) -> int:
@@ -191,9 +194,8 @@ class Registry:
         Raises:
             Repeated: ``seq`` is not above the last one.
         """
-        session = self._renewed(token, now)
+        session = self._renewed(token, now, seq)
         if seq is not None:
-            self._check_seq(session, seq)
             self.sessions.set_seq(session, seq)
         return np.sort(self.store.shape.ids(self.pool.held_by(session.number)))
 
@@ -208,6 +210,7 @@ class Registry:
         seq: int = 0,
         cooldown_ms: int | None = None,
         wait_ms: int | None = None,
+        used: int | None = None,
     ) -> IDs:
         """Issue ``count`` IDs, all or none. IDs that waiting sessions need are not issued.
 
@@ -222,6 +225,7 @@ class Registry:
                 ``unended_cooldown_ms``.
             wait_ms: with a token: the session uses its place among those that wait. If this raises
                 `Exhausted`, it keeps its place for so long, or gets the last one.
+            used: with a token: how many IDs of the session are in use after this, if that is known.
 
         Raises:
             InvalidArgument: ``wait_ms`` without a token.
@@ -232,8 +236,7 @@ class Registry:
         """
         limits = self.settings
         if token is not None:
-            session = self._renewed(token, now)
-            self._check_seq(session, seq)
+            session = self._renewed(token, now, seq)
             held, most = self.pool.held_count(session.number), limits.max_held
             whose, which = "by this session", f"max_held={most}"
         elif wait_ms is not None:
@@ -259,7 +262,7 @@ class Registry:
                 self.waiting.keep(session, count, self.now, wait_ms)
             raise
         if token is not None:
-            self.sessions.set_seq(session, seq)
+            self.sessions.set_seq(session, seq, used)
             if wait_ms is not None:
                 self.waiting.leave(session)
         self.acquired += count
@@ -274,6 +277,7 @@ class Registry:
         seq: int = 0,
         ended: bool = False,
         cooldown_ms: int | None = None,
+        used: int | None = None,
     ) -> int:
         """Take ``ids`` back, all or none, and return how many they were.
 
@@ -285,6 +289,7 @@ class Registry:
             ended: END was answered for each sequence, so the IDs cool for the shortest time.
             cooldown_ms: otherwise, the time after which Triton has certainly forgotten these
                 sequences. By default ``unended_cooldown_ms``.
+            used: as for `acquire`.
 
         Raises:
             InvalidArgument: no IDs.
@@ -294,8 +299,7 @@ class Registry:
         """
         session = None
         if token is not None:
-            session = self._renewed(token, now)
-            self._check_seq(session, seq)
+            session = self._renewed(token, now, seq)
         else:
             self._advance(now)
         if len(ids) == 0:
@@ -313,7 +317,7 @@ class Registry:
             else:
                 self._reckon(cooldown)
                 self.pool.release_many(numbers, session.number, self.now + cooldown)
-                self.sessions.set_seq(session, seq)
+                self.sessions.set_seq(session, seq, used)
         except (NotHeld, NotOwner, Duplicate) as error:
             raise self.store.shape.with_id(error) from None
         self.released["ended" if ended else "cooled"] += len(ids)
@@ -351,8 +355,10 @@ class Registry:
         _ = self.pool.active  # raises `Forked`, before the child touches memory it does not have
         self.now = max(self.now, now)
         while session := self.sessions.due(self.now):
-            self.expired += not session.anonymous
-            self.released["expired"] += self._end(session, session.cooldown)
+            held = self._end(session, session.cooldown)
+            self.released["expired"] += held
+            if not session.anonymous:
+                self.expired.add(session.label, held, session.used, self.now)
 
     def _digest(self, token: bytes) -> bytes:
         """Return what the registry keeps of a session's token."""
@@ -363,8 +369,8 @@ class Registry:
         reuse_at = self.now + max(cooldown, self.settings.cooldown_ms)
         return self.sessions.end(session, reuse_at)
 
-    def _renewed(self, token: bytes, now: int) -> Session:
-        """Return a session after its lease was renewed."""
+    def _renewed(self, token: bytes, now: int, seq: int | None = None) -> Session:
+        """Return a session after its lease was renewed. With ``seq``, check it."""
         self._advance(now)
         session = self.sessions.named.get(self._digest(token))
         if session is None:
@@ -373,11 +379,9 @@ class Registry:
             )
         expires = self.now + session.ttl + self.settings.grace_ms
         session.expires = max(expires, session.expires)
-        return session
-
-    def _check_seq(self, session: Session, seq: int) -> None:
-        if seq <= session.seq:
+        if seq is not None and seq <= session.seq:
             raise Repeated(f"seq={seq} is not above {session.seq}, the last one that was applied")
+        return session
 
     def _raise_cooldown(self, session: Session, asked: int | None) -> None:
         """Let the IDs of a session cool for at least so long if it expires."""

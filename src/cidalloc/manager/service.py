@@ -19,11 +19,12 @@ import numpy.typing as npt
 
 from .. import __version__
 from ..codes import Operation
-from ..errors import CidError, InternalError, InvalidArgument, RegistryMismatch
-from ..protocol import MODEL, PROTOCOL, IDs, Request
+from ..errors import CidError, Draining, InternalError, InvalidArgument, RegistryMismatch
+from ..protocol import DRAINING, MODEL, PROTOCOL, IDs, Request
 from .inspection import SHOWN, status_of
 from .registry import Registry
 from .settings import Settings
+from .storage.drain import is_draining
 from .takeover import OWNER_POLL_S, WAITING_POLL_S, RegistryHolder
 
 __all__ = ["Service", "boottime_ms"]
@@ -135,8 +136,12 @@ class Service:
         now = self._clock()
         if request.operation is Operation.STATUS:
             return _NOTHING, json.dumps(self._status(registry, now, SHOWN))
+        registry.tick(now)  # raises `Forked`, before the child reads a header that it does not have
+        draining = is_draining(registry.store.header)
+        if draining and request.operation in (Operation.OPEN, Operation.NEW):
+            _refuse(registry, request, now)
         output = self._apply[request.operation](registry, request, now)
-        return np.asarray(output, np.uint64).reshape(1, -1), ""
+        return np.asarray(output, np.uint64).reshape(1, -1), DRAINING if draining else ""
 
     def _status(self, registry: Registry, now: int, sessions: int) -> dict[str, Any]:
         return {
@@ -157,6 +162,15 @@ class Service:
 _NOTHING: IDs = np.empty((1, 0), np.uint64)
 
 
+def _refuse(registry: Registry, request: Request, now: int) -> None:
+    """Refuse what could begin a sequence; the session's lease is renewed all the same."""
+    if request.operation is Operation.NEW and request.token is not None:
+        registry.renew(request.token, now)
+    raise Draining(
+        "the server is being drained: running sequences continue, and no new one begins here"
+    )
+
+
 def _token(request: Request) -> bytes:
     token = request.token
     if token is None:
@@ -171,7 +185,12 @@ def _change(request: Request) -> dict[str, Any]:
         raise InvalidArgument(
             "a change of a session needs the parameter seq, which rises with each change"
         )
-    return {"token": token, "seq": given.get("seq", 0), "cooldown_ms": given.get("cooldown_ms")}
+    return {
+        "token": token,
+        "seq": given.get("seq", 0),
+        "cooldown_ms": given.get("cooldown_ms"),
+        "used": given.get("used"),
+    }
 
 
 def _new(registry: Registry, request: Request, now: int) -> IDs:
@@ -202,8 +221,9 @@ def _open(registry: Registry, request: Request, now: int) -> list[int]:
 
 
 def _renew(registry: Registry, request: Request, now: int) -> list[int]:
-    cooldown = request.parameters.get("cooldown_ms")
-    grant = registry.renew(_token(request), now, cooldown_ms=cooldown)
+    given = request.parameters
+    cooldown, used = given.get("cooldown_ms"), given.get("used")
+    grant = registry.renew(_token(request), now, cooldown_ms=cooldown, used=used)
     return [grant.generation, grant.ttl_ms, registry.waiting.any(now)]
 
 

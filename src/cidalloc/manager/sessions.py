@@ -20,17 +20,21 @@ import numpy as np
 from .._alloc import Allocator
 from ..errors import RegistryCorrupt
 from .storage.file import Storage
-from .storage.file_format import Part, Word
+from .storage.file_format import MAX_CAPACITY, Part, Word
 
 __all__ = ["Session", "Sessions"]
 
 FREE, OPEN, ENDING = range(3)
 _ROW = np.dtype("u8, u8, V16, i8, i8, i8, u8, V64")
-# A row after its first word: seq, digest, ttl, cooldown, opened_at, anonymous, label.
+# A row after its first word: seq, digest, ttl, cooldown, opened_at, kind, label. The kind is 1 for
+# anonymous IDs. Otherwise it is twice as many as IDs are in use, and 2; or 0 if that is not known.
 _REST = struct.Struct("=Q16sqqqQ64s")
 _BYTES, _WORDS = 128, 16  # of a row
-_SEQ, _COOLDOWN, _OPENED_AT = 1, 5, 6  # words of a row; the first has generation and state
+# Words of a row; the first has generation and state.
+_SEQ, _COOLDOWN, _OPENED_AT, _KIND = 1, 5, 6, 7
 _LONGEST_MS = 2**40  # no time in a row is as long
+_ANONYMOUS = 1  # a kind
+_HIGHEST_KIND = 2 * MAX_CAPACITY + 2
 
 
 class Session:
@@ -46,6 +50,7 @@ class Session:
         cooldown: for how long its IDs cool if it expires.
         opened_at: when it was opened.
         label: its name in the status.
+        used: how many of its IDs are in use, as its client last said; None: it has not said it.
     """
 
     __slots__ = (
@@ -58,6 +63,7 @@ class Session:
         "opened_at",
         "seq",
         "ttl",
+        "used",
     )
 
     def __init__(
@@ -72,6 +78,7 @@ class Session:
         opened_at: int,
         label: str,
         seq: int = 0,
+        used: int | None = None,
     ) -> None:
         self.number = number
         self.generation = generation
@@ -82,6 +89,7 @@ class Session:
         self.opened_at = opened_at
         self.label = label
         self.seq = seq
+        self.used = used
 
     @property
     def anonymous(self) -> bool:
@@ -95,16 +103,23 @@ class Sessions:
     Args:
         store: where the rows are.
         pool: the pool; its ticks are milliseconds.
+
+    Attributes:
+        used: how many IDs are in use, as clients last said.
+        silent: the number of sessions whose client has not said it.
     """
 
     def __init__(self, store: Storage, pool: Allocator) -> None:
         self.named: dict[bytes, Session] = {}  # by digest
         self.anonymous: dict[int, Session] = {}  # by number, the oldest first
+        self.used = self.silent = 0
+        self._chosen: list[Session] = []
+        self._choose_at = 0
         self._store = store
         self._pool = pool
         self._rows = memoryview(store.rows).cast("B")
         self._words = self._rows.cast("Q")
-        self._used = 1  # rows that were ever used, including row 0
+        self._rows_used = 1  # rows that were ever used, including row 0
         self._free: list[int] = []  # of these, the free ones
         # A renewal does not change the heap: a session that comes up too early is put back.
         self._leases: list[tuple[int, int, Session]] = []
@@ -122,19 +137,20 @@ class Sessions:
             RegistryCorrupt: a row that no registry writes.
         """
         table = np.frombuffer(memoryview(store.rows), _ROW, store.ready_rows)
-        life, _, digest, ttl, cooldown, _, anonymous, _ = (table[name] for name in _ROW.names or ())
+        life, _, digest, ttl, cooldown, _, kind, _ = (table[name] for name in _ROW.names or ())
         used = (life & 3) != FREE
         used[0] = False
-        sound = ((life & 3) <= ENDING) & (life >> 2 <= generation) & (anonymous <= 1)
+        sound = ((life & 3) <= ENDING) & (life >> 2 <= generation)
+        sound &= (kind == _ANONYMOUS) | (kind % 2 == 0) & (kind <= _HIGHEST_KIND)
         for time in (ttl, cooldown):
             sound &= (time >= 0) & (time < _LONGEST_MS)
         if damaged := np.flatnonzero(used & ~sound).tolist():
             raise RegistryCorrupt(f"the record of session {damaged[0]} is damaged")
-        digests = digest[used & (anonymous == 0)].tolist()
+        digests = digest[used & (kind != _ANONYMOUS)].tolist()
         if len(set(digests)) < len(digests):
             raise RegistryCorrupt("the records of two sessions have the same token")
         if after_power_loss:
-            used &= anonymous == 1
+            used &= kind == _ANONYMOUS
         found: bytes = used.tobytes()
         return found
 
@@ -150,13 +166,13 @@ class Sessions:
         used = np.flatnonzero(
             np.frombuffer(self._rows, _ROW, self._store.ready_rows)["f0"]
         ).tolist()
-        self._used = max(used, default=0) + 1
+        self._rows_used = max(used, default=0) + 1
         for number in used:
             life = self._words[number * _WORDS]
             if not owners[number]:
                 self._words[number * _WORDS] = life & ~3
                 continue
-            seq, digest, ttl, cooldown, opened_at, anonymous, label = _REST.unpack_from(
+            seq, digest, ttl, cooldown, opened_at, kind, label = _REST.unpack_from(
                 self._rows, number * _BYTES + 8
             )
             if opened_at > now:  # by the clock of another boot
@@ -165,18 +181,19 @@ class Sessions:
                 number,
                 life >> 2,
                 now + ttl + grace,
-                digest=b"" if anonymous else digest,
+                digest=b"" if kind == _ANONYMOUS else digest,
                 ttl=ttl,
                 cooldown=cooldown,
                 opened_at=opened_at,
                 label=label.rstrip(b"\0").decode("utf-8", "replace"),
                 seq=seq,
+                used=kind // 2 - 1 if kind > _ANONYMOUS else None,
             )
             self._add(session)
             if life & 3 == ENDING:
                 ending.append(session)
         taken = {session.number for session in self}
-        self._free = [each for each in range(self._used - 1, 0, -1) if each not in taken]
+        self._free = [each for each in range(self._rows_used - 1, 0, -1) if each not in taken]
         return ending
 
     def open(
@@ -194,9 +211,9 @@ class Sessions:
         if self._free:
             number = self._free.pop()
         else:
-            if self._used == self._store.ready_rows:
+            if self._rows_used == self._store.ready_rows:
                 self._store.grow(Part.ROWS, 1)
-            number, self._used = self._used, self._used + 1
+            number, self._rows_used = self._rows_used, self._rows_used + 1
         values = (0, digest, ttl, cooldown, now, not digest, label.encode())
         _REST.pack_into(self._rows, number * _BYTES + 8, *values)
         self._words[number * _WORDS] = generation << 2 | OPEN
@@ -216,6 +233,7 @@ class Sessions:
     def _add(self, session: Session) -> None:
         if session.digest:
             self.named[session.digest] = session
+            self._count(session, 1)
         else:
             self.anonymous[session.number] = session
         if len(self._leases) > 2 * len(self) + 1000:  # most are of sessions that have ended
@@ -246,6 +264,7 @@ class Sessions:
         self._free.append(session.number)
         if session.digest:
             del self.named[session.digest]
+            self._count(session, -1)
         else:
             del self.anonymous[session.number]
         session.number = 0
@@ -256,9 +275,45 @@ class Sessions:
         session.cooldown = max(session.cooldown, cooldown)
         self._words[session.number * _WORDS + _COOLDOWN] = session.cooldown
 
-    def set_seq(self, session: Session, seq: int) -> None:
-        """Note the last change that was applied."""
+    def set_seq(self, session: Session, seq: int, used: int | None = None) -> None:
+        """Note the last change that was applied, and call `set_used`."""
         session.seq = self._words[session.number * _WORDS + _SEQ] = seq
+        self.set_used(session, used)
+
+    def set_used(self, session: Session, used: int | None) -> None:
+        """Note how many IDs of a session are in use; None: its client does not say it."""
+        before = session.used
+        if used is None or used == before:
+            return
+        held = self._pool.held_count(session.number)
+        used = held if used > held else used
+        if before is None:
+            self.silent -= 1
+        self.used += used - (before or 0)
+        session.used = used
+        self._words[session.number * _WORDS + _KIND] = 2 * used + 2
+
+    def largest(self, most: int, now: int) -> list[Session]:
+        """Return the sessions with the most IDs in use, and among equals the most held.
+
+        Choosing them takes about 0.1 ms for a thousand sessions. So with n sessions the choice is
+        kept for n / 100 ms: whoever asks all the time takes up about 1 % of the time.
+        """
+        if now >= self._choose_at:
+            held = self._pool.held_count
+            self._chosen = heapq.nlargest(
+                most,
+                self.named.values(),
+                lambda each: (-1 if each.used is None else each.used, held(each.number)),
+            )
+            self._choose_at = now + len(self.named) // 100
+        return [each for each in self._chosen if each.number]
+
+    def _count(self, session: Session, by: int) -> None:
+        if session.used is None:
+            self.silent += by
+        else:
+            self.used += by * session.used
 
     def __iter__(self) -> Iterator[Session]:
         """Iterate over all sessions; those with a token come first."""

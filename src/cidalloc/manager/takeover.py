@@ -15,10 +15,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from .. import __version__
 from ..errors import CidError, InvalidArgument, RegistryLocked, Unavailable
 from .recovery import shape_for
 from .registry import Registry
 from .settings import Settings
+from .storage import drain
 from .storage.file import Storage
 from .storage.file_lock import TakeoverRequest, process_id, writer_of
 
@@ -92,6 +94,7 @@ class RegistryHolder:
         self._trouble = "the registry is still with the process before"
         if self._path is None:
             self._registry = Registry(settings, clock())
+            self._log_start()
             return
         try:
             self._take()
@@ -153,7 +156,13 @@ class RegistryHolder:
                 self._let_go_at = self._clock()
                 self._trouble = "a newer process has the registry"
             else:
-                self._registry.tick(self._clock())
+                now = self._clock()
+                self._registry.tick(now)  # first: a forked child has no header
+                self._registry.expired.log_suppressed(now)
+                header = self._registry.store.header
+                if drain.answer(header):
+                    on = "begins" if drain.is_draining(header) else "is over"
+                    _log.info("%s: the drain %s", self._path, on)
 
     def close(self) -> None:
         """Let go of the file for good."""
@@ -181,7 +190,20 @@ class RegistryHolder:
     def _take(self) -> None:
         assert self._path is not None
         self._registry = Registry.in_file(self._path, self._settings, self._clock(), boot_id())
+        self._log_start()
         self._let_go_at = self._unseen_since = None
         if self._takeover_request is not None:
             self._takeover_request.close()
             self._takeover_request = None
+
+    def _log_start(self) -> None:
+        registry = self._registry
+        assert registry is not None
+        how = "took over" if self.waits or self._let_go_at is not None else "opened"
+        table, pool = registry.sessions, registry.pool
+        _log.info(
+            "cidalloc %s %s the registry %s: pool %d to %d, %s, sessions: %d, IDs held: %d",
+            *(__version__, how, registry.uuid, pool.first, pool.first + pool.capacity - 1),
+            f"file {self._path}" if self._path else "no file",
+            *(len(table.named), pool.active),
+        )

@@ -21,6 +21,7 @@ from cidalloc.manager.service import Service
 from cidalloc.manager.takeover import WAITING_POLL_S, server_pid
 from cidalloc.triton_model._parent_watch import end_with_parent
 from cidalloc.triton_model.config import settings_from
+from cidalloc.triton_model.log import log_to
 from cidalloc.triton_model.metrics import Metrics
 
 _log = logging.getLogger("cidalloc.triton_model")
@@ -33,6 +34,8 @@ class TritonPythonModel:
         """Load: read the settings from the model's configuration."""
         config = json.loads(args["model_config"])
         _check_numpy()
+        if hasattr(pb_utils, "Logger"):
+            log_to(pb_utils.Logger)
         # Otherwise, after the server is killed, it could keep the registry from the next process.
         end_with_parent(server_pid())
         self._service = Service(settings_from(config), name=args["model_name"])
@@ -55,6 +58,7 @@ class TritonPythonModel:
             Code.UNKNOWN_OPERATION: kinds.UNSUPPORTED,
             Code.UNAVAILABLE: kinds.UNAVAILABLE,
             Code.REGISTRY_LOCKED: kinds.UNAVAILABLE,
+            Code.DRAINING: kinds.UNAVAILABLE,
             Code.INTERNAL: kinds.INTERNAL,
         }
 

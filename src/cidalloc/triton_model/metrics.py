@@ -32,6 +32,7 @@ Figures = Mapping[tuple[str, Labels], float]
 
 FAMILIES = {
     "cidmgr_ids": ("gauge", "IDs that are held or cooling"),
+    "cidmgr_ids_used": ("gauge", "IDs in use, as clients said with their last heartbeat"),
     "cidmgr_ids_peak": ("gauge", "Maximum number of IDs held at the same time"),
     "cidmgr_capacity": ("gauge", "IDs in the pool"),
     "cidmgr_sessions": ("gauge", "Open sessions, one per client"),
@@ -44,6 +45,7 @@ FAMILIES = {
     "cidmgr_acquired_total": ("counter", "Issued IDs"),
     "cidmgr_released_total": ("counter", "Released IDs, by how they were released"),
     "cidmgr_sessions_expired_total": ("counter", "Sessions that expired"),
+    "cidmgr_sessions_expired_in_use_total": ("counter", "Sessions that expired with IDs in use"),
     "cidmgr_errors_total": ("counter", "Requests answered with an error, by code"),
 }
 
@@ -61,6 +63,7 @@ def series(
     values: dict[tuple[str, Labels], float] = {
         ("cidmgr_ids", (("state", "held"),)): status["held"],
         ("cidmgr_ids", (("state", "cooling"),)): status["cooling"],
+        ("cidmgr_ids_used", ()): status["used"],
         ("cidmgr_ids_peak", ()): status["peak"],
         ("cidmgr_capacity", ()): status["pool"]["capacity"],
         ("cidmgr_sessions", ()): status["sessions_total"],
@@ -69,6 +72,7 @@ def series(
         ("cidmgr_updated_time_seconds", ()): now,
         ("cidmgr_acquired_total", ()): status["acquired"],
         ("cidmgr_sessions_expired_total", ()): status["sessions_expired"],
+        ("cidmgr_sessions_expired_in_use_total", ()): status["sessions_expired_in_use"],
     }
     for how, count in status["released"].items():
         values["cidmgr_released_total", (("how", how),)] = count

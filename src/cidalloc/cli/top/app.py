@@ -196,7 +196,7 @@ def _cell(column: Column, item: Any) -> Text:
     value = column.value(item)
     style = ""
     if column.name == "state":
-        style = {"ok": "green", "open": "", "…": ""}.get(value, "bold red")
+        style = {"ok": "green", "draining": "bold", "open": "", "…": ""}.get(value, "bold red")
     shown = "-" if value is None else column.shown(value)
     return Text(shown, style, justify=_side(column))
 
@@ -347,7 +347,7 @@ class TopApp(App[None]):
         table = "#servers" if self.query_one("#servers").has_focus else "#sessions"
         item = self.query_one(table, Items).item
         if isinstance(item, Watch):
-            return item.page(0)
+            return item.details()
         if isinstance(item, Session):
             grid = Grid.grid(padding=(0, 2))
             for name, value in {**item.status, "server": item.url}.items():

@@ -70,18 +70,23 @@ class Watch:
     def state(self) -> str:
         """Whether the manager answers, in a few words."""
         if self.error is None:
-            return "…" if self.status is None else "ok"
+            if self.status is None:
+                return "…"
+            return "draining" if self.status.get("draining") else "ok"
         if not isinstance(self.error, Unavailable):
             return self.error.code.name
         return f"no answer {duration(time.monotonic() - self._answered)}"
 
-    def page(self, most: int | None = None) -> RenderableType:
-        """Return the last status and the error, with at most so many sessions."""
-        parts: list[RenderableType] = [
-            Text(f"{self.manager.model} at {self.manager.url}", style="bold")
-        ]
+    def page(self) -> RenderableType:
+        """Return all that is known, under a title."""
+        title = Text(f"{self.manager.model} at {self.manager.url}", style="bold")
+        return Group(title, self.details(None))
+
+    def details(self, most: int | None = 0) -> RenderableType:
+        """Return the error and the last status, with at most so many sessions."""
+        parts: list[RenderableType] = []
         if self.error is not None:
             parts.append(Text(f"{self.state}: {self.error}", style="bold red"))
         if self.status is not None:
-            parts.append(status_view(self.status, self.rates, most))
+            parts.append(status_view(self.status, None, most))
         return Group(*parts)

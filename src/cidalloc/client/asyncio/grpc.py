@@ -49,7 +49,7 @@ class AsyncGrpcTransport(GrpcBase):
         with translating(model, self.url):
             message, beside = self._calls.manager_request(model, request)
             answer = await self._wait(self._asks, "infer", message, timeout, beside)
-        return read_answer(GrpcResult(answer), request, model, self.url)
+        return read_answer(GrpcResult(answer), model, self.url)
 
     async def model_config(self, model: str, timeout: float) -> Mapping[str, Any]:
         with translating(model, self.url):
@@ -74,7 +74,8 @@ class AsyncGrpcTransport(GrpcBase):
             raise
 
         def over(response: asyncio.Future[Any]) -> None:
-            if response.cancelled() or not isinstance(response.result(), ModelInferResponse):
+            done_well = not response.cancelled() and response.exception() is None
+            if not done_well or not isinstance(response.result(), ModelInferResponse):
                 self._tasks.start(deliver(self._read(call, connection), done))
                 return
             self._sequences.release(connection)

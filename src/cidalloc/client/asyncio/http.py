@@ -61,7 +61,7 @@ class AsyncHttpTransport(HttpBase):
         with translating(model, self.url):
             call = self._manager_request(model, request)
             result = (await self._send(call, timeout)).result(call)
-        return read_answer(result, request, model, self.url)
+        return read_answer(result, model, self.url)
 
     async def model_config(self, model: str, timeout: float) -> Mapping[str, Any]:
         with translating(model, self.url):
@@ -90,7 +90,8 @@ class AsyncHttpTransport(HttpBase):
         Raises:
             OSError, asyncio.TimeoutError: no answer came.
         """
-        until = boottime() + min(limit, self._longest)
+        limit = min(limit, self._longest)
+        until = boottime() + limit
         connection = self._take()
         if connection is None:
             connection = await asyncio.wait_for(self._connect(), limit)
@@ -136,6 +137,8 @@ class _Connection(asyncio.Protocol):
 
     async def exchange(self, data: bytes, limit: float) -> HttpAnswer:
         """Send a request and return its answer; raises what `AsyncHttpTransport._send` does."""
+        if self.over:
+            raise ConnectionError("the connection was closed at once")
         loop = asyncio.get_running_loop()
         self._answer, self._waiter = HttpAnswer(), loop.create_future()
         self._transport.write(data)

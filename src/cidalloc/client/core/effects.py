@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ...errors import CidError
-from ...protocol import IDs, Request
+from ...errors import CidError, Draining
+from ...protocol import DRAINING, IDs, Request
 
 __all__ = [
     "NEVER",
@@ -76,6 +76,16 @@ class Reply:
     detail: str = ""
     config: Mapping[str, Any] | None = None
     error: CidError | None = None
+
+    @property
+    def draining(self) -> bool | None:
+        """Whether the manager says that its server is being drained; None if it says nothing.
+
+        The answer to STATUS says it in its JSON, which this does not read.
+        """
+        if self.error is not None:
+            return True if isinstance(self.error, Draining) else None
+        return self.detail == DRAINING
 
 
 Effect = Send | Config | ServerVersion | Idle

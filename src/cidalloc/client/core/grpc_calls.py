@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import re
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -283,9 +284,16 @@ def _explained(error: Any) -> InferenceServerException:
     return InferenceServerException(text, str(code), error.debug_error_string())
 
 
+_NAME = re.compile(r"[0-9a-z_.-]+")  # of gRPC's metadata
+
+
 def _metadata(headers: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
     # HTTP/2 has lower case only.
-    return tuple((name.lower(), value) for name, value in check_headers(headers).items())
+    found = tuple((name.lower(), value) for name, value in check_headers(headers).items())
+    for name, _ in found:
+        if not _NAME.fullmatch(name):
+            raise InvalidArgument(f"gRPC does not allow the name of the header {name!r}")
+    return found
 
 
 def _keepalive(options: Any) -> dict[str, Any]:

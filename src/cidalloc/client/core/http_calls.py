@@ -14,11 +14,11 @@ import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
 from ... import protocol
-from ...errors import InvalidArgument
+from ...errors import InvalidArgument, ProtocolError
 from .arguments import check_headers
 from .result import Result
 from .tensors import Library
-from .transport import Address, Receive, Stream, boottime, encode
+from .transport import STRANGE, Address, Receive, Stream, boottime, encode
 
 __all__ = ["IDLE_S", "HttpAnswer", "HttpBase", "HttpCall", "HttpResult"]
 
@@ -38,7 +38,7 @@ class HttpCall(NamedTuple):
     """A request to send.
 
     Attributes:
-        data: the bytes.
+        data: the whole request, head and body.
         shown: print the answer.
     """
 
@@ -75,7 +75,7 @@ class HttpAnswer:
         else:
             try:
                 self._parser.feed_data(data)
-            except httptools.HttpParserError as error:
+            except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
                 raise ConnectionError(f"this is not HTTP: {error}") from None
         return self.done
 
@@ -119,23 +119,30 @@ class HttpAnswer:
 
         Raises:
             InferenceServerException: Triton answered with an error.
-            ValueError, LookupError, TypeError, AttributeError: this is not Triton's answer.
+            ProtocolError: this is not Triton's answer.
         """
-        length = self._headers.get(_LENGTH)
+        body, length = self._checked(), self._headers.get(_LENGTH)
         encoding = self._headers.get(b"content-encoding")
-        result: HttpResult = HttpResult.from_response_body(
-            self._checked(),
-            verbose=call.shown,
-            header_length=None if length is None else int(length),
-            content_encoding=None if encoding is None else encoding.decode("latin-1"),
-        )
+        try:
+            result: HttpResult = HttpResult.from_response_body(
+                body,
+                verbose=call.shown,
+                header_length=None if length is None else int(length),
+                content_encoding=None if encoding is None else encoding.decode("latin-1"),
+            )
+        except STRANGE as error:
+            raise ProtocolError(f"an answer unlike Triton's: {error!r}") from error
         return result
 
     def json(self) -> dict[str, Any]:
         """Return a JSON object; raises what `result` does."""
-        found = json.loads(self._checked())
+        body = self._checked()
+        try:
+            found = json.loads(body)
+        except STRANGE as error:
+            raise ProtocolError(f"an answer unlike Triton's: {error!r}") from error
         if not isinstance(found, dict):
-            raise TypeError("an answer that is not a JSON object")
+            raise ProtocolError("an answer unlike Triton's: it is not a JSON object")
         return found
 
 
@@ -160,8 +167,16 @@ class HttpBase:
         host, _, port = address.target.rpartition(":")
         self._host, self._port = host.strip("[]"), int(port)
         self._target, self._root = address.target, f"{address.path}/v2"
-        self._headers = check_headers(headers)
+        self._headers = self._checked(headers)
         self._verbose = verbose
+
+    @staticmethod
+    def _checked(headers: Mapping[str, str] | None) -> dict[str, Any]:
+        found = check_headers(headers)
+        for name in found:
+            if name.lower() in ("content-length", "transfer-encoding"):
+                raise InvalidArgument(f"the header {name} is set by the client")
+        return found
 
     def open_stream(self, receive: Receive, /) -> Stream:
         """Raise `InvalidArgument`: HTTP has no streams."""
@@ -186,7 +201,7 @@ class HttpBase:
         shown = self._verbose and not secret
         if shown:
             print(model, body[:size])
-        sent = dict(self._headers if headers is None else headers)
+        sent = dict(self._headers if headers is None else self._checked(headers))
         if size is not None:
             sent["Inference-Header-Content-Length"] = size
         if request_compression_algorithm is not None:
@@ -213,6 +228,8 @@ class HttpBase:
     def _message(
         self, method: str, path: str, headers: Mapping[str, Any], body: bytes = b""
     ) -> bytes:
+        if not any(name.lower() == "host" for name in headers):
+            headers = {"Host": self._target, **headers}
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        head = f"{method} {self._root}{path} HTTP/1.1\r\nHost: {self._target}\r\n{lines}"
+        head = f"{method} {self._root}{path} HTTP/1.1\r\n{lines}"
         return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body

@@ -58,6 +58,7 @@ class IdCache:
         needs_refill: few fresh IDs are left.
         needs_maintenance: the heartbeat has something new to do.
         trim_at: when to call `trim` next.
+        draining: the manager issues no more IDs: none is taken, and unused ones are released.
     """
 
     def __init__(self, cooldown: float = 0.0, ahead: int = MAX_AHEAD) -> None:
@@ -71,15 +72,18 @@ class IdCache:
         self.releasing: list[int] = []
         self.releasing_cooldown = ENDED
         self.target_size = min(1, ahead)  # IDs to fetch ahead
-        self.needs_refill = self.needs_maintenance = False
+        self.needs_refill = self.needs_maintenance = self.draining = False
         self.refilled_at = self.refill_after = self.taken_at = self.released_at = NEVER
-        self.trim_at = self.await_until = self.shared_until = NEVER
+        self.trim_at = self.shared_until = NEVER
+        self.await_until: dict[str, float] = {}  # by model
 
     # ---- For each ID
 
     def take(self, now: float) -> int:
         """Move an ID to the used ones and return it; return 0 if no ID is ready."""
         self.taken_at, cid = now, 0
+        if self.draining:
+            return 0
         cooling = self.cooling
         try:
             if cooling and cooling[0][0] <= now:
@@ -109,7 +113,7 @@ class IdCache:
             self.used.remove(cid)
             # What cools leaves room for the fresh IDs that a busy client needs.
             room = self.ahead - max(len(self.fresh), self.target_size if self.ahead > 1 else 0)
-            if len(self.cooling) < room and now >= self.shared_until:
+            if len(self.cooling) < room and now >= self.shared_until and not self.draining:
                 self.cooling.append((now + self.cooldown, cid))
             else:
                 self._put_to_release(cid, ENDED)
@@ -130,12 +134,15 @@ class IdCache:
 
     def due(self, now: float) -> float:
         """Return when the heartbeat has to release IDs or to fetch some; infinite if never."""
-        if self.awaiting_model or (self.needs_refill and now >= self.refill_after):
+        unwanted = self.draining and (self.fresh or self.cooling)
+        if self.awaiting_model or unwanted or (self.needs_refill and now >= self.refill_after):
             return NEVER
         return self.released_at + self.ahead * _BATCH_S if self.to_release else float("inf")
 
     def ready(self, now: float, enough: int) -> int:
         """Return how many IDs can be taken now; it may stop counting at ``enough``."""
+        if self.draining:
+            return 0
         count = len(self.fresh)
         for due, _ in self.cooling:
             if due > now or count >= enough:
@@ -187,9 +194,10 @@ class IdCache:
             timeout: seconds that a request of the sequence may have taken.
             now: the time.
         """
+        if model not in self.awaiting_model:
+            self.await_until[model] = now + _AWAIT_MODEL_S
         self.awaiting_model.setdefault(model, {})[cid] = idle, timeout
         self.used.discard(cid)
-        self.await_until = now + _AWAIT_MODEL_S
         self.needs_maintenance = True
 
     def model_was_read(self, model: str, idle: float) -> None:
@@ -229,10 +237,18 @@ class IdCache:
         """Note that calls wait for IDs: released IDs go to the manager, for who comes first."""
         self.shared_until = now + _SHARED_S
 
+    def drain(self, on: bool | None) -> None:
+        """Note whether the manager issues no more IDs, if that is known.
+
+        The next `trim` releases all unused ones.
+        """
+        if on is not None:
+            self.draining, self.needs_refill = on, self.needs_refill and not on
+
     def trim(self, now: float, others_wait: bool = False) -> None:
         """Release IDs that were not needed for long; set `trim_at`.
 
-        If others wait for IDs, a few seconds without demand are long.
+        If others wait for IDs, a few seconds without demand are long. In a drain none is needed.
         """
         while self.target_size > 1 and now - self.refilled_at >= 2 * _STALE_S:
             self.target_size //= 2
@@ -249,6 +265,10 @@ class IdCache:
             self.fresh.clear()
             while cooling and cooling[0][0] <= now:
                 gone.append(cooling.popleft()[1])
+        if self.draining:
+            gone += [*self.fresh, *(cid for _, cid in cooling)]
+            self.fresh.clear()
+            cooling.clear()
         for cid in gone:
             self._put_to_release(cid, ENDED)
         self.trim_at = now + _STALE_S

@@ -86,8 +86,7 @@ class Lease:
         self.starved: Exhausted | None = None
         self.label, self._link, self._lost = label, link, lost
         self._registry = ""  # its UUID
-        self._sequences = 0
-        self._seq = 0
+        self._sequences = self._seq = 0
         self._announcing_ms = 0  # announced by a NEW that is not answered yet
         self._most = _MOST_AT_ONCE
 
@@ -160,8 +159,9 @@ class Lease:
         lost = {cid: self._lost.pop(cid) for cid in cids if cid in self._lost}
         if lost:
             others = "; no other was given back" if len(lost) < len(cids) else ""
-            why = next(iter(lost.values()))
-            raise SessionExpired(f"{_some(lost)} had been lost: {why}{others}")
+            raise SessionExpired(
+                f"{_some(lost)} had been lost: {next(iter(lost.values()))}{others}"
+            )
         self.cache.check_used(cids)
         if cooldown_ms == ENDED:
             for cid in cids:
@@ -171,9 +171,8 @@ class Lease:
 
     def release_from(self, cid: int, cooldown_ms: int) -> None:
         """Take back the ID of a sequence. A lost ID needs nothing more."""
-        if cooldown_ms == ENDED and self.cache.recycle(cid, self._link.now()):
-            return
-        if self._has(cid):
+        recycled = cooldown_ms == ENDED and self.cache.recycle(cid, self._link.now())
+        if not recycled and self._has(cid):
             self.give([cid], cooldown_ms)
 
     def release_unended(self, cid: int, model: str, idle: float, timeout: float) -> None:
@@ -181,11 +180,13 @@ class Lease:
         if self._has(cid):
             self.cache.await_model(cid, model, idle, timeout, self._link.now())
 
-    def _has(self, cid: int) -> bool:
-        if cid in self.cache.used:
-            return True
+    def drop_lost(self, cid: int) -> None:
+        """Forget why an ID was lost, since its sequence is closed."""
         self._lost.pop(cid, None)
-        return False
+
+    def _has(self, cid: int) -> bool:
+        self.drop_lost(cid)
+        return cid in self.cache.used
 
     def check(self, cid: int, now: float) -> None:
         """Check that a sequence may still use its ID.
@@ -250,10 +251,7 @@ class Lease:
             self.announced_ms = max(self.announced_ms, need_ms)
 
     def close(self, deadline: float, ended: bool) -> Flow[None]:
-        """Close the session at the manager, after `end`.
-
-        If all sequences ``ended``, its IDs cool for the minimum cooldown.
-        """
+        """Close the session at the manager. If all ``ended``, its IDs cool for the minimum."""
         yield from self._ask(Operation.CLOSE, deadline, {"ended": ended})
 
     def end(self, why: str) -> None:
@@ -308,6 +306,7 @@ class Lease:
         parameters["session"] = self.token
         if self._registry and operation is not Operation.OPEN:
             parameters["registry"] = self._registry
+            parameters.setdefault("used", len(self.cache.used))
         if operation in _CHANGES or operation is Operation.HELD:
             self._seq += 1
             parameters["seq"] = self._seq
@@ -317,6 +316,7 @@ class Lease:
         error = self._link.note(reply)
         if self.lost_why and not closing:
             raise SessionUnknown(self.lost_why)
+        self.cache.drain(reply.draining)
         if error is None:
             if operation is not Operation.OPEN and not closing:
                 self._renewed(sent)
@@ -363,6 +363,7 @@ class Lease:
         while lacking + ahead > 0:
             self._announcing_ms = need
             what: dict[str, Parameter] = {"count": lacking + ahead, "cooldown_ms": need}
+            what["used"] = len(cache.used) + count  # once this is answered
             if wait_ms is not None:
                 what["wait_ms"] = wait_ms
             try:
@@ -425,9 +426,8 @@ class Lease:
             if not cids:
                 return
             cooldown_ms = self.cache.releasing_cooldown
-            how: dict[str, Parameter] = {"ended": True}
-            if cooldown_ms != ENDED:
-                how = {"cooldown_ms": cooldown_ms}
+            ended = cooldown_ms == ENDED
+            how: dict[str, Parameter] = {"ended": True} if ended else {"cooldown_ms": cooldown_ms}
             try:
                 yield from self._ask(Operation.DELETE, deadline, how, cids)
             except LimitExceeded as error:

@@ -44,6 +44,7 @@ class Requests:
         streaming: use a stream for this sequence.
 
     Attributes:
+        id_lost: its ID was lost, and another sequence may have it.
         iterative: its first request is its only one.
         on_way: the requests that are not answered yet, in the order in which they were sent.
 
@@ -69,6 +70,7 @@ class Requests:
         self._turn: Request | None = None  # the request that Triton has; without a stream
         self._queue: deque[Request] = deque()  # requests that wait for their turn
         self._version: str | None = None
+        self.id_lost = False
         self._at_triton_until = 0.0  # Triton starts no request after this time
         self._order = threading.Lock()  # requests are sent in the order in which they were counted
         self._stream: SequenceStream | None = None
@@ -308,6 +310,15 @@ class Requests:
             self._advance()
         return error
 
+    def leave(self, request: Request, error: BaseException) -> BaseException:
+        """Note that the caller waits no more; return the error in our terms.
+
+        If Triton has the request, the next one still waits for its answer.
+        """
+        meant = self._explain(error)
+        self._finish(request, None, meant)
+        return meant
+
     def _finish(
         self, request: Request, result: Any, error: BaseException | None, over: bool = False
     ) -> None:
@@ -348,6 +359,7 @@ class Requests:
             try:
                 lease.check(self.plan.cid, now)
             except SequenceLost:
+                self.id_lost = True
                 self.state.lose()
                 raise
         return now

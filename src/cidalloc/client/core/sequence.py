@@ -7,8 +7,6 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from tritonclient.utils import InferenceServerException
-
 from ...errors import InvalidArgument, SequenceLost, SessionExpired, Unavailable
 from .id_cache import ENDED, need_ms
 from .plan import Plan
@@ -62,27 +60,29 @@ class SequenceCore(Requests):
         wait for them, each time before it goes on.
         """
         refused = False
+        until = self._runner.now() + patience
         while (request := self._end_request(refused)) is not None:
             why: object = None
             try:
                 if request.drops and self._stream is not None and self._stream.over:
                     self._open_stream()
                 future = self.submit(request)
-                yield [future], patience
+                yield [future], max(until - self._runner.now(), 0.0)
                 if future.cancel() or future.cancelled() or not future.done():
                     why = "no answer in time"
                 else:
                     why = future.exception()
             except Exception as error:
                 why = error
-            refused = isinstance(why, SequenceLost | InferenceServerException)
+            refused = isinstance(why, SequenceLost) or "must specify the START flag" in str(why)
             if request.drops or not refused:
                 if why is not None:
                     _log.warning("END of %s failed: %s", self.name, why)
                 break
         if self.on_way:
             unanswered, cancelled = self._unanswered()
-            yield unanswered, HURRY_S if cancelled else patience
+            left = max(until - self._runner.now(), 0.0)
+            yield unanswered, min(HURRY_S, left) if cancelled else left
 
     @property
     def is_over(self) -> bool:
@@ -96,7 +96,7 @@ class SequenceCore(Requests):
             refused: Triton has refused END alone.
         """
         end_inputs = self.end_inputs
-        if end_inputs is None:
+        if end_inputs is None or self.id_lost:
             return None
         with self._runner.lock:
             try:
@@ -105,7 +105,8 @@ class SequenceCore(Requests):
                 return None  # another client may have the ID
         if not needs_end:
             return None
-        request = self.request(end_inputs, True, {}, many=True)
+        options = {"model_version": self._version} if self._version else {}
+        request = self.request(end_inputs, True, options, many=True)
         request.drops = forgotten or refused
         if request.drops:
             self.end_inputs = None  # never twice
@@ -137,19 +138,26 @@ class SequenceCore(Requests):
         """Release the ID, and end the stream. May be repeated."""
         runner, plan = self._runner, self.plan
         with runner.lock:
-            if self not in runner.sequences:
-                return
-            timeout = max(plan.timeout, self._at_triton_until - runner.now())
-            unended, idle_s = self.state.close() is BackTo.MANAGER, plan.target.idle_s
-            if plan.lease is not None and unended and plan.checked:
-                plan.lease.release_unended(plan.cid, self.model, idle_s, timeout)
-            elif plan.lease is not None:
-                cooldown_ms = need_ms(idle_s, timeout) if unended else ENDED
-                plan.lease.release_from(plan.cid, cooldown_ms)
-            del runner.sequences[self]  # the last, so that closing again completes it
+            if self in runner.sequences:
+                self._release()
+                del runner.sequences[self]  # the last, so that closing again completes it
         if self._stream is not None:
             self._stream.end(runner.now() + HURRY_S)
             runner.watch(self)
         if plan.lease is not None and plan.lease.cache.needs_maintenance:
             with contextlib.suppress(Unavailable):  # no thread: the next call tries
                 runner.wake()
+
+    def _release(self) -> None:
+        """Release the ID. Under the lock."""
+        plan, lease = self.plan, self.plan.lease
+        unended, idle_s = self.state.close() is BackTo.MANAGER, plan.target.idle_s
+        timeout = max(plan.timeout, self._at_triton_until - self._runner.now())
+        if lease is None:
+            return
+        if self.id_lost:
+            lease.drop_lost(plan.cid)
+        elif unended and plan.checked:
+            lease.release_unended(plan.cid, self.model, idle_s, timeout)
+        else:
+            lease.release_from(plan.cid, need_ms(idle_s, timeout) if unended else ENDED)

@@ -64,8 +64,7 @@ class Session:
         self.version = 0
         self.closed = False
         self.abandoned = False
-        lost: dict[int, str] = {}
-        self._new_lease = partial(Lease, link, label, ahead, lost)
+        self._new_lease = partial(Lease, link, label, ahead, lost={})
         self.lease = self._new_lease()
         self.line: dict[object, Flow[None]] = {}
         self._turn: Flow[None] | None = None  # the flow that has it, until that flow has ended
@@ -96,17 +95,15 @@ class Session:
         taken: Acquired,
         until: float | None = None,
     ) -> Flow[None]:
-        """Put ``count`` IDs into ``taken``; the arguments are those of `Lease.take_ready`.
+        """Put ``count`` IDs into ``taken``; for the arguments see `Lease.take_ready`.
 
         With ``until`` it waits for IDs of an exhausted pool until this time, after the calls before
-        it. Without, it takes no ID that calls wait for.
-
-        Raises what `cidalloc.client.Client.acquire_many` does.
+        it. Without, it takes no ID that calls wait for. Raises what `Client.acquire_many` does.
         """
         if until is None:
             if self._first() and self.lease.starved:
                 raise Exhausted(f"{self.lease.starved}; calls before this one wait")
-            yield from self._acquire(count, need_ms, deadline, taken, 0)
+            yield from self._acquire(count, need_ms, deadline, taken, None)
             return
         began, place = self.now(), object()
         waiting = self._wait(place, count, need_ms, deadline, taken, until)
@@ -174,7 +171,7 @@ class Session:
             yield Idle(at)
 
     def _acquire(
-        self, count: int, need_ms: int | None, deadline: float, taken: Acquired, wait_ms: int
+        self, count: int, need_ms: int | None, deadline: float, taken: Acquired, keep_ms: int | None
     ) -> Flow[None]:
         """Put IDs into ``taken``, from the cache or from the manager; see `Lease.fetch`."""
         tries = 0
@@ -185,6 +182,8 @@ class Session:
                 lease = self.lease
                 lease.take_ready(count, need_ms, taken)
                 if not taken:
+                    # If no call waits, a place at the manager is given up.
+                    wait_ms = keep_ms if self.line else 0
                     fetching = lease.fetch(count, need_ms, deadline, taken, wait_ms)
                     yield from self._in_turn(fetching, deadline)
             except CidError as error:
@@ -285,7 +284,7 @@ class Session:
     def _maintain(self, deadline: float) -> Flow[None]:
         """Trim the cache, release IDs and refill the cache. In turn."""
         cache = self.lease.cache
-        if self.now() >= cache.trim_at:
+        if self.now() >= cache.trim_at or cache.draining:
             cache.trim(self.now())
         yield from self._give_back(deadline)
         if cache.needs_refill:
@@ -303,14 +302,17 @@ class Session:
     def _ask_models(self, lease: Lease, deadline: float) -> Flow[None]:
         """Find out the cooldown of the IDs that came back without END."""
         cache = lease.cache
+        away: list[Unavailable] = []
         for model in list(cache.awaiting_model):
             try:
-                idle = yield from self._idle_s(model, deadline)
-            except Unavailable:
-                if self.now() < cache.await_until:
-                    raise
-                idle = 0.0
-            cache.model_was_read(model, idle)
+                cache.model_was_read(model, (yield from self._idle_s(model, deadline)))
+            except Unavailable as error:
+                if self.now() < cache.await_until[model]:
+                    away.append(error)
+                else:
+                    cache.model_was_read(model, 0.0)
+        if away:
+            raise away[0]
 
     def _check_models(self, deadline: float) -> Flow[None]:
         """Announce a longer cooldown if a model with new sequences was reloaded."""
@@ -326,10 +328,10 @@ class Session:
         """Return a model's present idle time; 0 if what was known before has to be enough."""
         try:
             found = yield from self.models.look(model, self.now(), self.link.limit(deadline))
-        except Unavailable:
-            raise
-        except CidError:  # it may not be read any more, or keeps no sequences
-            return 0.0
+        except CidError as error:
+            if isinstance(error, Unavailable):
+                raise
+            return 0.0  # it may not be read any more, or keeps no sequences
         return found.idle_s
 
     # ---- Closing

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent import futures
 from typing import Any
 
-from ...errors import InvalidArgument
+from ...errors import InvalidArgument, Unavailable
 from .model_info import ModelInfo
 from .result import Result, has_outputs
 from .transport import Receive, Stream
@@ -73,10 +73,11 @@ class Request:
 
     def tell(self, result: Any, error: BaseException | None) -> None:
         """Pass the result or the error on to its caller, which may have cancelled it."""
-        if self.answers is not None:
+        answers = self.answers  # another thread may leave the loop over them
+        if answers is not None:
             if error is None and has_outputs(result):
-                self.answers.put_nowait((result, None))
-            self.answers.put_nowait((None, error or StopIteration()))
+                answers.put_nowait((result, None))
+            answers.put_nowait((None, error or StopIteration()))
         if self.waiter is not None:
             self.waiter.tell(result, error)
         if self.future is None:
@@ -104,9 +105,15 @@ class Waiter:
         self._outcome = result, error
         self._told.release()
 
-    def result(self) -> Any:
-        """Wait for the result and return it, or raise the error; called once."""
-        self._told.acquire()
+    def result(self, limit: float) -> Any:
+        """Wait for the result and return it, or raise the error; called once.
+
+        Raises:
+            Unavailable: it did not come within ``limit`` seconds. `Requests.look` tells it before,
+                unless an exception of a signal handler has broken that off.
+        """
+        if not self._told.acquire(timeout=limit):
+            raise Unavailable("no answer in time")
         result, error = self._outcome
         if error is not None:
             raise error

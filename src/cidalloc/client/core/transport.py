@@ -14,7 +14,9 @@ import http.client
 import inspect
 import re
 import ssl
+import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -24,7 +26,6 @@ from urllib.parse import urlsplit
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from ... import protocol
-from ...codes import Operation
 from ...errors import (
     CidError,
     InternalError,
@@ -58,7 +59,10 @@ __all__ = [
 ]
 
 # Without an answer, or when tritonclient cannot read what another server than Triton answers.
-STRANGE = (OSError, ValueError, LookupError, AttributeError, TypeError)
+STRANGE = (
+    *(OSError, ValueError, LookupError, AttributeError, TypeError),
+    *(EOFError, RecursionError, zlib.error),
+)
 
 DAY_S = 86_400.0
 
@@ -162,25 +166,20 @@ def encode(module: Any, request: protocol.Request) -> dict[str, Any]:
         kind = np_to_triton_dtype(array.dtype)
         tensor = module.InferInput(name, list(array.shape), kind)
         inputs.append(tensor.set_data_from_numpy(array))
-    names = [protocol.OUTPUT]
-    if request.operation is Operation.STATUS:
-        names.append(protocol.DETAIL)
-    outputs = [module.InferRequestedOutput(name) for name in names]
+    outputs = [module.InferRequestedOutput(name) for name in (protocol.OUTPUT, protocol.DETAIL)]
     return {"inputs": inputs, "outputs": outputs, "parameters": dict(request.parameters)}
 
 
-def read_answer(
-    result: Any, request: protocol.Request, model: str, url: str
-) -> tuple[protocol.IDs, str]:
+def read_answer(result: Any, model: str, url: str) -> tuple[protocol.IDs, str]:
     """Return OUTPUT and DETAIL of what the manager answered.
 
     Raises:
         ProtocolError: it is not a manager's answer.
     """
     try:
-        output, detail = result.as_numpy(protocol.OUTPUT), ""
-        if request.operation is Operation.STATUS:
-            detail = result.as_numpy(protocol.DETAIL)[0, 0].decode()
+        output = result.as_numpy(protocol.OUTPUT)
+        text = result.as_numpy(protocol.DETAIL)
+        detail = "" if text is None else text[0, 0].decode()
     except (ValueError, TypeError, LookupError):  # bytes that do not fit the shape
         output = None
     if output is None or output.dtype != "uint64":
@@ -211,7 +210,7 @@ _INSIDE |= {"http", "socket", "ssl", "select", "urllib", "gzip", "zlib", "json",
 def foreign(error: BaseException) -> bool:
     """Whether a signal handler of the application raised an error."""
     trace = error.__traceback__
-    if trace is None:
+    if trace is None or threading.current_thread() is not threading.main_thread():
         return False
     while trace.tb_next is not None:
         trace = trace.tb_next
@@ -250,7 +249,7 @@ def parse_url(url: str) -> Address:
     Raises:
         InvalidArgument: the URL is not valid.
     """
-    if not isinstance(url, str) or not url.isprintable():
+    if not isinstance(url, str) or not url.isprintable() or " " in url:
         raise InvalidArgument(f"{url!r} is not a URL: a URL is text like scheme://host:port")
     if _is_grpc_name(url):
         return Address(f"grpc://{url}", "grpc", False, url)
@@ -318,7 +317,8 @@ def translate(error: Exception, model: str, url: str) -> CidError:
     if not isinstance(error, InferenceServerException):
         return ProtocolError(f"model {model} at {url} answers unlike Triton: {error!r}")
     text, status = error.message() or "", error.status()
-    ours = protocol.parse_error(text)
+    # A number that this version does not know has the meaning of Triton's status.
+    ours = protocol.parse_error(text, STATUSES.get(str(status), ProtocolError))
     if ours is not None:
         return ours
     if "unknown model" in text.lower():

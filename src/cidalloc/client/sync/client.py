@@ -89,6 +89,7 @@ class Client(Base):
 
         Raises:
             InvalidArgument: ``timeout`` is not a time of 0 seconds to a day.
+            Draining: the server is being drained.
             Exhausted: all IDs of the pool are held or cooling, or others wait for the next ones.
                 The text says when the next ID is due, and `Exhausted.due_s` is this time.
         """
@@ -122,6 +123,7 @@ class Client(Base):
             InvalidArgument: ``count`` is not a positive integer, or ``timeout`` is not a time of 0
                 seconds to a day.
             LimitExceeded: ``count`` is more than one request may acquire.
+            Draining: the server is being drained.
             Exhausted: the pool has fewer free IDs, or others wait for them.
         """
         self._check_home()
@@ -208,6 +210,7 @@ class Client(Base):
         Raises:
             InvalidArgument: the model has no sequence batching, its CORRID control is too narrow
                 for the manager's pool, or streaming is used over HTTP.
+            Draining: the server is being drained.
             Exhausted: all IDs of the pool are held or cooling, or others wait for the next ones.
         """
         self._check_home()

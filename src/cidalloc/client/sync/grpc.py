@@ -61,7 +61,7 @@ class GrpcTransport(GrpcBase):
         with translating(model, self.url):
             message, beside = self._calls.manager_request(model, request)
             answer = self._wait(self._asks, "infer", message, timeout, beside)
-        return read_answer(GrpcResult(answer), request, model, self.url)
+        return read_answer(GrpcResult(answer), model, self.url)
 
     def model_config(self, model: str, timeout: float) -> Mapping[str, Any]:
         with translating(model, self.url):

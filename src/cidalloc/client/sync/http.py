@@ -57,7 +57,7 @@ class HttpTransport(HttpBase):
         with translating(model, self.url):
             call = self._manager_request(model, request)
             result = self._send(call, timeout).result(call)
-        return read_answer(result, request, model, self.url)
+        return read_answer(result, model, self.url)
 
     def model_config(self, model: str, timeout: float) -> Mapping[str, Any]:
         with translating(model, self.url):
@@ -94,7 +94,7 @@ class HttpTransport(HttpBase):
             OSError: no answer came.
         """
         until = boottime() + limit
-        connection = self._take() or _Connection(self._connect(limit))
+        connection = self._take() or _Connection(self._connect(until))
         answer = HttpAnswer()
         try:
             connection.exchange(call.data, answer, until)
@@ -102,12 +102,21 @@ class HttpTransport(HttpBase):
             self._give_back(connection, answer.reusable)
         return answer
 
-    def _connect(self, limit: float) -> socket.socket:
-        found = socket.create_connection((self._host, self._port), limit)
-        found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    def _connect(self, until: float) -> socket.socket:
+        found: Any = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        for left in range(len(found), 0, -1):  # each address may take its share of the time
+            limit = max((until - boottime()) / left, 0.001)
+            try:
+                connected = socket.create_connection(found[-left][4][:2], limit)
+                break
+            except OSError:
+                if left == 1:
+                    raise
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._context is not None:
-            found = self._context.wrap_socket(found, server_hostname=self._host)
-        return found
+            connected.settimeout(max(until - boottime(), 0.001))
+            connected = self._context.wrap_socket(connected, server_hostname=self._host)
+        return connected
 
     def _take(self) -> _Connection | None:
         """Return an idle connection that the server has not closed."""
@@ -150,4 +159,7 @@ class _Connection:
         self.socket.settimeout(max(until - boottime(), 0.001))
         self.socket.sendall(data)
         while not answer.feed(self.socket.recv(_READ)):
-            self.socket.settimeout(max(until - boottime(), 0.001))
+            left = until - boottime()
+            if left <= 0:
+                raise TimeoutError("the answer took too long")
+            self.socket.settimeout(left)

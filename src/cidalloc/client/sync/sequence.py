@@ -82,14 +82,15 @@ class Sequence(SequenceHandle):
         try:
             if not core.enter(request):
                 assert request.waiter is not None
-                answer: Result = request.waiter.result()
+                answer: Result = request.waiter.result(request.timeout + SLACK_S)
                 return answer
             result: Result = self._transport.infer(
                 request.timeout + SLACK_S, self._model, request.inputs, **request.options
             )
             core.over(request, result, None)
         except BaseException as error:
-            meant = core.over(request, None, error)
+            waited = request.waiter is not None
+            meant = core.leave(request, error) if waited else core.over(request, None, error)
             assert meant is not None
             raise meant from meant.__cause__
         return result

@@ -77,7 +77,9 @@ class Word(IntEnum):
     PID = 18  # the process that writes the file
     SERVER = 19  # the `process_id` of the process that started it
     REQUESTER = 20  # the same of the process that waits for the file
-    END = 21
+    DRAIN = 21  # by the command `cidalloc drain`: which server is being drained, see drain.py
+    DRAIN_SEEN = 22  # the writer's answer: the same, or 0 if it is not being drained
+    END = 23
 
 
 HEADER_BYTES = Word.END * 8

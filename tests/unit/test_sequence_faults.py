@@ -1,0 +1,209 @@
+"""Sequences under faults."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import signal
+import threading
+import time
+import zlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from loopback import Loopback
+from simulation import World
+from test_every_line import Bell
+from tritonclient.utils import InferenceServerException
+
+from cidalloc.client import Client
+from cidalloc.client.core.tensors import ON_STREAMS, Library
+from cidalloc.client.core.transport import translating
+from cidalloc.errors import CidError, SequenceLost, Unavailable
+from cidalloc.manager.settings import Settings
+
+SETTINGS = Settings(first=1, capacity=10_000, max_sessions=1000, fresh=True)
+
+
+class Model(Loopback):
+    """Notes the requests of sequences, and answers each as `answer` says."""
+
+    library = Library(object, object, ON_STREAMS)
+
+    def __init__(self, settings: Settings = SETTINGS) -> None:
+        super().__init__(settings)
+        self.sent: list[dict[str, Any]] = []
+        self.held: list[Any] = []  # the answers that are held back
+        self.hold = False
+
+    def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
+        self.sent.append(options)
+        self.check(options)
+        return SimpleNamespace(get_response=dict)
+
+    def check(self, options: dict[str, Any]) -> None:
+        pass
+
+    def submit(
+        self, limit: float, model: str, inputs: list[Any], done: Any, /, **options: Any
+    ) -> None:
+        if self.hold:
+            self.sent.append(options)
+            self.held.append(done)
+            return
+        result, error = None, None
+        try:
+            result = self.infer(limit, model, inputs, **options)
+        except Exception as failed:
+            error = failed
+        done(result, error)
+
+    def ends(self) -> list[dict[str, Any]]:
+        return [each for each in self.sent if each.get("sequence_end")]
+
+
+def test_end_of_a_sequence_on_a_version() -> None:
+    model = Model()
+    with Client(transport=model) as cids:
+        with cids.sequence("model", end_inputs=[]) as sequence:
+            sequence.infer([], model_version="1")
+        assert len(model.ends()) == 1, "the model was not told of the END"
+
+
+def test_an_end_that_the_model_refused_by_itself_is_not_sent_again() -> None:
+    class Broken(Model):
+        def check(self, options: dict[str, Any]) -> None:
+            if options.get("sequence_end"):
+                raise InferenceServerException("the database of the model is full", "500")
+
+    model = Broken()
+    with Client(transport=model) as cids:
+        with cids.sequence("model", end_inputs=[]) as sequence:
+            sequence.infer([])
+        assert len(model.ends()) == 1, [
+            (each.get("sequence_start", False), each["sequence_end"]) for each in model.ends()
+        ]
+
+
+def test_an_interrupted_wait_does_not_let_the_next_request_overtake() -> None:
+    class Interrupt(Exception):
+        pass
+
+    def handler(*_: Any) -> None:
+        raise Interrupt
+
+    model = Model()
+    with Client(transport=model) as cids, cids.sequence("model", timeout=5) as sequence:
+        sequence.infer([])
+        model.hold = True
+        first = sequence.async_infer([])
+        before = signal.signal(signal.SIGALRM, handler)
+        timer = threading.Timer(
+            0.2, lambda: model.held.pop(0)(SimpleNamespace(get_response=dict), None)
+        )
+        timer.start()  # the first is answered, so the second is sent by the timer's thread
+        signal.setitimer(signal.ITIMER_REAL, 0.6)
+        try:
+            with pytest.raises(Interrupt):
+                sequence.infer([])  # waits for its turn, then for its answer
+        finally:
+            signal.signal(signal.SIGALRM, before)
+        assert first.done() and len(model.held) == 1, "Triton has the second request"
+        sent = len(model.sent)
+        third = sequence.async_infer([])
+        time.sleep(0.1)
+        overtakes = len(model.sent) > sent
+        for done in model.held:
+            done(SimpleNamespace(get_response=dict), None)
+        assert not overtakes, "the third was sent while Triton has the second"
+        del third
+
+
+def test_a_heartbeat_outlives_an_answer_that_cannot_be_read() -> None:
+    class Garbled(Loopback):
+        garbled = 0
+
+        def call(self, model: str, request: Any, timeout: float) -> Any:
+            with translating(model, self.url):
+                if self.garbled:
+                    self.garbled -= 1
+                    zlib.decompress(b"not zlib")
+            return super().call(model, request, timeout)
+
+    transport = Garbled(SETTINGS)
+    with Client(transport=transport, ttl=1.0) as cids:
+        cids.acquire()
+        transport.garbled = 1
+        time.sleep(1.6)
+        assert cids._session.state == "open", cids
+
+
+def test_every_line_of_closing_tells_those_who_wait() -> None:
+    lost = []
+    for at in itertools.count(1):
+        bell, ended = Bell(at), threading.Event()
+        model = Model()
+        with Client(transport=model) as cids:
+            sequence = cids.sequence("model", timeout=0.5)
+            sequence.infer([])
+            model.hold = True
+            first = sequence.async_infer([])
+            worker = threading.Thread(target=wait_for_turn, args=(sequence, ended), daemon=True)
+            worker.start()
+            while len(sequence._core.on_way) < 2:
+                time.sleep(0.001)
+            time.sleep(0.002)
+            bell.during(sequence._core.finish)
+            sequence._core.finish()
+            if not ended.wait(1.5):
+                lost.append(bell.rang.rpartition("/")[2])
+            sequence.close()
+            first.cancel()
+        if not bell.rang:
+            break
+    assert not lost, f"infer never ends after an exception at {lost}"
+
+
+def wait_for_turn(sequence: Any, ended: threading.Event) -> None:
+    with contextlib.suppress(CidError):
+        sequence.infer([])
+    ended.set()
+
+
+def test_a_model_that_is_away_holds_ids_for_a_minute_at_most() -> None:
+    world = World(Settings(first=1, capacity=1000, max_sessions=10, fresh=True))
+    session = world.session(ahead=0)
+    world.idle = {"away": Unavailable("no such model"), "here": 1.0}
+    first, *others = world.acquire(session, 20)
+    cache = session.lease.cache
+    session.lease.release_unended(first, "away", 1.0, 1.0)
+    for each in others:  # one of them each 30 s
+        session.lease.release_unended(each, "here", 1.0, 1.0)
+        world.keep(session, world.now + 30)
+    waiting = {model: len(ids) for model, ids in cache.awaiting_model.items()}
+    assert not waiting, f"after {30 * len(others)} s these IDs are still held: {waiting}"
+
+
+def test_a_lost_id_that_another_sequence_got_gets_no_end_of_the_lost_one() -> None:
+    model = Model()
+    with Client(transport=model, ahead=0) as cids:
+        sequence = cids.sequence("model", end_inputs=[])
+        sequence.infer([])
+        cid = sequence.cid
+        lease = sequence._core.plan.lease
+        with cids._runner.lock:
+            cache = lease.cache
+            cache.used.discard(
+                cid
+            )  # as `reconcile` does with an ID that the manager does not count
+        with pytest.raises(SequenceLost):
+            sequence.infer([])
+        with cids._runner.lock:
+            cache.fresh.append(cid)  # the next answer to HELD has it again
+        other = cids.sequence("model")
+        assert other.cid == cid
+        other.infer([])
+        model.sent.clear()
+        sequence.close()
+        assert not model.sent, model.sent
