@@ -254,7 +254,7 @@ def test_a_client_tells_what_it_uses() -> None:
 
 def shown(status: dict[str, Any], most: int | None = None) -> str:
     console = Console(width=100, file=io.StringIO(), record=True)
-    console.print(status_view(status, None, most))
+    console.print(status_view(status, most))
     return console.export_text()
 
 

@@ -48,18 +48,15 @@ def _counts(status: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def status_view(
-    status: Mapping[str, Any], rates: Rates | None = None, most: int | None = None
-) -> RenderableType:
+def status_view(status: Mapping[str, Any], most: int | None = None) -> RenderableType:
     """Return a view of the whole status.
 
     Args:
         status: the answer to STATUS.
-        rates: per second, if they are known.
         most: number of sessions to show, open and expired ones together; None shows all. Sessions
             with the most IDs in use come first, and then the last ones that expired.
     """
-    parts: list[RenderableType] = [_facts(status, rates)]
+    parts: list[RenderableType] = [_facts(status)]
     expired = [each for each in status.get("expired", ()) if each["used"]]
     if most is not None:
         expired = expired[: most // 3]
@@ -75,7 +72,7 @@ def status_view(
     return Group(*parts)
 
 
-def _facts(status: Mapping[str, Any], rates: Rates | None) -> Table:
+def _facts(status: Mapping[str, Any]) -> Table:
     pool = status["pool"]
     capacity, held, cooling = pool["capacity"], status["held"], status["cooling"]
     last = pool["first"] + capacity - 1
@@ -104,8 +101,6 @@ def _facts(status: Mapping[str, Any], rates: Rates | None) -> Table:
     expired, in_use = status["sessions_expired"], status.get("sessions_expired_in_use", 0)
     more = (f", {in_use:,} of them with IDs in use" if in_use else "") + more
     row("sessions", f"{status['sessions_total']:,} open, {expired:,} expired{more}")
-    if rates is not None:
-        row("rates", ", ".join(f"{rate:,.0f} {name}/s" for name, rate in rates.items()))
     errors = ", ".join(f"{count:,} {name}" for name, count in sorted(status["errors"].items()))
     row("errors", errors or "none")
     row("up for", f"{duration(status['uptime_s'])}, version {status['version']}")

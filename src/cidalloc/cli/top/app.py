@@ -216,7 +216,7 @@ class TopApp(App[None]):
     #head { text-wrap: nowrap; text-overflow: ellipsis; }
     #head.-error { color: $text-error; }
     Items { scrollbar-size-horizontal: 0; }
-    Items > .datatable--fixed { background: $surface; color: $foreground; }
+    Items > .datatable--fixed { background: transparent; color: $foreground; }
     #servers { height: auto; max-height: 35%; }
     #figures { height: 4; margin: 1 0 0 0; }
     .figure { width: 1fr; padding: 0 1; }
@@ -354,7 +354,7 @@ class TopApp(App[None]):
                 text = str(value)
                 if isinstance(value, (int, float)):
                     text = duration(value) if name.endswith("_s") else f"{value:,}"
-                title = name.removesuffix("_s").replace("_", " ")
+                title = "in use" if name == "used" else name.removesuffix("_s").replace("_", " ")
                 grid.add_row(Text(title, "bold"), Text(text))
             return grid
         return ""

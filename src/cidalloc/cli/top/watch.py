@@ -88,5 +88,5 @@ class Watch:
         if self.error is not None:
             parts.append(Text(f"{self.state}: {self.error}", style="bold red"))
         if self.status is not None:
-            parts.append(status_view(self.status, None, most))
+            parts.append(status_view(self.status, most))
         return Group(*parts)
