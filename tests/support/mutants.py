@@ -100,6 +100,13 @@ MUTANTS = [
         "A",
     ),
     Mutant(
+        "IDs are issued in a drain",
+        "manager/service.py",
+        "if draining and request.operation in (Operation.OPEN, Operation.NEW):",
+        "if False:",
+        "D",
+    ),
+    Mutant(
         "an owner number is reused too early",
         "manager/registry.py",
         "return self.sessions.end(session, ",
