@@ -186,10 +186,15 @@ def test_tls_options_that_do_not_fit(ours: Certificate) -> None:
 @pytest.mark.parametrize(
     ("arguments", "without"),
     [
-        (["--help"], "grpc tritonclient aiohttp gevent rich"),
-        (["--version"], "grpc tritonclient aiohttp gevent rich"),
+        (["--help"], "grpc tritonclient aiohttp gevent rich textual"),
+        (["--version"], "grpc tritonclient aiohttp gevent rich textual"),
         (["probe", "--help"], "tritonclient.grpc tritonclient.http aiohttp gevent rich"),
         (["probe", "grpc://127.0.0.1:1"], "tritonclient.http aiohttp gevent rich"),
+        (["top", "--help"], "textual textual_serve aiohttp gevent"),
+        (
+            ["top", "grpc://127.0.0.1:1", "--once"],
+            "textual textual_serve tritonclient.http aiohttp",
+        ),
         (["model", "--help"], "grpc aiohttp gevent"),
     ],
 )
@@ -205,6 +210,27 @@ print(*[name for name in "{without}".split() if name in sys.modules], file=sys._
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "\n"), done
+
+
+def test_once_without_the_extra() -> None:
+    script = """
+import sys
+sys.modules["textual"] = None
+from cidalloc import cli
+sys.argv = ["cidalloc", "top", "127.0.0.1:1", "localhost:1", "--timeout", "1", "--once"]
+cli.run()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout.count("no answer") >= 2, "each with its reason"
+    assert done.stderr.startswith("error: UNAVAILABLE: ") and done.stderr.count("\n") == 1
+
+
+def test_the_screen_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cidalloc.cli.top.find_spec", lambda name: None)
+    done = run("top", NOWHERE, "--web")
+    assert done.returncode == 1
+    assert "pip install 'cidalloc[top]'" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_every_command_of_the_list_has_help() -> None:

@@ -164,6 +164,9 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
 
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
     def until(self, words: str, seconds: float = 30.0) -> None:
         """Read until it said some words from now on."""
         self.text, deadline = "", time.monotonic() + seconds
@@ -214,7 +217,7 @@ def test_top_in_a_terminal(opened: Opened, triton: TritonServer, key: str) -> No
         terminal = opened("top", triton.grpc_url, "--interval", "0.2")
         terminal.until("the watched one")
         cids.acquire_many(100)
-        terminal.until("acquired")
+        terminal.until("requests/s")
         terminal.resize(20, 60)
         terminal.until("the watched")
         terminal.type(key)
@@ -224,9 +227,24 @@ def test_top_in_a_terminal(opened: Opened, triton: TritonServer, key: str) -> No
 
 
 @pytest.mark.server
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_top_that_is_ended_leaves_the_terminal_as_it_was(
+    opened: Opened, triton: TritonServer, number: int
+) -> None:
+    terminal = opened("top", triton.grpc_url)
+    terminal.until("Quit")
+    terminal.signal(number)
+    assert terminal.status() == 128 + number
+    assert "\x1b[?1049l" in terminal.text
+    assert "Traceback" not in terminal.text
+
+
+@pytest.mark.server
 def test_top_outlives_the_server(opened: Opened, few: Path) -> None:
     with Server(few) as server:
         terminal = opened("top", server.grpc_url, "--interval", "0.2", "--timeout", "1")
+        terminal.until("ok")
+        terminal.type("\t\r")  # unfolds the server
         terminal.until("a restart forgets")
     terminal.until("no answer")
     terminal.type("q")

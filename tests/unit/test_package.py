@@ -49,6 +49,7 @@ def test_what_is_installed() -> None:
         "cidalloc/manager/storage/_mapping.pyi",
         "cidalloc/triton_model/_parent_watch.pyi",
         "cidalloc/triton_model/config.pbtxt",
+        "cidalloc/cli/top/page.html",
         "cidalloc/devserver/demo/models/simple_sequence/1/model.py",
     ):
         assert wanted in names

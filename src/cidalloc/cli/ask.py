@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -18,7 +19,16 @@ from ..codes import Operation
 from ..errors import Exhausted, InvalidArgument, ProtocolError
 from ..protocol import MODEL, IDs, Parameter, Request, as_ids
 
-__all__ = ["URL_VARIABLE", "Manager", "acquire", "probe", "release", "status", "with_manager"]
+__all__ = [
+    "URL_VARIABLE",
+    "Manager",
+    "acquire",
+    "probe",
+    "release",
+    "status",
+    "with_manager",
+    "with_managers",
+]
 
 URL_VARIABLE = "CIDALLOC_URL"
 """The environment variable with the URL for commands without one."""
@@ -79,23 +89,58 @@ def with_manager(command: Callable[..., None]) -> Callable[..., None]:
     """Add URL and the options of a connection to a command. It gets a `Manager` in their place."""
 
     @functools.wraps(command)
-    def connected(
-        url: str,
-        model: str,
-        timeout: float,
-        header: tuple[str, ...],
-        ca: str | None,
-        cert: str | None,
-        key: str | None,
-        **rest: Any,
-    ) -> None:
+    def connected(url: str, **rest: Any) -> None:
         if url.isdigit() and "cid" in rest:  # URL was left out before the IDs
             rest["cid"] = (int(url), *rest["cid"])
             url = os.environ.get(URL_VARIABLE) or _missing_url()
-        options = _tls_options(url, ca, cert, key)
-        with Manager(url, model, timeout, dict(map(_header, header)), options) as manager:
+        with Manager(url, **_connection(url, **_taken(rest))) as manager:
             command(manager=manager, **rest)
 
+    return _options(click.argument("url", envvar=URL_VARIABLE)(connected))
+
+
+def with_managers(command: Callable[..., None]) -> Callable[..., None]:
+    """Add one or more URLs and the options. The command gets a `Manager` for each URL."""
+
+    @functools.wraps(command)
+    def connected(url: tuple[str, ...], **rest: Any) -> None:
+        options = _taken(rest)
+        with contextlib.ExitStack() as stack:
+            managers = [
+                stack.enter_context(Manager(each, **_connection(each, **options)))
+                for each in dict.fromkeys(url)
+            ]
+            command(managers=managers, **rest)
+
+    return _options(click.argument("url", envvar=URL_VARIABLE, nargs=-1, required=True)(connected))
+
+
+def _taken(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of a connection out of a command's."""
+    names = ("model", "timeout", "header", "ca", "cert", "key")
+    return {name: options.pop(name) for name in names}
+
+
+def _connection(
+    url: str,
+    model: str,
+    timeout: float,
+    header: tuple[str, ...],
+    ca: str | None,
+    cert: str | None,
+    key: str | None,
+) -> dict[str, Any]:
+    """Return the arguments of a `Manager` for these options."""
+    return {
+        "model": model,
+        "timeout": timeout,
+        "headers": dict(map(_header, header)),
+        "options": _tls_options(url, ca, cert, key),
+    }
+
+
+def _options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of a connection to a command."""
     file = click.Path(exists=True, dir_okay=False)
     for option in (
         click.option("--key", type=file, help="File with the private key of --cert."),
@@ -117,10 +162,9 @@ def with_manager(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--model", default=MODEL, show_default=True, help="Name of the manager model."
         ),
-        click.argument("url", envvar=URL_VARIABLE),
     ):
-        connected = option(connected)
-    return connected
+        command = option(command)
+    return command
 
 
 def _missing_url() -> str:
