@@ -65,8 +65,8 @@ MUTANTS = [
     Mutant(
         "expiry without the announced cooldown",
         "manager/registry.py",
-        'self.released["expired"] += self._end(session, session.cooldown)',
-        'self.released["expired"] += self._end(session, 0)',
+        "held = self._end(session, session.cooldown)",
+        "held = self._end(session, 0)",
         "F",
         190,
     ),
@@ -95,9 +95,16 @@ MUTANTS = [
     Mutant(
         "a retried change acts twice",
         "manager/registry.py",
-        "if seq <= session.seq:",
+        "if seq is not None and seq <= session.seq:",
         "if False:",
         "A",
+    ),
+    Mutant(
+        "IDs are issued in a drain",
+        "manager/service.py",
+        "if draining and request.operation in (Operation.OPEN, Operation.NEW):",
+        "if False:",
+        "D",
     ),
     Mutant(
         "an owner number is reused too early",
