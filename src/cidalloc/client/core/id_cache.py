@@ -30,10 +30,10 @@ MAX_AHEAD = 1024
 
 _QUICK_S = 1.0  # a cache that is empty again so soon was too small
 _STALE_S = 30.0  # IDs that were not needed for so long may go back
-_WANTED_S = 5.0  # the same for all unused IDs if other clients wait for some
+_WANTED_S = 5.0  # unused IDs go back after so long without demand if other clients wait for some
 _SHARED_S = 10.0  # released IDs are not cached for so long after calls of this client had to wait
 _REFILL_BACK_OFF_S = 10.0  # no IDs are fetched ahead for so long after the manager had no more
-_BATCH_S = 50e-6  # between two release requests, times `ahead`: so that many IDs leave together
+_BATCH_S = 50e-6  # times `ahead`: between two release requests, so that many IDs leave together
 _AWAIT_MODEL_S = 60.0  # a model that does not answer is asked for so long
 
 
@@ -234,7 +234,7 @@ class IdCache:
         self.refill_after = now + _REFILL_BACK_OFF_S
 
     def share(self, now: float) -> None:
-        """Note that calls wait for IDs: released IDs go to the manager, for who comes first."""
+        """Note that calls wait for IDs: released IDs go to the manager, for the first in line."""
         self.shared_until = now + _SHARED_S
 
     def drain(self, on: bool | None) -> None:

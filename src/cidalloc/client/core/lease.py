@@ -70,7 +70,7 @@ class Lease:
         doubtful: the result of a change is not known.
         lost_why: why the lease has ended; empty while it has not.
         pool: the manager's pool, once it is known.
-        starved: why calls that wait for IDs have none. What is in the cache is for them.
+        starved: why calls that wait for IDs have none. The cached IDs are reserved for them.
     """
 
     def __init__(self, link: Link, label: str, ahead: int, lost: dict[int, str]) -> None:

@@ -178,7 +178,7 @@ class SequenceState:
         )
 
     def drop(self, now: float) -> None:
-        """Note that START and END go out in one request, for what a model may still keep.
+        """Note that START and END go out in one request, so that the model deletes what it keeps.
 
         Its ID cools as without END.
         """

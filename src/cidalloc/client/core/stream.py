@@ -142,7 +142,7 @@ class Answers:
         return result
 
     def close(self) -> None:
-        """Read no more answers. The request goes on; until its last answer the END is in doubt."""
+        """Read no more answers. The request goes on, and END counts only with its last answer."""
         self._request.left, self._request.answers = True, None
 
     def __del__(self) -> None:
