@@ -141,7 +141,7 @@ class SequenceCore(Requests):
             if self in runner.sequences:
                 self._release()
                 del runner.sequences[self]  # the last, so that closing again completes it
-        if self._stream is not None:
+        if self._stream is not None and not self._stream.ended:
             self._stream.end(runner.now() + HURRY_S)
             runner.watch(self)
         if plan.lease is not None and plan.lease.cache.needs_maintenance:

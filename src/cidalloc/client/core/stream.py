@@ -159,6 +159,9 @@ class SequenceStream:
         more: is called with a request and an answer that is not the last one.
         over: is called with each request that is over, and its last answer or its error.
 
+    Attributes:
+        ended: `end` was called.
+
     Raises:
         InvalidArgument: streaming needs gRPC, and the transport is HTTP.
         Unavailable: the system refuses a thread.
@@ -179,6 +182,7 @@ class SequenceStream:
         self._waiting: dict[str, Request] = {}
         self._count = 0
         self._cut_at = float("inf")
+        self.ended = False
         try:
             self._stream = opener(self._receive)
         except InvalidArgument as error:
@@ -207,6 +211,7 @@ class SequenceStream:
 
     def end(self, cut_at: float) -> None:
         """Send nothing more. A server that has stopped never closes its side: cut it then."""
+        self.ended = True
         self._cut_at = cut_at
         self._stream.end()
 
