@@ -32,6 +32,8 @@ class Operation(IntEnum):
     """Which IDs a session holds."""
     STATUS = 9
     """Return the manager's status as JSON in DETAIL."""
+    DEAD = 10
+    """Which IDs of expired sessions need END on a model."""
 
 
 @unique

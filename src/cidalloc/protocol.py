@@ -28,9 +28,12 @@ from .errors import (
 __all__ = [
     "CODE",
     "CORRELATION_ID",
+    "DEAD_WINDOW_MS",
     "DETAIL",
     "DRAINING",
+    "END_WITHIN_MS",
     "MAX_COOLDOWN_MS",
+    "MAX_MODELS",
     "MAX_SEQ",
     "MAX_WAIT_MS",
     "MODEL",
@@ -68,6 +71,13 @@ MAX_COOLDOWN_MS = 7 * 86_400_000
 """The longest cooldown that a client can ask for. It also keeps times far from overflow."""
 MAX_WAIT_MS = 5_000
 """The longest time for which a session keeps its place among those that wait without asking."""
+
+MAX_MODELS = 16
+"""The most models that a session may announce."""
+END_WITHIN_MS = 30_000
+"""After sending DEAD, for so long END may be sent for the IDs of its answer."""
+DEAD_WINDOW_MS = 120_000
+"""For so long the END of a dead client's sequence may arrive at its model."""
 
 IDs = npt.NDArray[np.uint64]
 Parameter = int | bool | str | float
@@ -138,6 +148,12 @@ class Request:
         return cls(operation, ids, read)
 
     @property
+    def models(self) -> tuple[str, ...] | None:
+        """The names in ``models``, or None if there is no such parameter."""
+        text = self.parameters.get("models")
+        return None if text is None else tuple(json.loads(text))
+
+    @property
     def token(self) -> bytes | None:
         """The token of the request's session, or None."""
         text = self.parameters.get("session")
@@ -168,12 +184,28 @@ def _check_parameters(parameters: Mapping[str, Any]) -> None:
         raise InvalidArgument(
             f"session is not {2 * TOKEN_BYTES} hexadecimal digits: make them at random"
         )
+    if not _is_name(parameters.get("model", MODEL)):
+        raise InvalidArgument(f"model is not a name of 1 to {_NAME_BYTES} bytes")
+    try:
+        names = json.loads(parameters.get("models", "[]"))
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or len(names) > MAX_MODELS or not all(map(_is_name, names)):
+        raise InvalidArgument(
+            f"models is not a JSON list of at most {MAX_MODELS} names of 1 to {_NAME_BYTES} bytes"
+        )
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and 0 < len(name.encode(errors="replace")) <= _NAME_BYTES
 
 
 _KINDS: dict[str, Any] = {
     "session": str,
     "registry": str,
     "label": str,
+    "model": str,
+    "models": str,
     "ended": bool,
     "count": 1,
     "seq": 1,
@@ -186,6 +218,7 @@ _KINDS: dict[str, Any] = {
 
 _OPERATIONS = {operation.value: operation for operation in Operation}
 
+_NAME_BYTES = 256
 _ANY_TOKEN = "0" * 2 * TOKEN_BYTES
 _TOKEN = re.compile(rf"[0-9a-fA-F]{{{2 * TOKEN_BYTES}}}")
 _ERROR = re.compile(r"\[CIDALLOC (\d{1,9}) [A-Z_]+\] ?(.*)", re.DOTALL)

@@ -19,6 +19,7 @@ OPERATIONS = {
     "CLOSE": 7,
     "HELD": 8,
     "STATUS": 9,
+    "DEAD": 10,
 }
 
 CODES = {

@@ -329,6 +329,7 @@ def test_a_status(service: Service, clock: Clock) -> None:
         "sessions_expired": 0,
         "sessions_expired_in_use": 0,
         "expired": [],
+        "dead": 0,
         "acquired": 3,
         "released": {"ended": 1, "cooled": 0, "expired": 0},
         "uptime_s": 1.5,

@@ -40,6 +40,7 @@ FIELDS: dict[str, Any] = {
     "peak": int,
     "high_water": int,
     "draining": bool,
+    "dead": int,
     "anonymous": int,
     "waiting": int,
     "sessions": [

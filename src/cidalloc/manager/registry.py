@@ -27,7 +27,8 @@ from ..errors import (
     SessionUnknown,
     Unavailable,
 )
-from ..protocol import IDs
+from ..protocol import DEAD_WINDOW_MS, IDs
+from .dead_ids import DeadIds
 from .expired import ExpiredSessions
 from .recovery import recover, shape_for, storage_in_memory, waiting_for
 from .sessions import Session
@@ -73,6 +74,7 @@ class Registry:
         opened_at: the time at which this object was made.
         acquired, released: IDs since then.
         expired: the sessions that expired since then.
+        dead: those of their IDs that may need END.
 
     Of each call, ``token`` is the session's and ``now`` the time; the token of no open session
     raises `SessionUnknown`. Any call may raise `Forked` in a child process, and `Unavailable` after
@@ -89,6 +91,7 @@ class Registry:
     ) -> None:
         self.settings = settings
         self.expired = ExpiredSessions()
+        self.dead = DeadIds()
         self.released: Counter[str] = Counter()
         self.acquired = 0
         self.store = store or storage_in_memory(settings, boot)
@@ -164,14 +167,31 @@ class Registry:
         return Grant(session.generation, ttl_ms)
 
     def renew(
-        self, token: bytes, now: int, *, cooldown_ms: int | None = None, used: int | None = None
+        self,
+        token: bytes,
+        now: int,
+        *,
+        cooldown_ms: int | None = None,
+        used: int | None = None,
+        models: tuple[str, ...] = (),
     ) -> Grant:
-        """Renew a session's lease. Constant time. `acquire` explains ``cooldown_ms`` and ``used``.
+        """Renew a session's lease. Constant time.
+
+        Args:
+            token: the session.
+            now: the time.
+            cooldown_ms: as for `acquire`.
+            used: as for `acquire`.
+            models: the models on which its IDs are used, if that is known. If it expires,
+                `dead_ids` names its IDs for each of them.
 
         Raises:
             LimitExceeded: too long a time.
         """
         session = self._renewed(token, now)
+        if models and not session.models:
+            self._reckon_session(session, session.cooldown, True)
+        session.models = models or session.models
         if cooldown_ms is not None:
             self._raise_cooldown(session, cooldown_ms)
         self.sessions.set_used(session, used)
@@ -323,6 +343,15 @@ class Registry:
         self.released["ended" if ended else "cooled"] += len(ids)
         return len(ids)
 
+    def dead_ids(self, token: bytes, now: int, model: str, count: int) -> IDs:
+        """Return at most ``count`` IDs of expired sessions that need END on a model.
+
+        Nobody uses these, and they cool. END has to be sent within `END_WITHIN_MS` from when this
+        was asked for. The sessions that ask share the IDs among themselves. Changes nothing else.
+        """
+        session = self._renewed(token, now)
+        return self.dead.name(model, session.generation, count, self.now)
+
     # ---- The whole
 
     def tick(self, now: int) -> Allocator:
@@ -355,7 +384,14 @@ class Registry:
         _ = self.pool.active  # raises `Forked`, before the child touches memory it does not have
         self.now = max(self.now, now)
         while session := self.sessions.due(self.now):
-            held = self._end(session, session.cooldown)
+            if session.models:
+                ids = self.store.shape.ids(self.pool.held_by(session.number))
+            named = bool(session.models)
+            held = self._end(session, self._silence(session.cooldown, named))
+            if named:
+                # The dead client's last requests are over when Triton has forgotten them.
+                since = self.now + self._silence(session.cooldown, False)
+                self.dead.add(ids, session.models, since, self.now)
             self.released["expired"] += held
             if not session.anonymous:
                 self.expired.add(session.label, held, session.used, self.now)
@@ -363,6 +399,14 @@ class Registry:
     def _digest(self, token: bytes) -> bytes:
         """Return what the registry keeps of a session's token."""
         return hashlib.blake2b(token, digest_size=16, key=self._secret).digest()
+
+    def _silence(self, cooldown: int, named: bool) -> int:
+        """Return for how long IDs of an expired session cool; `dead_ids` may have ``named`` them.
+
+        Then there is a window for END, with a cooldown before it and another one after it.
+        """
+        cooldown = max(cooldown, self.settings.cooldown_ms)
+        return 2 * cooldown + DEAD_WINDOW_MS if named else cooldown
 
     def _end(self, session: Session, cooldown: int) -> int:
         self.waiting.leave(session)
@@ -387,8 +431,13 @@ class Registry:
         """Let the IDs of a session cool for at least so long if it expires."""
         cooldown = self.settings.cooldown(asked)
         if cooldown > session.cooldown:
-            self._reckon(session.ttl + self.settings.grace_ms + cooldown)
+            self._reckon_session(session, cooldown, bool(session.models))
             self.sessions.raise_cooldown(session, cooldown)
+
+    def _reckon_session(self, session: Session, cooldown: int, named: bool) -> None:
+        """Note on the disk for how long IDs may be in use and cool after the last renewal."""
+        lease = session.ttl + self.settings.grace_ms
+        self._reckon(lease + self._silence(cooldown, named))
 
     def _reckon(self, time_ms: int) -> None:
         """Note on the disk that IDs may be in use for so long from now on, before they are."""

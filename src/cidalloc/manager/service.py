@@ -70,6 +70,7 @@ class Service:
             Operation.RENEW: _renew,
             Operation.CLOSE: _close,
             Operation.HELD: _held,
+            Operation.DEAD: _dead,
         }
 
     def start(self) -> None:
@@ -222,8 +223,13 @@ def _open(registry: Registry, request: Request, now: int) -> list[int]:
 
 def _renew(registry: Registry, request: Request, now: int) -> list[int]:
     given = request.parameters
-    cooldown, used = given.get("cooldown_ms"), given.get("used")
-    grant = registry.renew(_token(request), now, cooldown_ms=cooldown, used=used)
+    grant = registry.renew(
+        _token(request),
+        now,
+        cooldown_ms=given.get("cooldown_ms"),
+        used=given.get("used"),
+        models=request.models or (),
+    )
     return [grant.generation, grant.ttl_ms, registry.waiting.any(now)]
 
 
@@ -234,3 +240,11 @@ def _close(registry: Registry, request: Request, now: int) -> int:
 
 def _held(registry: Registry, request: Request, now: int) -> IDs:
     return registry.held(_token(request), now, seq=request.parameters.get("seq"))
+
+
+def _dead(registry: Registry, request: Request, now: int) -> IDs:
+    given = request.parameters
+    if "model" not in given:
+        raise InvalidArgument("DEAD needs the parameter model")
+    count = given.get("count", 1000)
+    return registry.dead_ids(_token(request), now, given["model"], count)

@@ -51,6 +51,7 @@ class Session:
         opened_at: when it was opened.
         label: its name in the status.
         used: how many of its IDs are in use, as its client last said; None: it has not said it.
+        models: the models on which they are used, as its client last said; it is not in the row.
     """
 
     __slots__ = (
@@ -59,6 +60,7 @@ class Session:
         "expires",
         "generation",
         "label",
+        "models",
         "number",
         "opened_at",
         "seq",
@@ -90,6 +92,7 @@ class Session:
         self.label = label
         self.seq = seq
         self.used = used
+        self.models: tuple[str, ...] = ()
 
     @property
     def anonymous(self) -> bool:

@@ -123,7 +123,7 @@ class AsyncClient(Base):
         Arguments and errors are those of `Client.sequence`.
         """
         super()._check_home()
-        end_inputs = farewell if end_inputs is None else end_inputs
+        end_inputs = self._end_inputs(model, end_inputs, farewell)
 
         async def begin(taken: Acquired) -> Plan:
             self._runner.start()

@@ -93,8 +93,8 @@ class AsyncGrpcTransport(GrpcBase):
         finally:
             self._sequences.release(connection)
 
-    def open_stream(self, receive: Receive, /) -> _Stream:
-        return _Stream(self._sequences, self._calls, receive, self._tasks)
+    def open_stream(self, receive: Receive, /, limit: float | None = None) -> _Stream:
+        return _Stream(self._sequences, self._calls, receive, limit, self._tasks)
 
     async def close(self) -> None:
         self._asks.close()
@@ -124,10 +124,17 @@ class _Stream(StreamBase):
     """A stream, and the task that reads it."""
 
     def __init__(
-        self, connections: Connections, calls: Calls, receive: Receive, tasks: Tasks
+        self,
+        connections: Connections,
+        calls: Calls,
+        receive: Receive,
+        limit: float | None,
+        tasks: Tasks,
     ) -> None:
         super().__init__(connections, calls, receive, asyncio.Queue())
-        self._answers = self._connection.stream(self._requests(), metadata=calls.metadata)
+        self._answers = self._connection.stream(
+            self._requests(), timeout=limit, metadata=calls.metadata
+        )
         tasks.start(self._read())
 
     async def _requests(self) -> AsyncIterator[Any]:

@@ -85,6 +85,8 @@ class AsyncRunner(RunnerBase):
         """Start the heartbeat, if it does not run yet."""
         if self._heartbeat is None and not self.session.closed:
             self._heartbeat = self.tasks.start(self._keep())
+            if self.tidier is not None:
+                self.tasks.start(self.run(self.tidier.rounds()))
 
     def wake(self) -> None:
         """Tell the heartbeat that there is something to do. It starts if it does not run yet."""

@@ -22,6 +22,8 @@ from .link import Link
 from .model_info import HIGHEST_CID, ModelInfo
 from .plan import Plan
 from .session import Session
+from .tensors import Inputs
+from .tidy import Tidier
 from .transport import DAY_S, DEFAULT_URL, Transport
 
 __all__ = ["SEQUENCE_TIMEOUT_S", "Base"]
@@ -56,6 +58,7 @@ class Base(ForkGuard):
         transport: Transport | None = None,
         ahead: int = MAX_AHEAD,
         fallback: Fallback = None,
+        tidy: Mapping[str, Inputs] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -71,6 +74,11 @@ class Base(ForkGuard):
         link = Link(self._timeout, ttl, self._rng, self._transport.now)
         self._session = Session(link, _label(label), _ahead(ahead))
         self._runner = self._new_runner(self._session, self._transport, model)
+        self._tidy = dict(tidy or {})
+        if self._tidy:
+            if not self._transport.streams:
+                raise InvalidArgument(f"tidy needs gRPC, and {self._transport.url} is HTTP")
+            self._runner.tidier = Tidier(self._runner, self._tidy)
 
     def __del__(self) -> None:
         session = getattr(self, "_session", None)
@@ -95,6 +103,9 @@ class Base(ForkGuard):
         """
         super()._check_home()
         return as_ids(sorted(self._session.lease.cache.used))
+
+    def _end_inputs(self, model: str, *given: Inputs | None) -> Inputs | None:
+        return next((each for each in given if each is not None), self._tidy.get(model))
 
     # ---- Releasing, which never waits
 
@@ -193,7 +204,7 @@ class Base(ForkGuard):
                 raise
             return self._random_plan(target, timeout, check)
         assert taken.lease is not None
-        key = taken.lease.next_key(taken[0])
+        key = taken.lease.begin_sequence(taken[0], target.name)
         left = round(until - session.now(), 1) if until else 0.0
         return Plan(target, taken[0], taken.lease, timeout, key, check, left)
 

@@ -61,6 +61,9 @@ _PARAMETERS = {
 }
 
 
+LIBRARY = Library.of(tritonclient.grpc, "compression_algorithm", "headers")
+
+
 class GrpcResult(Result, tritonclient.grpc.InferResult):  # type: ignore[misc]
     """A result over gRPC."""
 
@@ -253,7 +256,7 @@ class Calls:
 
     def manager_request(self, model: str, request: protocol.Request) -> tuple[Any, dict[str, Any]]:
         """Return the message and gRPC's arguments for a request to the manager."""
-        arguments = encode(tritonclient.grpc, request)
+        arguments = encode(LIBRARY, request)
         return self.request(model, arguments.pop("inputs"), secret=True, **arguments)
 
     def config_request(self, model: str) -> tuple[Any, dict[str, Any]]:
@@ -334,7 +337,8 @@ class GrpcBase:
         address, headers, options: see `Calls`.
     """
 
-    library = Library.of(tritonclient.grpc, "compression_algorithm", "headers")
+    library = LIBRARY
+    streams = True
     now = staticmethod(boottime)
 
     def __init__(

@@ -160,6 +160,7 @@ class HttpBase:
         *("headers", "query_params"),
         *("request_compression_algorithm", "response_compression_algorithm"),
     )
+    streams = False
     now = staticmethod(boottime)
 
     def __init__(self, address: Address, headers: Mapping[str, str] | None, verbose: bool) -> None:
@@ -178,7 +179,7 @@ class HttpBase:
                 raise InvalidArgument(f"the header {name} is set by the client")
         return found
 
-    def open_stream(self, receive: Receive, /) -> Stream:
+    def open_stream(self, receive: Receive, /, limit: float | None = None) -> Stream:
         """Raise `InvalidArgument`: HTTP has no streams."""
         raise InvalidArgument(f"streaming needs gRPC, and {self.url} is HTTP")
 
@@ -215,7 +216,7 @@ class HttpBase:
         return HttpCall(self._message("POST", path, sent, body), shown)
 
     def _manager_request(self, model: str, request: protocol.Request) -> HttpCall:
-        arguments = encode(tritonclient.http, request)
+        arguments = encode(self.library, request)
         # It is not printed, since it has secrets.
         return self._request(model, arguments.pop("inputs"), secret=True, **arguments)
 

@@ -7,6 +7,7 @@ what the session holds (`fetch`, `refill`, `release`, `reconcile`) run one at a 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable
 from uuid import UUID
@@ -26,7 +27,7 @@ from ...errors import (
     SessionExpired,
     SessionUnknown,
 )
-from ...protocol import PROTOCOL, TOKEN_BYTES, Parameter, Request, as_ids
+from ...protocol import MAX_MODELS, PROTOCOL, TOKEN_BYTES, Parameter, Request, as_ids
 from .effects import NEVER, Flow, Reply, Send
 from .id_cache import ENDED, IdCache
 from .link import Link
@@ -67,6 +68,7 @@ class Lease:
         generation: the manager's number of the session; 0 before OPEN is answered, and once lost.
         default_ms: the cooldown that the manager takes if a release does not say one.
         announced_ms: the cooldown of the IDs if the session expires.
+        models: the models of its sequences, in the order in which they came up.
         doubtful: the result of a change is not known.
         lost_why: why the lease has ended; empty while it has not.
         pool: the manager's pool, once it is known.
@@ -80,6 +82,8 @@ class Lease:
         self.first_sent = float("inf")
         self.generation = 0
         self.default_ms = self.announced_ms = 0
+        self.models: list[str] = []
+        self._announced_models = 0
         self.doubtful = False
         self.lost_why = ""
         self.pool: range | None = None
@@ -200,8 +204,11 @@ class Lease:
         if now >= self.deadline:
             raise SessionExpired(self.expired())
 
-    def next_key(self, cid: int) -> str:
-        """Return a name for a new sequence, which no other sequence ever has."""
+    def begin_sequence(self, cid: int, model: str) -> str:
+        """Note a new sequence, and return a name that no other sequence ever has."""
+        if model not in self.models and len(self.models) < MAX_MODELS:
+            self.models.append(model)
+            self.cache.needs_maintenance = True
         # No other session of the registry ever has this generation.
         self._sequences += 1
         return f"{self._registry[-12:]}-{cid}-{self.generation}-{self._sequences}"
@@ -235,7 +242,11 @@ class Lease:
     def renew(self, deadline: float, announced_ms: int | None = None) -> Flow[None]:
         """Renew the session; announce this cooldown."""
         what: dict[str, Parameter] = {} if announced_ms is None else {"cooldown_ms": announced_ms}
+        models = len(self.models)
+        if models:  # each time, since a manager that was reloaded does not know it
+            what["models"] = json.dumps(self.models)
         reply = yield from self._ask(Operation.RENEW, deadline, what)
+        self._announced_models = models
         answer = reply.output.tolist()
         if answer[:1] != [self.generation]:
             # A late OPEN made that session, and it holds no ID of this one.
@@ -268,6 +279,11 @@ class Lease:
         self.end(why)
         self.generation = 0
 
+    @property
+    def to_renew(self) -> bool:
+        """Whether the heartbeat has to renew it now."""
+        return self._link.now() >= self.renew_at or len(self.models) > self._announced_models
+
     def due(self) -> float:
         """Return when the heartbeat has to do something next."""
         if not self.opened:
@@ -275,7 +291,7 @@ class Lease:
         now, cache = self._link.now(), self.cache
         due = min(self.renew_at, cache.trim_at)
         if now < self.deadline:
-            due = NEVER if self.doubtful else min(due, cache.due(now))
+            due = NEVER if self.doubtful or self.to_renew else min(due, cache.due(now))
         return max(due, self.retry_at)
 
     def put_off(self, tries: int) -> None:
@@ -329,6 +345,11 @@ class Lease:
             self.doubtful = False
             self.cache.requeue()
         raise error
+
+    def ask_dead(self, model: str, count: int) -> Request:
+        """Return the request for IDs of dead clients on a model, which `Tidier` sends."""
+        what = {"session": self.token, "registry": self._registry, "model": model, "count": count}
+        return Request(Operation.DEAD, parameters=what)
 
     # ---- IDs to and from the manager: one flow at a time
 

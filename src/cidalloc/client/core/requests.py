@@ -22,7 +22,7 @@ from .result import version_of
 from .sequence_state import SequenceState
 from .stream import Request, SequenceStream, Waiter, decoupled
 from .tensors import Inputs
-from .transport import SLACK_S, foreign, unreachable
+from .transport import NO_SLOT, SLACK_S, foreign, unreachable
 
 if TYPE_CHECKING:
     from .runner import RunnerBase
@@ -389,7 +389,7 @@ class Requests:
             lost: BaseException = SequenceLost(
                 f"Triton has forgotten {self.name}: {self.state.why_forgotten}"
             )
-        elif "timeout of the corresponding sequence has been expired" in text:
+        elif NO_SLOT in text:
             lost = Unavailable(
                 f"no slot for {self.name} within {self._timeout:g} s: all slots of the model"
                 " are taken by other sequences"

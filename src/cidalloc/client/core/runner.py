@@ -10,6 +10,7 @@ from .lease import Acquired
 from .requests import Requests
 from .sequence import SequenceCore
 from .session import Session
+from .tidy import Tidier
 from .transport import Transport
 
 __all__ = ["LOOK_S", "RunnerBase"]
@@ -29,6 +30,7 @@ class RunnerBase:
     Attributes:
         sequences: the sequences that hold an ID.
         lock: held during each step of a flow, and while a sequence changes.
+        tidier: ends sequences of dead clients; None if nobody asked for that.
     """
 
     def __init__(self, session: Session, transport: Transport, model: str) -> None:
@@ -38,6 +40,7 @@ class RunnerBase:
         self.now: Callable[[], float] = transport.now
         self.lock = threading.Lock()
         self.sequences: dict[SequenceCore, None] = {}
+        self.tidier: Tidier | None = None
         self._watched: dict[Requests, None] = {}
 
     def future(self) -> Any:

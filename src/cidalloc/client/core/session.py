@@ -177,8 +177,7 @@ class Session:
         tries = 0
         while not taken:
             try:
-                if self.now() >= self.lease.deadline:
-                    yield from self._in_turn(self._establish(deadline), deadline)
+                yield from self.establish(deadline)
                 lease = self.lease
                 lease.take_ready(count, need_ms, taken)
                 if not taken:
@@ -189,6 +188,11 @@ class Session:
             except CidError as error:
                 tries += 1
                 yield from self._recover(error, tries, deadline)
+
+    def establish(self, deadline: float) -> Flow[None]:
+        """Open the session if it is not open, and renew its lease if that has run out."""
+        if self.now() >= self.lease.deadline:
+            yield from self._in_turn(self._establish(deadline), deadline)
 
     def flush(self, deadline: float) -> Flow[None]:
         """Release at the manager all IDs that have to leave, so that others see them released."""
@@ -264,7 +268,7 @@ class Session:
             # Short enough for some tries before the lease runs out.
             deadline = self.now() + min(self.link.timeout, self.link.ttl / 8)
             try:
-                if self.now() >= lease.renew_at:
+                if lease.to_renew:
                     yield from lease.renew(deadline)
                     yield from self._check_models(deadline)
                 else:

@@ -40,6 +40,7 @@ __all__ = [
     "DAY_S",
     "DEFAULT_URL",
     "HURRY_S",
+    "NO_SLOT",
     "SLACK_S",
     "STRANGE",
     "Address",
@@ -69,6 +70,9 @@ DAY_S = 86_400.0
 SLACK_S = 0.4
 """An answer is awaited for so many seconds longer than Triton's own limit on its request."""
 
+NO_SLOT = "timeout of the corresponding sequence has been expired"
+"""Part of Triton's text if a START waited in vain for a slot of its model."""
+
 HURRY_S = 2.0
 """Closing waits so many seconds for a server, if the block has failed or the client is closed."""
 
@@ -93,7 +97,11 @@ class Transport(Protocol):
     Attributes:
         url: the server, as errors name it.
         library: what tritonclient has for its protocol.
+        streams: whether it has streams: it is gRPC.
     """
+
+    @property
+    def streams(self) -> bool: ...
 
     @property
     def url(self) -> str: ...
@@ -122,8 +130,10 @@ class Transport(Protocol):
     ) -> None:
         """Send a request; ``done`` is called when it is over, at any time and in any thread."""
 
-    def open_stream(self, receive: Receive, /) -> Stream:
+    def open_stream(self, receive: Receive, /, limit: float | None = None) -> Stream:
         """Return a new gRPC stream; ``receive`` may be called in another thread.
+
+        After ``limit`` seconds the server ends it, and takes no request that arrives later.
 
         Raises:
             InvalidArgument: this is not gRPC.
@@ -159,14 +169,14 @@ class Stream(Protocol):
         """Note that an answer did not come in time: the next stream takes a new connection."""
 
 
-def encode(module: Any, request: protocol.Request) -> dict[str, Any]:
+def encode(library: Library, request: protocol.Request) -> dict[str, Any]:
     """Return the arguments of tritonclient's ``infer`` for a request to the manager."""
     inputs = []
     for name, array in request.encode().items():
         kind = np_to_triton_dtype(array.dtype)
-        tensor = module.InferInput(name, list(array.shape), kind)
+        tensor = library.inputs(name, list(array.shape), kind)
         inputs.append(tensor.set_data_from_numpy(array))
-    outputs = [module.InferRequestedOutput(name) for name in (protocol.OUTPUT, protocol.DETAIL)]
+    outputs = [library.outputs(name) for name in (protocol.OUTPUT, protocol.DETAIL)]
     return {"inputs": inputs, "outputs": outputs, "parameters": dict(request.parameters)}
 
 

@@ -44,6 +44,9 @@ class Client(Base):
             is needed, and releases it when its use ends.
         fallback: with ``"random"``, `sequence` uses a random 63-bit ID if the manager cannot be
             reached and the model's correlation IDs have 64 bits. Such an ID is not managed.
+        tidy: for each model named, inputs of END. While its session is open, the client sends END
+            for sequences on these models whose clients have died, in the background and over gRPC.
+            These inputs are also the default of ``end_inputs`` of `sequence`.
         options: further arguments of tritonclient's ``InferenceServerClient``, such as TLS options.
 
     Raises:
@@ -201,7 +204,7 @@ class Client(Base):
             check: use False for a model that keeps state by itself, is called by another model, or
                 has a configuration that cannot be read. ``cooldown`` is then required.
             end_inputs: inputs of the END request that is sent if the sequence is closed without
-                END.
+                END. Default: those of the client's ``tidy``, if it has any for the model.
             wait: seconds to wait for an ID if the pool is exhausted, and then for a slot of the
                 model, if this is longer than ``timeout``. By default, and with 0, this waits for no
                 ID, and for a slot as long as ``timeout``.
@@ -215,7 +218,7 @@ class Client(Base):
         """
         self._check_home()
         taken = Acquired()
-        end_inputs = farewell if end_inputs is None else end_inputs
+        end_inputs = self._end_inputs(model, end_inputs, farewell)
         try:
             self._runner.start()
             plan = self._runner.run(

@@ -92,8 +92,8 @@ class GrpcTransport(GrpcBase):
 
         self._start(connections, connection, "infer", request, limit, beside, over)
 
-    def open_stream(self, receive: Receive, /) -> _Stream:
-        return _Stream(self._sequences, self._calls, receive)
+    def open_stream(self, receive: Receive, /, limit: float | None = None) -> _Stream:
+        return _Stream(self._sequences, self._calls, receive, limit)
 
     def close(self) -> None:
         self._asks.close()
@@ -143,12 +143,14 @@ class GrpcTransport(GrpcBase):
 class _Stream(StreamBase):
     """A stream, and the thread that reads it. gRPC has another one, which sends."""
 
-    def __init__(self, connections: Connections, calls: Calls, receive: Receive) -> None:
+    def __init__(
+        self, connections: Connections, calls: Calls, receive: Receive, limit: float | None
+    ) -> None:
         requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         super().__init__(connections, calls, receive, requests)
         try:
             self._answers = self._connection.stream(
-                iter(requests.get, None), metadata=calls.metadata
+                iter(requests.get, None), timeout=limit, metadata=calls.metadata
             )
             spawn(self._read, name="cidalloc-stream")
         except BaseException as error:

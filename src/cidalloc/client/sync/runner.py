@@ -39,6 +39,7 @@ class Runner(RunnerBase):
         super().__init__(session, transport, model)
         self._changed = threading.Condition(self.lock)
         self._heartbeat: threading.Thread | None = None
+        self._tidying: threading.Thread | None = None
         self._dropped: deque[SequenceCore] = deque()
         # The watch sleeps on this queue; other threads wake it by an entry, which needs no lock.
         self._rest: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -86,6 +87,8 @@ class Runner(RunnerBase):
         if self._heartbeat is None:
             with self.lock:
                 if self._heartbeat is None and not self.session.closed:
+                    if self.tidier is not None and self._tidying is None:
+                        self._tidying = spawn(self.run, self.tidier.rounds(), name="cidalloc-tidy")
                     self._heartbeat = spawn(self._keep, name="cidalloc-client")
 
     def wake(self) -> None:
