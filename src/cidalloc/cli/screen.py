@@ -103,6 +103,8 @@ def _facts(status: Mapping[str, Any]) -> Table:
     more = f"; {waiting:,} wait for IDs" if waiting else ""
     expired, in_use = status["sessions_expired"], status.get("sessions_expired_in_use", 0)
     more = (f", {in_use:,} of them with IDs in use" if in_use else "") + more
+    if dead := status.get("dead", 0):
+        more += f"; 'cidalloc tidy' gets {dead:,} of their IDs"
     row("sessions", f"{status['sessions_total']:,} open, {expired:,} expired{more}")
     errors = ", ".join(f"{count:,} {name}" for name, count in sorted(status["errors"].items()))
     row("errors", errors or "none")
