@@ -34,6 +34,7 @@ class Watched:
     def __init__(self, url: str, recorder: Recorder) -> None:
         self._transport, self._recorder = connect(url), recorder
         self.url, self.now = self._transport.url, self._transport.now
+        self.broke = self._transport.broke
         self.library, self.submit = self._transport.library, self._transport.submit
         self.open_stream = self._transport.open_stream
         self.model_config, self.close = self._transport.model_config, self._transport.close

@@ -93,7 +93,7 @@ class SimClient(Base):
 
     def __init__(self, rng: random.Random, now: Callable[[], float]) -> None:
         self.transport: Any = SimpleNamespace(
-            url="simulated", library=Library(object, object, frozenset()), now=now
+            url="simulated", library=Library(object, object, frozenset()), now=now, broke=bool
         )
         super().__init__(
             model="cidmgr", ttl=TTL_S, label="simulated", timeout=2.0, transport=self.transport

@@ -59,6 +59,9 @@ class Loopback:
     def submit(self, limit: float, model: str, inputs: list[Any], done: Done, /, **_: Any) -> None:
         done(self.infer(limit, model, inputs), None)
 
+    def broke(self) -> bool:
+        return False
+
     def open_stream(self, receive: Receive, /) -> Any:
         raise NotImplementedError
 
@@ -87,6 +90,9 @@ class AsyncLoopback:
 
     def submit(self, limit: float, model: str, inputs: list[Any], done: Done, /, **_: Any) -> None:
         self.loopback.submit(limit, model, inputs, done)
+
+    def broke(self) -> bool:
+        return False
 
     def open_stream(self, receive: Receive, /) -> Any:
         raise NotImplementedError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..core.arguments import whole
 from ..core.client import SEQUENCE_TIMEOUT_S, Base
 from ..core.fork_guard import caller
 from ..core.lease import Acquired
-from ..core.plan import Plan
+from ..core.sequence import SequenceCore
 from ..core.tensors import Inputs
 from .runner import AsyncRunner
 from .sequence import AsyncSequence
@@ -123,18 +124,33 @@ class AsyncClient(Base):
         Arguments and errors are those of `Client.sequence`.
         """
         super()._check_home()
-        end_inputs = self._end_inputs(model, end_inputs, farewell)
+        end = self._end_inputs(model, end_inputs, farewell)
+        begin = partial(self._begin, model, streaming, timeout, cooldown, check, end, wait)
+        return AsyncSequence(model, begin, self, caller())
 
-        async def begin(taken: Acquired) -> Plan:
+    async def _begin(
+        self,
+        model: str,
+        streaming: bool = False,
+        timeout: float = SEQUENCE_TIMEOUT_S,
+        cooldown: float | None = None,
+        check: bool = True,
+        end_inputs: Inputs | None = None,
+        wait: float | None = None,
+    ) -> SequenceCore:
+        """Acquire an ID, and begin a sequence with it."""
+        self._check_home()
+        taken = Acquired()
+        try:
             self._runner.start()
-            plan = await self._runner.run(
-                self._begin_sequence(model, timeout, cooldown, check, taken, wait)
-            )
+            beginning = self._begin_sequence(model, timeout, cooldown, check, taken, wait)
+            plan = await self._runner.run(beginning)
             if self._session.lease.cache.needs_maintenance:
                 self._runner.wake()
-            return plan
-
-        return AsyncSequence(self._runner, model, begin, streaming, end_inputs, self, caller())
+            return SequenceCore(self._runner, plan, streaming, end_inputs)
+        except BaseException as error:
+            self._runner.take_back(taken, error)
+            raise
 
     async def _acquire(self, count: int, until: float | None) -> IDs:
         session, taken = self._session, Acquired()

@@ -41,7 +41,8 @@ class AsyncGrpcTransport(GrpcBase):
     ) -> None:
         self._tasks = Tasks()
         shut = lambda channel: self._tasks.start(channel.close())  # noqa: E731
-        super().__init__(grpc.aio, shut, address, headers, options)
+        is_ready = lambda channel: channel.get_state() is grpc.ChannelConnectivity.READY  # noqa: E731
+        super().__init__(grpc.aio, shut, is_ready, address, headers, options)
 
     async def call(
         self, model: str, request: protocol.Request, timeout: float

@@ -99,6 +99,7 @@ class AsyncHttpTransport(HttpBase):
             answer = await connection.exchange(call.data, until - boottime())
         except BaseException:
             connection.close()
+            self._broke = True
             raise
         if answer.reusable and not self._closed:
             connection.idle_since = boottime()
@@ -109,9 +110,17 @@ class AsyncHttpTransport(HttpBase):
 
     async def _connect(self) -> _Connection:
         _, connection = await asyncio.get_running_loop().create_connection(
-            _Connection, self._host, self._port, ssl=self._context, happy_eyeballs_delay=0.25
+            _Connection,
+            self._host,
+            self._port,
+            ssl=self._context,
+            server_hostname=self._name if self._context else None,
+            happy_eyeballs_delay=0.25,
         )
         return connection
+
+    def _closed_by_server(self) -> bool:
+        return any(connection.over for connection in self._idle)
 
     def _take(self) -> _Connection | None:
         """Return an idle connection that the server has not closed."""

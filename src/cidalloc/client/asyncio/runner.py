@@ -36,6 +36,7 @@ class AsyncRunner(RunnerBase):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing: asyncio.Task[None] | None = None
         self._ticking = False
+        session.on_confirmed = self._look
 
     def future(self) -> asyncio.Future[Any]:
         """Return a new future."""

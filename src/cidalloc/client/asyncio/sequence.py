@@ -8,14 +8,11 @@ from types import TracebackType
 from typing import Any
 
 from ..core.handle import SequenceHandle
-from ..core.lease import Acquired
-from ..core.plan import Plan
 from ..core.result import Result
 from ..core.sequence import SequenceCore
 from ..core.stream import Answers
 from ..core.tensors import Inputs
 from ..core.transport import HURRY_S
-from .runner import AsyncRunner
 from .tasks import outlast
 
 __all__ = ["AsyncSequence", "AsyncStreamedAnswers"]
@@ -46,18 +43,13 @@ class AsyncSequence(SequenceHandle):
 
     def __init__(
         self,
-        runner: AsyncRunner,
         model: str,
-        begin: Callable[[Acquired], Awaitable[Plan]],
-        streaming: bool,
-        end_inputs: Inputs | None,
+        begin: Callable[[], Awaitable[SequenceCore]],
         client: object,
         opened_at: tuple[str, int],
     ) -> None:
-        super().__init__(runner, model, client, opened_at)
+        super().__init__(model, client, opened_at)
         self._beginning = begin
-        self._streaming = streaming
-        self._end_inputs = end_inputs
         self._closing: asyncio.Task[None] | None = None
 
     async def infer(self, inputs: Inputs, *, end: bool = False, **options: Any) -> Result:
@@ -99,7 +91,8 @@ class AsyncSequence(SequenceHandle):
         if self._begun.is_over:
             return
         if self._closing is None:
-            self._closing = self._runner.tasks.start(self._close_once(patience))
+            runner: Any = self._begun.runner
+            self._closing = runner.tasks.start(self._close_once(patience))
         await outlast(self._closing)
 
     async def _close_once(self, patience: float) -> None:
@@ -116,13 +109,7 @@ class AsyncSequence(SequenceHandle):
     async def __aenter__(self) -> AsyncSequence:
         self._check_home()
         if self._core is None:
-            taken = Acquired()
-            try:
-                plan = await self._beginning(taken)
-                self._core = SequenceCore(self._runner, plan, self._streaming, self._end_inputs)
-            except BaseException as error:
-                self._runner.take_back(taken, error)
-                raise
+            self._core = await self._beginning()
         return self
 
     async def __aexit__(
@@ -135,4 +122,6 @@ class AsyncSequence(SequenceHandle):
 
     def _check_home(self) -> None:
         super()._check_home()
-        self._runner.check_loop()
+        if self._core is not None:
+            runner: Any = self._core.runner
+            runner.check_loop()

@@ -38,6 +38,7 @@ _MAX_COOLDOWN_S = MAX_COOLDOWN_MS / 1000
 _LABEL_BYTES = 64
 _FALLBACK_S = 1.0  # a sequence that can do without the manager waits for it so long
 _RANDOM_BITS = 62
+_HEARD_S = 1.0  # a server of a fleet that has answered within this time is there
 
 
 class Base(ForkGuard):
@@ -69,6 +70,7 @@ class Base(ForkGuard):
         self._model = model
         self._timeout = seconds("timeout", timeout, DAY_S)
         self._fallback = fallback
+        self._connect_s: float | None = None  # in a fleet: for how long a server is tried
         self._rng = random.SystemRandom()
         ttl = seconds("ttl", ttl, _MAX_TTL_S, low=0.001)
         link = Link(self._timeout, ttl, self._rng, self._transport.now)
@@ -163,12 +165,18 @@ class Base(ForkGuard):
         timeout = seconds("timeout", timeout, DAY_S)
         until = self._until("wait", wait)
         longest = max(timeout, wait or 0.0)  # that a request may take
+        patience = self._connect_s or self._timeout
+        try:
+            yield from self._confirm(session.now() + patience)
+        except (Unavailable, SessionExpired):
+            if self._fallback is None:
+                raise
         if cooldown is not None:
             cooldown = seconds("cooldown", cooldown, _MAX_COOLDOWN_S, low=0.0)
         if check:
             target = session.models.known(model, longest, session.now())
             if target is None:
-                target = yield from session.models.look(model, session.now(), self._timeout)
+                target = yield from session.models.look(model, session.now(), patience)
             if cooldown is not None:
                 target = replace(target, idle_s=max(cooldown, target.idle_s), exact=False)
         elif cooldown is None:
@@ -185,7 +193,7 @@ class Base(ForkGuard):
         now = session.now()
         if alone and session.lease.deadline <= now < session.link.away_until:
             return self._random_plan(target, timeout, check)
-        deadline = now + (min(self._timeout, _FALLBACK_S) if alone else self._timeout)
+        deadline = now + (min(patience, _FALLBACK_S) if alone else patience)
         try:
             if target.highest_cid < HIGHEST_CID:
                 pool = yield from session.pool(deadline)
@@ -207,6 +215,17 @@ class Base(ForkGuard):
         key = taken.lease.begin_sequence(taken[0], target.name)
         left = round(until - session.now(), 1) if until else 0.0
         return Plan(target, taken[0], taken.lease, timeout, key, check, left)
+
+    def _confirm(self, deadline: float) -> Flow[None]:
+        """Find out whether the manager is still at its address, if there is a doubt.
+
+        In a fleet that is so after each second without an answer, and one try has to be enough.
+        """
+        session, alone = self._session, self._connect_s is None
+        session.suspected = session.suspected or self._transport.broke()
+        unheard = not alone and session.now() >= session.link.heard_at + _HEARD_S
+        if unheard or (session.suspected and session.lease.opened):
+            yield from session.confirm(deadline, alone)
 
     def _random_plan(self, target: ModelInfo, timeout: float, check: bool) -> Plan:
         cid = 2**_RANDOM_BITS + self._rng.getrandbits(_RANDOM_BITS)

@@ -71,7 +71,7 @@ class GrpcResult(Result, tritonclient.grpc.InferResult):  # type: ignore[misc]
 class Connection:
     """A channel, its methods, and the number of requests on their way over it."""
 
-    __slots__ = ("busy", "channel", "config", "infer", "stream", "version")
+    __slots__ = ("busy", "channel", "config", "infer", "stream", "version", "was_ready")
 
     def __init__(self, channel: Any) -> None:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
@@ -79,6 +79,7 @@ class Connection:
         self.infer, self.stream = stub.ModelInfer, stub.ModelStreamInfer
         self.config, self.version = stub.ModelConfig, stub.ServerMetadata
         self.busy = 0
+        self.was_ready = False
 
 
 class Connections:
@@ -87,10 +88,17 @@ class Connections:
     Args:
         make: makes a channel.
         shut: closes one.
+        is_ready: whether a channel is connected.
     """
 
-    def __init__(self, make: Callable[[], Any], shut: Callable[[Any], object]) -> None:
-        self._make, self._shut = make, shut
+    def __init__(
+        self,
+        make: Callable[[], Any],
+        shut: Callable[[Any], object],
+        is_ready: Callable[[Any], bool],
+    ) -> None:
+        self._make, self._shut, self._is_ready = make, shut, is_ready
+        self._broke = False
         self._lock = threading.Lock()
         self._usable: list[Connection] = []
         self._closed = False
@@ -113,8 +121,19 @@ class Connections:
             connection.busy += 1
         return connection
 
+    def broke(self) -> bool:
+        """Return whether a connection has broken since the last call. It takes a microsecond."""
+        for connection in self._usable:
+            ready = self._is_ready(connection.channel)
+            if connection.was_ready and not ready:
+                self._broke = True
+            connection.was_ready = ready
+        broke, self._broke = self._broke, False
+        return broke
+
     def retire(self, connection: Connection) -> None:
         """Send nothing more over a connection, since a request on it was not answered."""
+        self._broke = True
         with self._lock:
             if connection in self._usable:
                 self._usable.remove(connection)
@@ -180,6 +199,10 @@ class Calls:
             arguments = dict(found["channel_args"])
         # Each client has connections of its own, so that it can replace one that went silent.
         self.arguments = [*arguments.items(), ("grpc.use_local_subchannel_pool", 1)]
+        if address.name:
+            self.arguments.append(("grpc.default_authority", address.name))
+            if address.tls:
+                self.arguments.append(("grpc.ssl_target_name_override", address.name))
         self.credentials = found["creds"] or (_credentials(found) if address.tls else None)
 
     def channel(self, library: Any) -> Any:
@@ -334,6 +357,7 @@ class GrpcBase:
     Args:
         library: ``grpc`` or ``grpc.aio``.
         shut: closes a channel.
+        is_ready: whether a channel is connected.
         address, headers, options: see `Calls`.
     """
 
@@ -345,6 +369,7 @@ class GrpcBase:
         self,
         library: Any,
         shut: Callable[[Any], object],
+        is_ready: Callable[[Any], bool],
         address: Address,
         headers: Mapping[str, str] | None,
         options: Mapping[str, Any],
@@ -353,8 +378,9 @@ class GrpcBase:
         self._calls = Calls(address, headers, options)
         # The manager's requests never wait for those of sequences.
         self._asks, self._sequences = (
-            Connections(lambda: self._calls.channel(library), shut) for _ in range(2)
+            Connections(lambda: self._calls.channel(library), shut, is_ready) for _ in range(2)
         )
+        self.broke = self._sequences.broke
 
 
 class StreamBase:

@@ -18,17 +18,15 @@ class SequenceHandle(ForkGuard):
     """A sequence without its ways to wait.
 
     Args:
-        runner: the client's runner.
         model: the model.
-        client: the client, which is not collected as garbage before the sequence.
+        client: the client or fleet, which is not collected as garbage before the sequence.
         opened_at: the file and the line of the application's call.
     """
 
     _core: SequenceCore | None = None
 
-    def __init__(self, runner: Any, model: str, client: object, opened_at: tuple[str, int]) -> None:
+    def __init__(self, model: str, client: object, opened_at: tuple[str, int]) -> None:
         super().__init__()
-        self._runner = runner
         self._model = model
         self._client = client
         self._opened_at = opened_at
@@ -41,10 +39,10 @@ class SequenceHandle(ForkGuard):
 
     def __del__(self) -> None:
         core = self._core
-        if core is None or core not in self._runner.sequences or not self._at_home:
+        if core is None or core not in core.runner.sequences or not self._at_home:
             return
         # The ID cools, and requests on their way may still be answered.
-        self._runner.drop(core)
+        core.runner.drop(core)
         warn_unclosed(self, f"unclosed sequence {core.plan.cid} on {self._model}", self._opened_at)
 
     @property
@@ -64,6 +62,11 @@ class SequenceHandle(ForkGuard):
     def model(self) -> str:
         """The model that the sequence is on."""
         return self._model
+
+    @property
+    def server(self) -> str:
+        """The URL of the server that the sequence is on."""
+        return str(self._begun.runner.transport.url)
 
     @property
     def state(self) -> str:

@@ -167,9 +167,12 @@ class HttpBase:
         self.url = address.url
         host, _, port = address.target.rpartition(":")
         self._host, self._port = host.strip("[]"), int(port)
-        self._target, self._root = address.target, f"{address.path}/v2"
+        self._name = address.name or self._host  # for TLS, and in the header Host
+        self._target = f"{address.name}:{port}" if address.name else address.target
+        self._root = f"{address.path}/v2"
         self._headers = self._checked(headers)
         self._verbose = verbose
+        self._broke = False
 
     @staticmethod
     def _checked(headers: Mapping[str, str] | None) -> dict[str, Any]:
@@ -178,6 +181,15 @@ class HttpBase:
             if name.lower() in ("content-length", "transfer-encoding"):
                 raise InvalidArgument(f"the header {name} is set by the client")
         return found
+
+    def broke(self) -> bool:
+        """See `Transport`."""
+        broke, self._broke = self._broke or self._closed_by_server(), False
+        return broke
+
+    def _closed_by_server(self) -> bool:
+        """Whether the server has closed a connection that no request uses."""
+        raise NotImplementedError
 
     def open_stream(self, receive: Receive, /, limit: float | None = None) -> Stream:
         """Raise `InvalidArgument`: HTTP has no streams."""

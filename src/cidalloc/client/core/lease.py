@@ -72,6 +72,7 @@ class Lease:
         doubtful: the result of a change is not known.
         lost_why: why the lease has ended; empty while it has not.
         pool: the manager's pool, once it is known.
+        registry: the UUID of the manager's registry, once OPEN was answered.
         starved: why calls that wait for IDs have none. The cached IDs are reserved for them.
     """
 
@@ -89,7 +90,7 @@ class Lease:
         self.pool: range | None = None
         self.starved: Exhausted | None = None
         self.label, self._link, self._lost = label, link, lost
-        self._registry = ""  # its UUID
+        self.registry = ""  # its UUID
         self._sequences = self._seq = 0
         self._announcing_ms = 0  # announced by a NEW that is not answered yet
         self._most = _MOST_AT_ONCE
@@ -211,7 +212,7 @@ class Lease:
             self.cache.needs_maintenance = True
         # No other session of the registry ever has this generation.
         self._sequences += 1
-        return f"{self._registry[-12:]}-{cid}-{self.generation}-{self._sequences}"
+        return f"{self.registry[-12:]}-{cid}-{self.generation}-{self._sequences}"
 
     def expired(self) -> str:
         """Return what an error says of a lease that has run out."""
@@ -231,13 +232,13 @@ class Lease:
         if len(answer) < 5 or answer[0] != PROTOCOL:
             raise ProtocolError(f"OPEN was answered with {answer}: a manager of another version?")
         _, generation, _, high, low, *times = answer
-        self._registry = str(UUID(int=high << 64 | low))
+        self.registry = str(UUID(int=high << 64 | low))
         cooldown_ms, self.default_ms = times[:2] if len(times) >= 2 else _TIMES_MS
         self.cache.cooldown = cooldown_ms / 1000
         # The first OPEN of this token that arrived began the session; later ones renew nothing.
         self._renewed(self.first_sent)
         self.generation = generation  # the last step, so that all is done or nothing
-        _log.info("%r: opened, generation %d of %s", self, generation, self._registry)
+        _log.info("%r: opened, generation %d of %s", self, generation, self.registry)
 
     def renew(self, deadline: float, announced_ms: int | None = None) -> Flow[None]:
         """Renew the session; announce this cooldown."""
@@ -320,8 +321,8 @@ class Lease:
             raise SessionUnknown(self.lost_why)
         sent = self._link.now()
         parameters["session"] = self.token
-        if self._registry and operation is not Operation.OPEN:
-            parameters["registry"] = self._registry
+        if self.registry and operation is not Operation.OPEN:
+            parameters["registry"] = self.registry
             parameters.setdefault("used", len(self.cache.used))
         if operation in _CHANGES or operation is Operation.HELD:
             self._seq += 1
@@ -348,7 +349,7 @@ class Lease:
 
     def ask_dead(self, model: str, count: int) -> Request:
         """Return the request for IDs of dead clients on a model, which `Tidier` sends."""
-        what = {"session": self.token, "registry": self._registry, "model": model, "count": count}
+        what = {"session": self.token, "registry": self.registry, "model": model, "count": count}
         return Request(Operation.DEAD, parameters=what)
 
     # ---- IDs to and from the manager: one flow at a time

@@ -27,6 +27,7 @@ class Link:
 
     Attributes:
         away_until: the manager is taken to be unreachable until this time.
+        heard_at: when the server answered last.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Link:
         self.timeout = timeout
         self.ttl = ttl
         self.rng = rng
-        self.away_until = NEVER
+        self.away_until = self.heard_at = NEVER
         self._met = False  # the manager has answered at least once
 
     def limit(self, deadline: float) -> float:
@@ -48,6 +49,7 @@ class Link:
         error = reply.error
         if error is None or error.answered:
             self._met = True
+            self.heard_at = self.now()
         if isinstance(error, Unavailable):
             self.away_until = self.now() + _AWAY_S
         return error

@@ -60,7 +60,7 @@ class Requests:
         self.name = f"sequence {plan.cid} on {self.model}"
         self.state = SequenceState(self.name, target.idle_s, target.exact, not self.iterative)
         self.on_way: dict[Request, None] = {}
-        self._runner = runner
+        self.runner = runner
         # Without the timeout a request could wait in Triton for ever, and run when another client
         # has the ID.
         self._bounds = {
@@ -82,7 +82,7 @@ class Requests:
         raise NotImplementedError
 
     def _open_stream(self) -> None:
-        open_stream, plan = self._runner.transport.open_stream, self.plan
+        open_stream, plan = self.runner.transport.open_stream, self.plan
         self._stream = SequenceStream(open_stream, plan.target, plan.checked, self._more, self.over)
 
     # ---- Sending
@@ -96,13 +96,13 @@ class Requests:
             InvalidArgument: the inputs or the options are not valid; or the model is decoupled,
                 and the caller does not take ``many`` answers.
         """
-        plan, library = self.plan, self._runner.transport.library
+        plan, library = self.plan, self.runner.transport.library
         if plan.target.decoupled and not many:
             raise decoupled(self.model)
         try:
             inputs = plan.target.tensors(inputs, library)
         except InvalidArgument:
-            self._runner.session.models.forget(self.model)  # it may have been reloaded
+            self.runner.session.models.forget(self.model)  # it may have been reloaded
             raise
         timeout = self._timeout
         if options:
@@ -131,13 +131,13 @@ class Requests:
         Raises what `Sequence.infer` does, except what Triton answers.
         """
         if self._stream is None:
-            with self._runner.lock:
+            with self.runner.lock:
                 has_turn = self._begin(request, False)
             if not has_turn:
                 self._post(request, False)
             return has_turn
         with self._order:
-            with self._runner.lock:
+            with self.runner.lock:
                 self._begin(request, False)
             self._post(request, False)
         return False
@@ -149,7 +149,7 @@ class Requests:
         """
         try:
             with self._order:
-                with self._runner.lock:
+                with self.runner.lock:
                     has_turn = self._begin(request, True)
                 self._post(request, has_turn)
         except BaseException as error:
@@ -166,7 +166,7 @@ class Requests:
 
     def lend(self, end: bool) -> dict[str, Any]:
         """Return the arguments for a request that the application sends itself."""
-        with self._runner.lock:
+        with self.runner.lock:
             now, timeout = self.check_lease(), self._timeout
             start = self.state.lend(now, end or self.iterative)
             self._allow(now, timeout)
@@ -185,6 +185,8 @@ class Requests:
         state = self.state
         try:
             has_turn = self._turn is None and not self._queue and self._stream is None
+            if has_turn and self.runner.unsure():
+                has_turn = False
             if has_turn:
                 self._turn = request
             waits = not has_turn and self._stream is None
@@ -204,7 +206,7 @@ class Requests:
                 options["sequence_end"] = True
             self.on_way[request] = None
             if with_future:
-                request.future = self._runner.future()
+                request.future = self.runner.future()
             elif not has_turn:
                 request.waiter = Waiter()
             if waits:
@@ -232,13 +234,15 @@ class Requests:
     def _post(self, request: Request, has_turn: bool) -> None:
         """Send a request, over the stream or when its turn comes."""
         if self._stream is None:
-            self._runner.watch(self)
+            self.runner.watch(self)
+            if self.runner.session.confirming:
+                self.runner.wake()
             self._advance(request if has_turn else None)
             return
         request.starts()
         try:
             self._stream.send(request)
-            self._runner.watch(self)
+            self.runner.watch(self)
         except Exception as error:
             # Also if the stream broke before: the caller cannot know when it breaks.
             self._finish(request, None, error)
@@ -256,8 +260,9 @@ class Requests:
         while True:
             request = ready
             if request is None:
-                with self._runner.lock:
-                    if self._turn is not None or not self._queue:
+                with self.runner.lock:
+                    waits = self._turn is not None or self.runner.session.confirming
+                    if waits or not self._queue:
                         return
                     request = self._turn = self._queue.popleft()
             error = self._launch(request, request is not ready)
@@ -274,15 +279,15 @@ class Requests:
             return Unavailable(f"{self.name}: this request was not sent any more")
         try:
             if has_waited:
-                with self._runner.lock:
+                with self.runner.lock:
                     now = self.check_lease()
+                    if (trouble := self.runner.session.trouble) is not None:
+                        raise trouble
                     self.state.goes_out(now)
                     self._allow(now, request.timeout)
-            limit = max(request.until - self._runner.now(), 0.001) + SLACK_S
+            limit = max(request.until - self.runner.now(), 0.001) + SLACK_S
             done = partial(self.over, request)
-            self._runner.transport.submit(
-                limit, self.model, request.inputs, done, **request.options
-            )
+            self.runner.transport.submit(limit, self.model, request.inputs, done, **request.options)
         except Exception as error:
             return error
         return None
@@ -291,10 +296,10 @@ class Requests:
 
     def _more(self, request: Request, result: Any) -> None:
         """Pass on an answer that is not the last one, and wait as long again for the next one."""
-        with self._runner.lock:
+        with self.runner.lock:
             if request not in self.on_way:
                 return
-            request.until = self._runner.now() + request.timeout + _LATE_S
+            request.until = self.runner.now() + request.timeout + _LATE_S
             answers = request.answers
         if answers is not None:
             answers.put_nowait((result, None))
@@ -326,18 +331,20 @@ class Requests:
 
         If Triton does not have it any more, it is ``over``, and the next one has the turn.
         """
-        with self._runner.lock:
+        with self.runner.lock:
             if over and self._turn is request:
                 self._turn = None
             if request not in self.on_way:
                 return
             try:
-                self.state.settle(self._runner.now(), request.end, error)
+                self.state.settle(self.runner.now(), request.end, error)
                 del self.on_way[request]
                 if self._stream is not None:
                     self._stream.forget(request)
                 if error is None and self.state.answered == 1:
-                    self._runner.session.models.answered_by(self.model, version_of(result))
+                    self.runner.session.models.answered_by(self.model, version_of(result))
+                if error is None:
+                    self.runner.session.link.heard_at = self.runner.now()
             except BaseException:
                 self._doubt(request)
                 raise
@@ -351,7 +358,7 @@ class Requests:
 
     def check_lease(self) -> float:
         """Check that the ID may be used, and return the time. Under the lock."""
-        session, lease = self._runner.session, self.plan.lease
+        session, lease = self.runner.session, self.plan.lease
         now = session.now()
         if session.closed:
             raise InvalidArgument("the client of this sequence is closed")
@@ -366,7 +373,8 @@ class Requests:
 
     def look(self, now: float) -> bool:
         """End the requests that got no answer in time; return whether to look again."""
-        with self._runner.lock:
+        self._advance()
+        with self.runner.lock:
             late = [each for each in self.on_way if each.until <= now and each.is_awaited]
         stream = self._stream
         if late and stream is not None:
@@ -384,7 +392,7 @@ class Requests:
         if isinstance(error, InferenceServerException):
             text = str(error.message() or "")
             if error.status() in _REFUSED or "unknown model" in text.lower():
-                self._runner.session.models.forget(self.model)  # it may have been reloaded
+                self.runner.session.models.forget(self.model)  # it may have been reloaded
         if "must specify the START flag" in text and self.state.answered:
             lost: BaseException = SequenceLost(
                 f"Triton has forgotten {self.name}: {self.state.why_forgotten}"
@@ -395,6 +403,6 @@ class Requests:
                 " are taken by other sequences"
             )
         else:
-            return unreachable(error, self._runner.transport.url) or error
+            return unreachable(error, self.runner.transport.url) or error
         lost.__cause__ = error
         return lost

@@ -47,6 +47,14 @@ class RunnerBase:
         """Return a new future."""
         raise NotImplementedError
 
+    def unsure(self) -> bool:
+        """Whether requests have to wait until it is known which server is there."""
+        return self.session.confirming or self.session.unsure(self.transport.broke())
+
+    def drop(self, core: SequenceCore) -> None:
+        """End a sequence whose handle was collected as garbage."""
+        raise NotImplementedError
+
     def watch(self, core: Requests) -> None:
         """Call `Requests.look` of a sequence repeatedly until it returns False."""
         raise NotImplementedError

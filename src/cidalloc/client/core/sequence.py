@@ -59,14 +59,14 @@ class SequenceCore(Requests):
         wait for them, each time before it goes on.
         """
         refused = False
-        until = self._runner.now() + patience
+        until = self.runner.now() + patience
         while (request := self._end_request(refused)) is not None:
             why: object = None
             try:
                 if request.drops and self._stream is not None and self._stream.over:
                     self._open_stream()
                 future = self.submit(request)
-                yield [future], max(until - self._runner.now(), 0.0)
+                yield [future], max(until - self.runner.now(), 0.0)
                 if future.cancel() or future.cancelled() or not future.done():
                     why = "no answer in time"
                 else:
@@ -80,13 +80,13 @@ class SequenceCore(Requests):
                 break
         if self.on_way:
             unanswered, cancelled = self._unanswered()
-            left = max(until - self._runner.now(), 0.0)
+            left = max(until - self.runner.now(), 0.0)
             yield unanswered, min(HURRY_S, left) if cancelled else left
 
     @property
     def is_over(self) -> bool:
         """Whether there is nothing left to do: its END was answered, and its ID released."""
-        return self.state.recycled and not self.on_way and self not in self._runner.sequences
+        return self.state.recycled and not self.on_way and self not in self.runner.sequences
 
     def _end_request(self, refused: bool) -> Request | None:
         """Return a request that ends the sequence; None if nothing has to be or may be sent.
@@ -97,7 +97,7 @@ class SequenceCore(Requests):
         end_inputs = self.end_inputs
         if end_inputs is None or self.id_lost:
             return None
-        with self._runner.lock:
+        with self.runner.lock:
             try:
                 needs_end, forgotten = self.state.needs_end(self.check_lease())
             except (SequenceLost, SessionExpired, InvalidArgument):
@@ -116,17 +116,17 @@ class SequenceCore(Requests):
 
         A request without a future, or with a cancelled one, gets a new future.
         """
-        with self._runner.lock:
+        with self.runner.lock:
             lacking = [each for each in self.on_way if each.future is None or each.is_cancelled]
             cancelled = len(lacking) == len(self.on_way) and all(e.is_cancelled for e in lacking)
             for request in lacking:
-                request.future = self._runner.future()
+                request.future = self.runner.future()
             return [request.future for request in self.on_way], cancelled
 
     def finish(self) -> None:
         """Release the ID, and fail all unanswered requests. Never waits. May be repeated."""
         self.give_back()
-        with self._runner.lock:
+        with self.runner.lock:
             left = list(self.on_way)
             self._queue.clear()
         for request in left:
@@ -135,7 +135,7 @@ class SequenceCore(Requests):
 
     def give_back(self) -> None:
         """Release the ID, and end the stream. May be repeated."""
-        runner, plan = self._runner, self.plan
+        runner, plan = self.runner, self.plan
         with runner.lock:
             if self in runner.sequences:
                 self._release()
@@ -151,7 +151,7 @@ class SequenceCore(Requests):
         """Release the ID. Under the lock."""
         plan, lease = self.plan, self.plan.lease
         unended, idle_s = not self.state.close(), plan.target.idle_s
-        timeout = max(plan.timeout, self._at_triton_until - self._runner.now())
+        timeout = max(plan.timeout, self._at_triton_until - self.runner.now())
         if lease is None:
             return
         if self.id_lost:

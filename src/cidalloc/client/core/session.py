@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from ...errors import (
     Unavailable,
 )
 from ...protocol import Request
-from .effects import Flow, Idle, Reply, Send, runs
+from .effects import NEVER, Flow, Idle, Reply, Send, runs
 from .id_cache import MAX_AHEAD, need_ms
 from .lease import Acquired, Lease
 from .link import Link
@@ -55,6 +56,10 @@ class Session:
         version: rises when something changes that a flow may wait for.
         closed: the session was closed.
         abandoned: the client was collected as garbage.
+        suspected: a connection broke, and another server may have its address since then.
+        confirming: therefore the heartbeat renews the lease, and requests of sequences wait.
+        trouble: why that failed.
+        on_confirmed: is called when it is over.
     """
 
     def __init__(self, link: Link, label: str, ahead: int = MAX_AHEAD) -> None:
@@ -64,6 +69,9 @@ class Session:
         self.version = 0
         self.closed = False
         self.abandoned = False
+        self.suspected = self.confirming = False
+        self.trouble: CidError | None = None
+        self.on_confirmed: Callable[[], object] = lambda: None
         self._new_lease = partial(Lease, link, label, ahead, lost={})
         self.lease = self._new_lease()
         self.line: dict[object, Flow[None]] = {}
@@ -261,15 +269,17 @@ class Session:
         while not (self.closed or self.abandoned):
             lease = self.lease
             lease.cache.needs_maintenance = False
-            due = lease.due()
+            confirming = self.confirming
+            due = NEVER if confirming else lease.due()
             if due > self.now():
                 yield Idle(due)
                 continue
             # Short enough for some tries before the lease runs out.
             deadline = self.now() + min(self.link.timeout, self.link.ttl / 8)
             try:
-                if lease.to_renew:
+                if lease.to_renew or confirming:
                     yield from lease.renew(deadline)
+                    self._confirmed(confirming, None)
                     yield from self._check_models(deadline)
                 else:
                     yield from self._in_turn(self._maintain(deadline), deadline)
@@ -284,6 +294,46 @@ class Session:
                 if isinstance(error, RegistryMismatch):
                     with contextlib.suppress(RegistryMismatch):
                         yield from self._probe(error, deadline)
+                self._confirmed(confirming, error)
+
+    def unsure(self, broke: bool) -> bool:
+        """Return whether a request has to wait until the heartbeat knows which server is there.
+
+        Args:
+            broke: a connection has broken since the last call.
+        """
+        self.suspected = self.suspected or broke
+        if self.suspected and self.lease.opened and not self.confirming:
+            self.confirming, self.trouble = True, None
+            self.lease.retry_at = NEVER
+        return self.confirming
+
+    def confirm(self, deadline: float, retry: bool) -> Flow[None]:
+        """Renew the lease, or open a session: then the manager is still at its address.
+
+        With ``retry`` it tries again while there is no answer, until the deadline.
+        """
+        tries, done = 0, False
+        while not done:
+            suspected = self.suspected
+            try:
+                if self.now() < self.lease.deadline:
+                    yield from self.lease.renew(deadline)
+                else:
+                    yield from self.establish(deadline)
+                done = True
+                self.suspected = self.suspected and not suspected
+            except CidError as error:
+                tries += 1
+                if not retry and isinstance(error, Unavailable | SessionExpired):
+                    raise
+                yield from self._recover(error, tries, deadline)
+
+    def _confirmed(self, confirming: bool, error: CidError | None) -> None:
+        """Note the result of a renewal; it counts if it began after the connection broke."""
+        if confirming:
+            self.confirming, self.trouble, self.suspected = False, error, error is not None
+            self.on_confirmed()
 
     def _maintain(self, deadline: float) -> Flow[None]:
         """Trim the cache, release IDs and refill the cache. In turn."""

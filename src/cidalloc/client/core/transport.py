@@ -112,6 +112,9 @@ class Transport(Protocol):
     def now(self) -> float:
         """Return the time in seconds, by a clock that runs on in suspend."""
 
+    def broke(self) -> bool:
+        """Return whether a connection for sequences has broken since the last call."""
+
     def call(self, model: str, request: protocol.Request, timeout: float) -> Any:
         """Return the manager's OUTPUT, flat, and its DETAIL; ``timeout`` in seconds.
 
@@ -237,6 +240,7 @@ class Address(NamedTuple):
         tls: whether TLS is used.
         target: ``host:port``, or another kind of gRPC name.
         path: the path under which HTTP serves Triton; usually empty.
+        name: the name that TLS checks; empty: the host in the target.
     """
 
     url: str
@@ -244,6 +248,7 @@ class Address(NamedTuple):
     tls: bool
     target: str
     path: str = ""
+    name: str = ""
 
 
 _PORTS = {"grpc": 8001, "http": 8000, "grpcs": 443, "https": 443}
@@ -286,7 +291,7 @@ def parse_url(url: str) -> Address:
         raise InvalidArgument(f"{url!r}: gRPC takes no path after host and port")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     kind, tls = scheme[:4], scheme.endswith("s")
-    return Address(full, kind, tls, f"{host}:{port}", path)
+    return Address(full, kind, tls, f"{host}:{port}", path, getattr(url, "name", ""))
 
 
 def _is_grpc_name(text: str) -> bool:

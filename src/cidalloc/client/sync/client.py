@@ -14,6 +14,7 @@ from ..core.arguments import whole
 from ..core.client import SEQUENCE_TIMEOUT_S, Base
 from ..core.fork_guard import ProcessIdentity, caller
 from ..core.lease import Acquired
+from ..core.sequence import SequenceCore
 from ..core.tensors import Inputs
 from .runner import Runner
 from .sequence import Sequence
@@ -226,7 +227,8 @@ class Client(Base):
             )
             if self._session.lease.cache.needs_maintenance:
                 self._runner.wake()
-            return Sequence(self._runner, plan, streaming, end_inputs, self, caller())
+            core = SequenceCore(self._runner, plan, streaming, end_inputs)
+            return Sequence(core, self, caller())
         except BaseException as error:
             self._runner.take_back(taken, error)
             raise

@@ -38,7 +38,8 @@ class GrpcTransport(GrpcBase):
     def __init__(
         self, address: Address, headers: Mapping[str, str] | None, options: Mapping[str, Any]
     ) -> None:
-        super().__init__(grpc, lambda channel: channel.close(), address, headers, options)
+        shut = lambda channel: channel.close()  # noqa: E731
+        super().__init__(grpc, shut, _is_ready, address, headers, options)
 
     def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> GrpcResult:
         request, beside = self._calls.request(model, inputs, **options)
@@ -138,6 +139,14 @@ class GrpcTransport(GrpcBase):
             raise
         call.add_done_callback(over)
         return call
+
+
+def _is_ready(channel: Any) -> bool:
+    # gRPC's public way, `subscribe`, needs a thread for each channel.
+    return bool(channel._channel.check_connectivity_state(False) == _READY)
+
+
+_READY = grpc.ChannelConnectivity.READY.value[0]
 
 
 class _Stream(StreamBase):

@@ -98,6 +98,9 @@ class HttpTransport(HttpBase):
         answer = HttpAnswer()
         try:
             connection.exchange(call.data, answer, until)
+        except OSError:
+            self._broke = True
+            raise
         finally:
             self._give_back(connection, answer.reusable)
         return answer
@@ -115,8 +118,12 @@ class HttpTransport(HttpBase):
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._context is not None:
             connected.settimeout(max(until - boottime(), 0.001))
-            connected = self._context.wrap_socket(connected, server_hostname=self._host)
+            connected = self._context.wrap_socket(connected, server_hostname=self._name)
         return connected
+
+    def _closed_by_server(self) -> bool:
+        with self._lock:
+            return any(connection.poll.poll(0) for connection in self._idle)
 
     def _take(self) -> _Connection | None:
         """Return an idle connection that the server has not closed."""

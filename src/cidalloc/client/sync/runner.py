@@ -45,6 +45,7 @@ class Runner(RunnerBase):
         self._rest: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._resting = False
         self._watcher: threading.Thread | None = None
+        session.on_confirmed = self._wake_watch
         close_at_exit(self)
 
     def run(self, flow: Flow[T]) -> T:

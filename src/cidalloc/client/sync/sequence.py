@@ -9,13 +9,11 @@ from typing import Any
 
 from ..core.fork_guard import ProcessIdentity
 from ..core.handle import SequenceHandle
-from ..core.plan import Plan
 from ..core.result import Result
 from ..core.sequence import SequenceCore
 from ..core.stream import Answers
 from ..core.tensors import Inputs
 from ..core.transport import HURRY_S, SLACK_S
-from .runner import Runner
 
 __all__ = ["Sequence", "StreamedAnswers"]
 
@@ -41,18 +39,10 @@ class Sequence(SequenceHandle):
     the calls.
     """
 
-    def __init__(
-        self,
-        runner: Runner,
-        plan: Plan,
-        streaming: bool,
-        end_inputs: Inputs | None,
-        client: object,
-        opened_at: tuple[str, int],
-    ) -> None:
-        super().__init__(runner, plan.target.name, client, opened_at)
-        self._transport: Any = runner.transport
-        self._core = SequenceCore(runner, plan, streaming, end_inputs)
+    def __init__(self, core: SequenceCore, client: object, opened_at: tuple[str, int]) -> None:
+        super().__init__(core.model, client, opened_at)
+        self._transport: Any = core.runner.transport
+        self._core = core
 
     def infer(self, inputs: Inputs, *, end: bool = False, **options: Any) -> Result:
         """Send a request and return its result.

@@ -1,0 +1,299 @@
+"""A fleet without its ways to wait: its servers, and which one a new sequence goes to.
+
+Each server has a manager of its own, and a sequence stays on the server that issued its ID. So the
+client chooses, and the servers share nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar
+
+from ...errors import (
+    CidError,
+    Exhausted,
+    Forked,
+    InvalidArgument,
+    RegistryMismatch,
+    RequestError,
+    Unavailable,
+)
+from .arguments import seconds, whole
+from .effects import NEVER
+from .fork_guard import ForkGuard, caller
+from .transport import DAY_S, Address, boottime, parse_url
+
+__all__ = ["FleetBase", "FleetServer", "ServerUrl"]
+
+_log = logging.getLogger("cidalloc.client.fleet")
+
+_BACK_OFF_S = (0.2, 10.0)  # the first and the longest pause; each is twice as long as before
+_RESOLVE_S = 30.0  # between two looks at a name
+
+Choose = Callable[[list["FleetServer"]], "FleetServer"]
+
+
+class ServerUrl(str):
+    """A URL with an address, and the name that was resolved to it, which TLS checks."""
+
+    name = ""
+
+
+class FleetServer:
+    """A server of a fleet.
+
+    Attributes:
+        url: its URL.
+        client: the fleet's client of it; None until the first sequence goes there.
+        trouble: why it was passed over when it was tried last; None if it worked.
+    """
+
+    def __init__(self, url: ServerUrl) -> None:
+        self.url = url
+        self.client: Any = None
+        self.trouble: CidError | None = None
+        self._failed_at = self._retry_at = NEVER
+        self._tries = 0
+
+    def __repr__(self) -> str:
+        return f"<FleetServer {self.url}, {self.sequences} sequences>"
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences of this fleet object are open there."""
+        return 0 if self.client is None else len(self.client._runner.sequences)
+
+    @property
+    def registry(self) -> str:
+        """The UUID of its manager's registry, while a session is open there; else empty."""
+        lease = None if self.client is None else self.client._session.lease
+        return lease.registry if lease is not None and lease.opened else ""
+
+    def is_usable(self, now: float) -> bool:
+        """Whether it worked when it was tried last, or is to be tried again."""
+        if self.registry:
+            session = self.client._session
+            if session.lease.cache.draining:
+                return False
+            if isinstance(self.trouble, Unavailable) and session.link.heard_at > self._failed_at:
+                return True  # the heartbeat had an answer since then
+        return now >= self._retry_at
+
+    def works(self) -> None:
+        """Note that it has begun a sequence."""
+        self.trouble, self._tries, self._retry_at = None, 0, NEVER
+
+    def fails(self, error: CidError, now: float, rng: random.Random) -> None:
+        """Note that it was passed over."""
+        pause = min(_BACK_OFF_S[0] * 2.0 ** min(self._tries, 10), _BACK_OFF_S[1])
+        if isinstance(error, Exhausted) and error.due_s:
+            pause = min(error.due_s, pause)
+        self.trouble, self._failed_at, self._tries = error, now, self._tries + 1
+        self._retry_at = now + pause * rng.uniform(0.5, 1.0)
+
+
+class FleetBase(ForkGuard):
+    """A fleet without its ways to wait. `Fleet` describes the arguments."""
+
+    _new_client: ClassVar[Any]  # makes a client
+
+    def __init__(
+        self,
+        servers: str | Iterable[str],
+        *,
+        choose: Choose | None = None,
+        subset: int | None = None,
+        connect: float = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self._opened_at = caller()
+        if "transport" in options:
+            raise InvalidArgument("transport= is for one server: a fleet makes one for each")
+        self._connect_s = seconds("connect", connect, DAY_S)
+        self._subset = None if subset is None else whole("subset", subset)
+        self._choose, self._options = choose, options
+        self._rng = random.SystemRandom()
+        self._id = str(options.get("label") or uuid.uuid4())
+        self._servers: dict[str, FleetServer] = {}
+        self._leaving: list[FleetServer] = []  # no longer in the fleet, but with open sequences
+        self._resolved_at = NEVER
+        self._name: Address | None = None
+        self._why = ""
+        self._lock = threading.Lock()
+        self.now = boottime
+        self.closed = False
+        if isinstance(servers, str):
+            if not servers.startswith("dns:"):
+                raise InvalidArgument(
+                    f"servers={servers!r} is neither a list of URLs nor 'dns:' and one URL, whose"
+                    " name has an address for each server"
+                )
+            self._name = parse_url(servers.removeprefix("dns:"))
+        else:
+            self._set([ServerUrl(url) for url in _checked(servers)])
+        # Wrong options are an error now, and not with the first sequence.
+        self._new_client(next(iter(self._servers), "localhost"), **options)
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else ", ".join(self._servers) or "no server yet"
+        return f"<cidalloc {type(self).__name__} of {state}>"
+
+    @property
+    def servers(self) -> list[FleetServer]:
+        """The servers to which new sequences go."""
+        return list(self._servers.values())
+
+    # ---- Which servers there are
+
+    def _set(self, urls: list[ServerUrl]) -> None:
+        """Let these be the servers; with ``subset``, some of them."""
+        if self._subset is not None:
+            urls = sorted(urls, key=self._rank)[: self._subset]
+        before = self._servers
+        self._servers = {url: before.get(url) or FleetServer(url) for url in urls}
+        self._leaving += [each for url, each in before.items() if url not in self._servers]
+
+    def _rank(self, url: str) -> bytes:
+        """Return the place of a server for this client: others have another order."""
+        return hashlib.blake2b(f"{self._id} {url}".encode()).digest()
+
+    def _resolves(self) -> bool:
+        """Return whether to look the name up now, and note that this is done."""
+        due = self._name is not None and self.now() >= self._resolved_at + _RESOLVE_S
+        if due:
+            self._resolved_at = self.now()
+        return due
+
+    def _resolved(self, found: list[tuple[Any, ...]]) -> None:
+        """Note what the name was resolved to; see `socket.getaddrinfo`."""
+        assert self._name is not None
+        urls, scheme = [], self._name.url.partition("://")[0]
+        host, _, port = self._name.target.rpartition(":")
+        for family, *_, (address, *_) in found:
+            if family == found[0][0]:  # a server may have an address of each family
+                text = f"[{address}]" if family == socket.AF_INET6 else address
+                url = ServerUrl(f"{scheme}://{text}:{port}{self._name.path}")
+                url.name = host
+                urls.append(url)
+        self._set(sorted(set(urls)))
+
+    def _unresolved(self, error: OSError) -> None:
+        """Note that the name could not be looked up. The servers stay; it is tried again soon."""
+        assert self._name is not None
+        self._resolved_at = self.now() - _RESOLVE_S + _BACK_OFF_S[0]
+        self._why = f"{self._name.target} cannot be resolved: {error}"
+        _log.warning("%s", self._why)
+
+    def _left(self) -> list[Any]:
+        """Return clients to close: of servers that left, and whose sequences have ended."""
+        gone = [each for each in self._leaving if not each.sequences]
+        self._leaving = [each for each in self._leaving if each.sequences]
+        return [each.client for each in gone if each.client is not None]
+
+    # ---- Where a sequence goes
+
+    def _candidates(self) -> Iterator[FleetServer]:
+        """Iterate over the servers to try, each with its client.
+
+        Of two at random, the one with fewer of this client's sequences comes first. What managers
+        tell of their load would be as old as a heartbeat. Those that did not work come last.
+        """
+        self._check_open()
+        left, now = self.servers, self.now()
+        if not left:
+            raise Unavailable(self._why)
+        self._rng.shuffle(left)
+        usable = [each for each in left if each.is_usable(now)]
+        while usable:
+            if self._choose is not None:
+                chosen = self._choose(list(usable))
+                if chosen not in usable:
+                    raise InvalidArgument(f"choose() returned {chosen!r}, which it was not given")
+            else:
+                chosen = min(usable[:2], key=lambda each: each.sequences)
+            usable.remove(chosen)
+            left.remove(chosen)
+            yield self._with_client(chosen)
+        for each in left:
+            yield self._with_client(each)
+
+    def _with_client(self, server: FleetServer) -> FleetServer:
+        with self._lock:
+            if server.client is None:
+                client = self._new_client(server.url, **self._options)
+                client._connect_s, client._opened_at = self._connect_s, self._opened_at
+                server.client = client
+        return server
+
+    def _passes(self, server: FleetServer, error: CidError) -> None:
+        """Note that a server takes no sequence. Raises the error if another one would not help."""
+        if isinstance(error, RequestError | Forked):
+            raise error
+        _log.info("%s is passed over: %s", server.url, error)
+        server.fails(error, self.now(), self._rng)
+
+    def _twin(self, server: FleetServer) -> FleetServer | None:
+        """Return another server with the same registry."""
+        for each in (*self._servers.values(), *self._leaving):
+            if each is not server and each.registry and each.registry == server.registry:
+                return each
+        return None
+
+    def _same(self, server: FleetServer, twin: FleetServer) -> RegistryMismatch:
+        return RegistryMismatch(
+            f"{server.url} and {twin.url} answer with one registry, {server.registry}: they are one"
+            " server, or the file of one is a copy of the other's"
+        )
+
+    def _nobody(self) -> CidError:
+        """Return the error that no server takes a sequence."""
+        troubles = {each.url: each.trouble for each in self._servers.values() if each.trouble}
+        kinds = {type(each) for each in troubles.values()}
+        kind = kinds.pop() if len(kinds) == 1 else Unavailable
+        why = "; ".join(f"{url}: {error}" for url, error in troubles.items())
+        return kind(f"no server of the fleet takes a new sequence: {why}")
+
+    def _soonest(self) -> FleetServer | None:
+        """Return the server to wait for: one whose pool is exhausted."""
+        due = [
+            (each.trouble.due_s or 0.0, self._rng.random(), each)
+            for each in self._servers.values()
+            if isinstance(each.trouble, Exhausted)
+        ]
+        return min(due)[-1] if due else None
+
+    def _check_open(self) -> None:
+        self._check_home()
+        if self.closed:
+            raise InvalidArgument("this fleet is closed")
+
+
+def _checked(servers: Iterable[str]) -> list[str]:
+    """Return the URLs of a list.
+
+    Raises:
+        InvalidArgument: there are none, one is not valid or there twice, or they are of different
+            protocols.
+    """
+    urls: dict[str, str] = {}  # by the address
+    kinds = set()
+    for url in servers:
+        address = parse_url(url)
+        if address.url in urls:
+            raise InvalidArgument(f"the server {url!r} is there twice")
+        urls[address.url] = url
+        kinds.add(address.kind)
+    if not urls:
+        raise InvalidArgument("a fleet needs one server at least")
+    if len(kinds) > 1:
+        raise InvalidArgument(
+            f"some servers are HTTP and some gRPC, and inputs are of one protocol: {list(urls)}"
+        )
+    return list(urls.values())

@@ -1,0 +1,144 @@
+"""The fleet for threads."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from types import TracebackType
+from typing import Any
+
+from ...errors import CidError
+from ..core.fleet import FleetBase, FleetServer
+from .client import Client
+from .sequence import Sequence
+from .threads import spawn
+
+__all__ = ["Fleet"]
+
+
+class Fleet(FleetBase):
+    """A client of several servers, each with a manager of its own, for threads.
+
+    A new sequence goes to one of the servers, and stays there; `Sequence.server` tells which one.
+    The fleet has one `Client` for each server, which is made when it is needed. A server that does
+    not answer, is drained, or has no free ID is passed over, and tried again later.
+
+    Args:
+        servers: the URLs of the servers, all gRPC or all HTTP. Or one text ``dns:`` and a URL such
+            as ``dns:triton.ns.svc:8001``: the name has an address for each server, and is looked up
+            every 30 s when sequences begin. Running sequences stay on servers that have left.
+        choose: is called with a list of `FleetServer` and returns the one to try next. Default: of
+            two at random, the one with fewer open sequences of this fleet object.
+        subset: the number of servers to use, for many clients of many servers. Clients with
+            different labels use different ones.
+        connect: seconds in which a server has to show that it is there, before a sequence begins.
+        options: further arguments of `Client`, for all servers.
+
+    Raises:
+        InvalidArgument: an argument is not valid.
+    """
+
+    _new_client = Client
+
+    def sequence(self, model: str, *, wait: float | None = None, **options: Any) -> Sequence:
+        """Acquire an ID on one of the servers, and return a sequence there. Use it with ``with``.
+
+        Args:
+            model: a model that is on all servers.
+            wait: as for `Client.sequence`: if all servers are exhausted, it waits for one of them.
+            options: further arguments of `Client.sequence`.
+
+        Raises:
+            Exhausted, Draining: all servers are.
+            Unavailable: no server takes a sequence. The text has the reason of each.
+            RegistryMismatch: two servers have one registry.
+            InvalidArgument: as `Client.sequence`.
+        """
+        self._check_open()
+        self._look_up()
+        for server in self._candidates():
+            try:
+                sequence: Sequence = server.client.sequence(model, **options)
+            except CidError as error:
+                self._passes(server, error)
+                continue
+            self._check_twin(server, sequence)
+            server.works()
+            return sequence
+        soonest = self._soonest()
+        if wait and soonest is not None:
+            waiting: Sequence = soonest.client.sequence(model, wait=wait, **options)
+            return waiting
+        raise self._nobody()
+
+    def status(self) -> dict[str, dict[str, Any] | CidError]:
+        """Return the status of each server's manager, or the error that it answers with."""
+        self._check_open()
+        self._look_up()
+        found: dict[str, dict[str, Any] | CidError] = {}
+        for server in self.servers:
+            try:
+                found[server.url] = self._with_client(server).client.status()
+            except CidError as error:
+                found[server.url] = error
+        return found
+
+    def close(self) -> None:
+        """Close the clients of all servers; see `Client.close`. A second call does nothing."""
+        self._check_home()
+        self.closed = True
+        closing = []
+        for server in (*self.servers, *self._leaving):
+            if server.client is not None:
+                closing.append(spawn(_close, server.client, name="cidalloc-fleet"))
+        for thread in closing:
+            thread.join()
+
+    def __enter__(self) -> Fleet:
+        self._check_open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _look_up(self) -> None:
+        """Look the name up if it is time to; the first time this waits for it."""
+        if self._resolves():
+            if self._servers:
+                spawn(self._resolve, name="cidalloc-fleet")
+            else:
+                self._resolve()
+        for client in self._left():
+            spawn(_close, client, name="cidalloc-fleet")
+
+    def _resolve(self) -> None:
+        assert self._name is not None
+        host, _, port = self._name.target.rpartition(":")
+        try:
+            found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        except OSError as error:
+            self._unresolved(error)
+        else:
+            self._resolved(found)
+
+    def _check_twin(self, server: FleetServer, sequence: Sequence) -> None:
+        """Check that no other server has the registry that the sequence's ID is from."""
+        twin = self._twin(server)
+        if twin is None:
+            return
+        with contextlib.suppress(CidError):  # it may have moved from there to here
+            session = twin.client._session
+            twin.client._runner.run(session.confirm(self.now() + self._connect_s, False))
+        if self._twin(server) is twin:
+            sequence.close()
+            raise self._same(server, twin)
+
+
+def _close(client: Client) -> None:
+    with contextlib.suppress(CidError):
+        client.close()
