@@ -14,21 +14,26 @@ T = TypeVar("T")
 class Proxy:
     """Listens on a port of loopback, and carries what comes to another port.
 
+    Args:
+        target: that port.
+        host, port: where it listens.
+
     Attributes:
-        target: that port; it may change.
+        target: the other port; it may change.
         delay: seconds that each piece takes more, each way.
         cut: no connection is made; those that were are broken by `cut_all`.
     """
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, host: str = "127.0.0.1", port: int = 0) -> None:
         self.target, self.delay, self.cut = target, 0.0, False
         self._loop = asyncio.new_event_loop()
         self._writers: set[asyncio.StreamWriter] = set()
         self._silent: set[asyncio.StreamWriter] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self._server = self._run(asyncio.start_server(self._serve, "127.0.0.1", 0))
-        self.url = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        self._server = self._run(asyncio.start_server(self._serve, host, port))
+        self.port = self._server.sockets[0].getsockname()[1]
+        self.url = f"{host}:{self.port}"
 
     def cut_all(self) -> None:
         """Break all connections, and make none until `mend`."""

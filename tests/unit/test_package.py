@@ -19,7 +19,16 @@ ROOT = Path(__file__).parent.parent.parent
 
 PUBLIC = {
     "cidalloc": ["Allocator", "CidError", "Code", "__version__"],
-    "cidalloc.client": ["AsyncClient", "AsyncFleet", "AsyncSequence", "Client", "Fleet", "FleetServer", "Sequence", *errors.__all__],
+    "cidalloc.client": [
+        "AsyncClient",
+        "AsyncFleet",
+        "AsyncSequence",
+        "Client",
+        "Fleet",
+        "FleetServer",
+        "Sequence",
+        *errors.__all__,
+    ],
     "cidalloc.codes": ["Code", "Operation"],
     "cidalloc.manager.registry": ["Grant", "Registry"],
     "cidalloc.manager.settings": ["Settings"],

@@ -38,7 +38,7 @@ _MAX_COOLDOWN_S = MAX_COOLDOWN_MS / 1000
 _LABEL_BYTES = 64
 _FALLBACK_S = 1.0  # a sequence that can do without the manager waits for it so long
 _RANDOM_BITS = 62
-_HEARD_S = 1.0  # a server of a fleet that has answered within this time is there
+_HEARD_S = 0.1  # a server of a fleet that has answered within this time is taken to be there
 
 
 class Base(ForkGuard):
@@ -219,7 +219,7 @@ class Base(ForkGuard):
     def _confirm(self, deadline: float) -> Flow[None]:
         """Find out whether the manager is still at its address, if there is a doubt.
 
-        In a fleet that is so after each second without an answer, and one try has to be enough.
+        In a fleet that is so after each `_HEARD_S` without an answer, and one try has to be enough.
         """
         session, alone = self._session, self._connect_s is None
         session.suspected = session.suspected or self._transport.broke()

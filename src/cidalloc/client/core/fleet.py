@@ -81,8 +81,8 @@ class FleetServer:
             session = self.client._session
             if session.lease.cache.draining:
                 return False
-            if isinstance(self.trouble, Unavailable) and session.link.heard_at > self._failed_at:
-                return True  # the heartbeat had an answer since then
+            if isinstance(self.trouble, Unavailable):  # the heartbeat finds out when it answers
+                return bool(session.link.heard_at > self._failed_at)
         return now >= self._retry_at
 
     def works(self) -> None:
@@ -96,6 +96,9 @@ class FleetServer:
             pause = min(error.due_s, pause)
         self.trouble, self._failed_at, self._tries = error, now, self._tries + 1
         self._retry_at = now + pause * rng.uniform(0.5, 1.0)
+        if self.registry:
+            self.client._session.lease.renew_at = NEVER
+            self.client._runner.wake()
 
 
 class FleetBase(ForkGuard):
