@@ -365,7 +365,7 @@ def test_exhausted_servers(places: list[Place], kind: str) -> None:
     ):
         soon(lambda: fill(a) and spread(fleet, 10).keys() == {urls[1]}, 10.0)
         soon(lambda: is_exhausted(fleet, a, b), 10.0)
-        soon(lambda: is_exhausted(fleet, a, b, wait=0.5), 10.0)
+        soon(lambda: is_exhausted(fleet, a, b, wait=0.1), 10.0)  # less than the cooldown
         b.release(int(b.held()[0]), cooldown=0.2)
         with fleet.sequence(MODEL, wait=5.0) as sequence:
             assert sequence.server == urls[1]
