@@ -19,6 +19,7 @@ from servers import Server
 
 from cidalloc.client import AsyncFleet, Client, Fleet
 from cidalloc.devserver import demo
+from cidalloc.devserver.triton_server import TritonServer
 from cidalloc.errors import (
     CidError,
     Exhausted,
@@ -89,7 +90,25 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Place]]:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[TritonServer]]:
+    """Two servers with six IDs each."""
+    with ExitStack() as stack:
+        found: list[TritonServer] = []
+        for _ in range(2):
+            folder = tmp_path_factory.mktemp("tiny")
+            demo.write_repository(folder, Settings(**{**SETTINGS, "capacity": 6}))  # type: ignore[arg-type]
+            server = Server(folder)
+            server.start()
+            stack.callback(server.stop)
+            found.append(server)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def places(
+    tiny: list[TritonServer], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[Place]]:
+    """Three servers, which start before any client, as do the others."""
     with ExitStack() as stack:
         found = []
         for _ in range(3):
@@ -356,41 +375,24 @@ def test_a_name_that_is_resolved_anew(
     assert asked
 
 
-def test_exhausted_servers(places: list[Place], kind: str) -> None:
-    urls = [place.url(kind) for place in places[:2]]
-    with (
-        Client(places[0].server.grpc_url) as a,
-        Client(places[1].server.grpc_url) as b,
-        Fleet(urls, ahead=0) as fleet,
-    ):
-        soon(lambda: fill(a) and spread(fleet, 10).keys() == {urls[1]}, 10.0)
-        soon(lambda: is_exhausted(fleet, a, b), 10.0)
-        soon(lambda: is_exhausted(fleet, a, b, wait=0.1), 10.0)  # less than the cooldown
-        b.release(int(b.held()[0]), cooldown=0.2)
-        with fleet.sequence(MODEL, wait=5.0) as sequence:
-            assert sequence.server == urls[1]
-        for each in (a, b):
-            each.release_many(each.held(), ended=True)
-            each.status()  # they are released at the manager
-
-
-def is_exhausted(fleet: Fleet, *clients: Client, wait: float = 0.0) -> bool:
-    fill(*clients)  # IDs of earlier tests become free at any time
-    began, words = time.monotonic(), ""
-    try:
-        fleet.sequence(MODEL, wait=wait).close()
-    except Exhausted as error:
-        words = str(error)
-    assert not words or wait or words.startswith("no server of the fleet takes a new sequence: ")
-    assert not words or wait * 0.8 < time.monotonic() - began < wait + 2.0
-    return bool(words)
-
-
-def fill(*clients: Client) -> bool:
-    for each in clients:
-        while free := each.status()["free"]:
-            each.acquire_many(free)
-    return True
+def test_exhausted_servers(tiny: list[TritonServer], kind: str) -> None:
+    a, b = urls = [each.grpc_url if kind == "grpc" else each.http_url for each in tiny]
+    with Client(a, ahead=0) as first, Client(b, ahead=0) as second, Fleet(urls, ahead=0) as fleet:
+        soon(lambda: first.status()["free"] == second.status()["free"] == 6, 5.0)
+        held = [first.acquire_many(6), second.acquire_many(5)]
+        with fleet.sequence(MODEL) as sequence:
+            assert sequence.server == f"{kind}://{b.removeprefix('http://')}"
+            with pytest.raises(Exhausted, match="no server of the fleet takes a new sequence: "):
+                one(fleet)
+            began = time.monotonic()
+            with pytest.raises(Exhausted, match=r"waited 0\.\d s"):
+                fleet.sequence(MODEL, wait=0.5)
+            assert 0.4 < time.monotonic() - began < 3.0
+            first.release_many(held[0][:1], cooldown=0.5)
+            with fleet.sequence(MODEL, wait=9.0) as waited:
+                assert waited.server == f"{kind}://{a.removeprefix('http://')}"
+        first.release_many(held[0][1:], ended=True)
+        second.release_many(held[1], ended=True)
 
 
 def test_choose(places: list[Place], kind: str) -> None:
