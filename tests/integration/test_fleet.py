@@ -385,7 +385,7 @@ def test_exhausted_servers(tiny: list[TritonServer], kind: str) -> None:
             with pytest.raises(Exhausted, match="no server of the fleet takes a new sequence: "):
                 one(fleet)
             began = time.monotonic()
-            with pytest.raises(Exhausted, match=r"waited 0\.\d s"):
+            with pytest.raises(Exhausted, match="no server"):
                 fleet.sequence(MODEL, wait=0.5)
             assert 0.4 < time.monotonic() - began < 3.0
             first.release_many(held[0][:1], cooldown=0.5)

@@ -41,19 +41,16 @@ class AsyncFleet(FleetBase):
 
         async def begin() -> SequenceCore:
             await self._look_up()
-            for server in self._candidates():
+            until = self._until(wait)
+            for server, patience in self._candidates(until):
                 try:
-                    core: SequenceCore = await server.client._begin(model, **options)
+                    core: SequenceCore = await server.client._begin(model, wait=patience, **options)
                 except CidError as error:
                     self._passes(server, error)
                     continue
                 await self._check_twin(server, core)
-                server.works()
+                self._begins(server, core, until)
                 return core
-            soonest = self._soonest()
-            if wait and soonest is not None:
-                waiting: SequenceCore = await soonest.client._begin(model, wait=wait, **options)
-                return waiting
             raise self._nobody()
 
         return AsyncSequence(model, begin, self, caller())

@@ -27,6 +27,7 @@ from ...errors import (
 from .arguments import seconds, whole
 from .effects import NEVER
 from .fork_guard import ForkGuard, caller
+from .sequence import SequenceCore
 from .transport import DAY_S, Address, boottime, parse_url
 
 __all__ = ["FleetBase", "FleetServer", "ServerUrl"]
@@ -34,6 +35,7 @@ __all__ = ["FleetBase", "FleetServer", "ServerUrl"]
 _log = logging.getLogger("cidalloc.client.fleet")
 
 _BACK_OFF_S = (0.2, 10.0)  # the first and the longest pause; each is twice as long as before
+_WAIT_S = 1.0  # for an ID on one server, before the others are tried again
 _RESOLVE_S = 30.0  # between two looks at a name
 
 Choose = Callable[[list["FleetServer"]], "FleetServer"]
@@ -86,7 +88,7 @@ class FleetServer:
         return now >= self._retry_at
 
     def works(self) -> None:
-        """Note that it has begun a sequence."""
+        """Note that a sequence begins there."""
         self.trouble, self._tries, self._retry_at = None, 0, NEVER
 
     def fails(self, error: CidError, now: float, rng: random.Random) -> None:
@@ -202,11 +204,27 @@ class FleetBase(ForkGuard):
 
     # ---- Where a sequence goes
 
-    def _candidates(self) -> Iterator[FleetServer]:
-        """Iterate over the servers to try, each with its client.
+    def _until(self, wait: float | None) -> float:
+        """Return until when a call waits for an ID."""
+        return self.now() + (seconds("wait", wait, DAY_S, low=0.0) if wait is not None else 0.0)
+
+    def _candidates(self, until: float) -> Iterator[tuple[FleetServer, float]]:
+        """Iterate over the servers to try, and for how long to wait for an ID on each.
+
+        If all have failed and some are exhausted, it waits for these in turns.
+        """
+        for server in self._order():
+            yield self._with_client(server), 0.0
+        while (left := until - self.now()) > 0 and (soonest := self._soonest()) is not None:
+            yield soonest, min(left, _WAIT_S)
+            for server in self._order():
+                yield self._with_client(server), 0.0
+
+    def _order(self) -> Iterator[FleetServer]:
+        """Iterate over all servers, those that worked first.
 
         Of two at random, the one with fewer of this client's sequences comes first. What managers
-        tell of their load would be as old as a heartbeat. Those that did not work come last.
+        tell of their load would be as old as a heartbeat.
         """
         self._check_open()
         left, now = self.servers, self.now()
@@ -223,9 +241,8 @@ class FleetBase(ForkGuard):
                 chosen = min(usable[:2], key=lambda each: each.sequences)
             usable.remove(chosen)
             left.remove(chosen)
-            yield self._with_client(chosen)
-        for each in left:
-            yield self._with_client(each)
+            yield chosen
+        yield from left
 
     def _with_client(self, server: FleetServer) -> FleetServer:
         with self._lock:
@@ -241,6 +258,11 @@ class FleetBase(ForkGuard):
             raise error
         _log.info("%s is passed over: %s", server.url, error)
         server.fails(error, self.now(), self._rng)
+
+    def _begins(self, server: FleetServer, core: SequenceCore, until: float) -> None:
+        """Note that a sequence begins on a server; it may wait for a slot until then."""
+        server.works()
+        core.plan = core.plan._replace(wait=max(until - self.now(), 0.0))
 
     def _twin(self, server: FleetServer) -> FleetServer | None:
         """Return another server with the same registry."""
@@ -264,9 +286,9 @@ class FleetBase(ForkGuard):
         return kind(f"no server of the fleet takes a new sequence: {why}")
 
     def _soonest(self) -> FleetServer | None:
-        """Return the server to wait for: one whose pool is exhausted."""
+        """Return the exhausted server whose next ID is due first; a random one if none cools."""
         due = [
-            (each.trouble.due_s or 0.0, self._rng.random(), each)
+            (each.trouble.due_s or DAY_S, self._rng.random(), each)
             for each in self._servers.values()
             if isinstance(each.trouble, Exhausted)
         ]

@@ -56,19 +56,16 @@ class Fleet(FleetBase):
         """
         self._check_open()
         self._look_up()
-        for server in self._candidates():
+        until = self._until(wait)
+        for server, patience in self._candidates(until):
             try:
-                sequence: Sequence = server.client.sequence(model, **options)
+                sequence: Sequence = server.client.sequence(model, wait=patience, **options)
             except CidError as error:
                 self._passes(server, error)
                 continue
             self._check_twin(server, sequence)
-            server.works()
+            self._begins(server, sequence._begun, until)
             return sequence
-        soonest = self._soonest()
-        if wait and soonest is not None:
-            waiting: Sequence = soonest.client.sequence(model, wait=wait, **options)
-            return waiting
         raise self._nobody()
 
     def status(self) -> dict[str, dict[str, Any] | CidError]:
