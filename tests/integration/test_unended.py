@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import keeping_model
 import pytest
 from servers import Server
 
@@ -21,43 +22,6 @@ from cidalloc.triton_model import export
 pytestmark = pytest.mark.server
 
 IDLE_S = 0.4
-CODE = """
-import numpy as np
-import triton_python_backend_utils as pb_utils
-
-START, END = 1, 2
-
-class TritonPythonModel:
-    def initialize(self, args):
-        self.kept = {}
-
-    def execute(self, requests):
-        return [self.answer(request) for request in requests]
-
-    def answer(self, request):
-        number = int(pb_utils.get_input_tensor_by_name(request, "X").as_numpy()[0, 0])
-        if number < 0:
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError("the model broke"))
-        cid = request.correlation_id()
-        old = 0 if request.flags() & START else self.kept.get(cid, 0)
-        self.kept[cid] = old + number
-        answer = [len(self.kept), self.kept[cid]]
-        if request.flags() & END:
-            del self.kept[cid]
-        tensor = pb_utils.Tensor("Y", np.array([answer], np.int32))
-        return pb_utils.InferenceResponse([tensor])
-"""
-"""A model that keeps state by ID and deletes it at END only. Y: of how many, and the sum."""
-
-CONFIG = f"""
-backend: "python"
-max_batch_size: 8
-sequence_batching {{ max_sequence_idle_microseconds: {int(IDLE_S * 1e6)}
-  oldest {{ max_candidate_sequences: 64 }} }}
-input [ {{ name: "X" data_type: TYPE_INT32 dims: [ 1 ] }} ]
-output [ {{ name: "Y" data_type: TYPE_INT32 dims: [ 2 ] }} ]
-instance_group [ {{ kind: KIND_CPU count: 1 }} ]
-"""
 WAYS = ["grpc", "stream", "http", "aio-grpc", "aio-stream", "aio-http"]
 END = {"end_inputs": {"X": 1}}
 
@@ -66,9 +30,7 @@ END = {"end_inputs": {"X": 1}}
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     folder = tmp_path_factory.mktemp("models")
     export(folder, Settings(first=1, capacity=100_000, fresh=True))
-    (folder / "leaky" / "1").mkdir(parents=True)
-    (folder / "leaky" / "1" / "model.py").write_text(CODE)
-    (folder / "leaky" / "config.pbtxt").write_text(CONFIG)
+    keeping_model.write(folder, "leaky", IDLE_S)
     server = Server(folder)
     server.start()
     try:
