@@ -129,9 +129,7 @@ def _names(axes: Axes, ends: dict[str, tuple[float, str]]) -> None:
         return float(axes.transData.transform((1.0, value))[1]) * 72 / canvas.dpi
 
     placed, bottom = float("-inf"), points(axes.get_ylim()[0])
-    for value, name, colour in sorted(
-        (value, name, colour) for name, (value, colour) in ends.items()
-    ):
+    for name, (value, colour) in sorted(ends.items(), key=lambda each: each[1][0]):
         placed = max(points(value), placed + 12.5)
         axes.annotate(
             name,
@@ -195,7 +193,9 @@ def draw_kept(results: dict[str, Any], path: Path) -> None:
     minutes = [each / 60 for each in times]
     canvas = Canvas(figsize=(8.6, 4.2), layout="constrained")
     axes = canvas.subplots()
-    axes.set(title="Sequences of which the model keeps state", xlabel="minutes")
+    axes.set(
+        title="Sequences of which the model keeps state, while clients are killed", xlabel="minutes"
+    )
     axes.grid(True, color="#7d8590", alpha=0.25, linewidth=0.6)
     ends = {}
     for (name, colour), values in zip(KEPT.items(), counts, strict=True):
@@ -204,7 +204,14 @@ def draw_kept(results: dict[str, Any], path: Path) -> None:
     axes.fill_between(minutes, counts[0], color=KEPT["living sequences"], alpha=0.3, linewidth=0)
     last = results["last_death"] / 60
     axes.axvline(last, color="#7d8590", linewidth=1.2, linestyle="--")
-    axes.annotate("the last death ", (last, axes.get_ylim()[1]), ha="right", va="top")
+    axes.annotate(
+        "the last death",
+        (last, 0.3),
+        xycoords=axes.get_xaxis_transform(),
+        xytext=(-5, 0),
+        textcoords="offset points",
+        ha="right",
+    )
     axes.set_xlim(0, minutes[-1])
     axes.set_ylim(0)
     _names(axes, ends)

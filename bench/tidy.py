@@ -15,16 +15,19 @@ DOCS = ROOT / "docs"
 
 def words(results: Results) -> str:
     """Say what was measured."""
-    left, minutes = results["left"], results["last_death"] / 60
+    left, last = results["left"], results["last_death"]
+    ttl, grace, cooldown = results["times_s"]
     return (
         f"{results['date']}, `make drill-tidy`: {results['processes']} processes with"
-        f" {results['sequences']} sequences at a time in each of the three ways. For {minutes:.0f}"
-        f" minutes, one of them is killed and replaced every {results['every_s']} s:"
-        f" {results['deaths']} deaths. When all living sequences had ended, the model kept"
-        f" state of {left['random']} dead ones with random IDs, of {left['managed']} with managed"
-        f" IDs, and of {left['tidied']} with `tidy`. The last death was tidied after"
-        f" {results['back'] - results['last_death']:.0f} s. All {results['answers']:,} answers to"
-        " living sequences were right."
+        f" {results['sequences']} sequences at a time in each of the three ways; two of them have"
+        f" `tidy`. For {last / 60:.0f} minutes, one process is killed and replaced every"
+        f" {results['every_s']} s: {results['deaths']} deaths. ttl is {ttl:.0f} s, grace"
+        f" {grace:.0f} s, and the cooldown {cooldown:.0f} s. With `tidy`, nothing of the dead is"
+        f" left {results['back'] - last:.0f} s after the last death, in which a process with"
+        f" `tidy` died. When all living sequences have ended, the model keeps state of"
+        f" {left['random']} dead ones with random IDs, of {left['managed']} with managed IDs, and"
+        f" of {left['tidied']} with `tidy`. All {results['answers']:,} answers to living"
+        " sequences were right."
     )
 
 
