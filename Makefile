@@ -84,7 +84,7 @@ drill-drain: .venv/.built .venv/.dev
 
 drill-tidy: .venv/.bench
 	CIDALLOC_TIDY=20x2x300x2 CIDALLOC_TIDY_FILE=docs/tidied.json \
-		$(BIN)/python -m pytest -q -s tests/integration/test_tidy_live.py
+		$(BIN)/python -m pytest -q -s tests/integration/test_tidy_drill.py
 	$(BIN)/python bench/tidy.py
 
 simulate: ARGS = 1000 --runs 2000

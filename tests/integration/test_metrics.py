@@ -63,6 +63,7 @@ def values() -> dict[str, float]:
 
 def status(**more: Any) -> dict[str, Any]:
     counts = ("held", "used", "cooling", "peak", "sessions_total", "anonymous", "acquired")
+    counts += ("draining",)
     zero = dict.fromkeys((*counts, "sessions_expired_in_use"), 0)
     released = {"ended": 0, "cooled": 0, "expired": 0}
     rest = {"pool": {"capacity": 9}, "errors": {}, "sessions_expired": 0, "uptime_s": 5.0}

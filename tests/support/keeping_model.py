@@ -35,15 +35,16 @@ CONFIG = """
 backend: "python"
 max_batch_size: 8
 sequence_batching {{ max_sequence_idle_microseconds: {idle_us}
-  oldest {{ max_candidate_sequences: 512 }} }}
+  oldest {{ max_candidate_sequences: {slots} }} }}
 input [ {{ name: "X" data_type: TYPE_INT32 dims: [ 1 ] }} ]
 output [ {{ name: "Y" data_type: TYPE_INT32 dims: [ 2 ] }} ]
 instance_group [ {{ kind: KIND_CPU count: 1 }} ]
 """
 
 
-def write(folder: Path, name: str, idle_s: float) -> None:
+def write(folder: Path, name: str, idle_s: float, slots: int = 512) -> None:
     """Write the model into a repository. Y: of how many sequences it keeps state, and the sum."""
     (folder / name / "1").mkdir(parents=True)
     (folder / name / "1" / "model.py").write_text(CODE)
-    (folder / name / "config.pbtxt").write_text(CONFIG.format(idle_us=int(idle_s * 1e6)))
+    config = CONFIG.format(idle_us=int(idle_s * 1e6), slots=slots)
+    (folder / name / "config.pbtxt").write_text(config)

@@ -1,4 +1,4 @@
-"""A client process of the drill of END for dead clients: see test_tidy_live.py.
+"""A client process of the drill of END for dead clients: see test_tidy_drill.py.
 
 It runs sequences in three ways until its standard input ends. What it counts is in a file that it
 shares with the drill, so that it outlives the process.

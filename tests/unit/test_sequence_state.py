@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from cidalloc.client.core.sequence_state import (
     OPEN,
     TRANSITIONS,
-    BackTo,
     Event,
     Phase,
     SequenceState,
@@ -73,7 +72,7 @@ def test_a_doubt_never_goes_away(actions: list[str]) -> None:
         assert it.doubtful >= doubtful
         doubtful = it.doubtful
     if doubtful:
-        assert it.close() is BackTo.MANAGER
+        assert not it.close()
 
 
 @given(st.lists(st.sampled_from(["send", "end", "answer", "fail", "lend"]), max_size=12))
@@ -99,7 +98,7 @@ def test_an_id_is_recycled_only_if_all_is_certain(actions: list[str]) -> None:
             failed += action == "fail"
             ended += action == "answer" and end
     certain = not sent or (ended and not waiting and not failed and not lent)
-    assert (it.close() is BackTo.CACHE) == bool(certain)
+    assert it.close() == bool(certain)
 
 
 def test_an_answered_end_is_not_enough_while_something_is_unanswered() -> None:
@@ -107,7 +106,7 @@ def test_an_answered_end_is_not_enough_while_something_is_unanswered() -> None:
     it.send(0.0, False)
     it.send(0.0, True)
     it.settle(0.0, True, None)
-    assert it.phase is Phase.ENDED and it.close() is BackTo.MANAGER
+    assert it.phase is Phase.ENDED and not it.close()
     assert it.words == "closed, cooling"
 
 
@@ -116,7 +115,7 @@ def test_an_answered_end_is_not_enough_if_triton_forgets_later() -> None:
     it.send(0, True)
     it.settle(1, True, None)
     assert it.words == "ended" and not it.doubtful
-    assert it.close() is BackTo.MANAGER
+    assert not it.close()
 
 
 def test_start_goes_with_the_first_and_again_if_that_failed() -> None:
@@ -149,7 +148,7 @@ def test_when_triton_must_have_forgotten() -> None:
     with pytest.raises(SequenceLost, match="sequence 7 on m"):
         it.send(30, False)
     assert it.phase is Phase.LOST
-    assert it.close() is BackTo.MANAGER
+    assert not it.close()
 
 
 @pytest.mark.parametrize(
@@ -179,7 +178,7 @@ def test_after_its_end_time_does_not_matter() -> None:
     it.settle(1, True, None)
     with pytest.raises(InvalidArgument, match="no more"):
         it.send(1e6, False)
-    assert it.close() is BackTo.CACHE
+    assert it.close()
 
 
 def test_what_was_forgotten_stays_so() -> None:

@@ -29,6 +29,7 @@ _GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "model": ("model", "Write the manager model into a model repository."),
     },
     "Operate a manager": {
+        "tidy": ("tidy", "Send END for the sequences of clients that died."),
         "drain": ("drain", "Let no new sequence begin on a server, and wait for the others."),
     },
     "Watch a manager": {

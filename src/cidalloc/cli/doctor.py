@@ -19,6 +19,7 @@ from ..client.sync.transport import Transport
 from ..errors import CidError
 from .ask import Manager, with_manager
 from .rules import Facts, Finding, examine
+from .screen import progress_line
 
 __all__ = ["doctor"]
 
@@ -73,6 +74,7 @@ def _gather(manager: Manager, targets: tuple[str, ...]) -> Facts:
         facts.error = f"{error.code.name}: {error}"
         facts.reachable = False
     facts.answered_ms = (time.monotonic() - began) * 1e3
+    show = progress_line()
     with _triton(manager) as ask:
         metadata, words = ask("get_server_metadata")
         if metadata is None:
@@ -86,11 +88,13 @@ def _gather(manager: Manager, targets: tuple[str, ...]) -> Facts:
         facts.named = bool(targets)
         names = targets or sorted({each["name"] for each in found} - {manager.model})
         for name in names:
+            show(f"Reading the configuration of {name}")
             config, words = _config(manager.transport, name, manager.timeout)
             if config is None:
                 facts.unread[name] = words
             elif targets or "sequence_batching" in config:
                 facts.targets[name] = config
+        show("")
         _, words = ask("load_model", _NONESUCH)
         facts.may_load = "failed to load" in words
         shared, _ = ask("get_system_shared_memory_status")

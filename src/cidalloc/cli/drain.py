@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from ..manager.inspection import look, status_of
 from ..manager.service import boottime_ms
 from ..manager.storage.drain import DrainSwitch
 from ..manager.takeover import boot_id
+from .screen import progress_line
 
 __all__ = ["drain"]
 
@@ -137,7 +136,7 @@ def _wait(switch: DrainSwitch, path: Path, until: float) -> None:
     Raises:
         Unavailable: the drain was undone, or another server has the file.
     """
-    show = _progress()
+    show = progress_line()
     while True:
         began = time.monotonic()
         now = boottime_ms()
@@ -171,15 +170,3 @@ def _left(status: dict[str, Any]) -> str:
         whose.append("and others")
     ids = "1 ID is" if status["held"] == 1 else f"{status['held']:,} IDs are"
     return f"{ids} held: {', '.join(whose)}"
-
-
-def _progress() -> Callable[[str], None]:
-    """Return a function that shows a line on a terminal in place of the one before."""
-    if not sys.stderr.isatty():
-        return lambda line: None
-
-    def show(line: str) -> None:
-        width = shutil.get_terminal_size().columns - 1
-        click.echo(f"\r{line[:width]:<{width}}\r", nl=False, err=True)
-
-    return show

@@ -18,6 +18,7 @@ from ..manager.service import boottime_ms
 from ..manager.storage.file import enlarge
 from ..manager.storage.file_lock import process_id, writer_of
 from ..manager.takeover import boot_id
+from .screen import progress_line
 
 __all__ = ["registry"]
 
@@ -81,12 +82,16 @@ def show(file: Path, as_json: bool) -> None:
 @_FILE
 def check(file: Path) -> None:
     """Check whether FILE is damaged. The file is only read; the manager may be running."""
-    began = time.monotonic()
-    found, status = _look(file)
+    began, show = time.monotonic(), progress_line()
+    show(f"Reading {file}")
     try:
+        found, status = _look(file)
+        show(f"Checking {status['high_water']:,} IDs and {status['sessions_total']:,} sessions")
         found._check()
     except AssertionError as error:
         raise RegistryCorrupt(f"{file} is damaged: {error}") from None
+    finally:
+        show("")
     click.echo(
         f"{file} is sound: {status['held']:,} held, {status['cooling']:,} cooling,"
         f" {status['sessions_total']:,} sessions ({time.monotonic() - began:.2f} s)"

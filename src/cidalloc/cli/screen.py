@@ -1,15 +1,18 @@
-"""Formats a manager's status, for ``status`` and ``top``."""
+"""What commands show: a manager's status, and one line of progress."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import click
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Rates", "duration", "rates_between", "status_view"]
+__all__ = ["Rates", "duration", "progress_line", "rates_between", "status_view"]
 
 Rates = Mapping[str, float]
 """Per second: acquired, released, requests, errors."""
@@ -100,6 +103,8 @@ def _facts(status: Mapping[str, Any]) -> Table:
     more = f"; {waiting:,} wait for IDs" if waiting else ""
     expired, in_use = status["sessions_expired"], status.get("sessions_expired_in_use", 0)
     more = (f", {in_use:,} of them with IDs in use" if in_use else "") + more
+    if dead := status.get("dead", 0):
+        more += f"; 'cidalloc tidy' gets {dead:,} of their IDs"
     row("sessions", f"{status['sessions_total']:,} open, {expired:,} expired{more}")
     errors = ", ".join(f"{count:,} {name}" for name, count in sorted(status["errors"].items()))
     row("errors", errors or "none")
@@ -142,3 +147,15 @@ def _table(first: str, *numbers: str) -> Table:
 def _number(count: int | None) -> str:
     """Return an unknown number as a dash."""
     return "-" if count is None else f"{count:,}"
+
+
+def progress_line() -> Callable[[str], None]:
+    """Return a function that shows a line on a terminal in place of the one before."""
+    if not sys.stderr.isatty():
+        return lambda line: None
+
+    def show(line: str) -> None:
+        width = shutil.get_terminal_size().columns - 1
+        click.echo(f"\r{line[:width]:<{width}}\r", nl=False, err=True)
+
+    return show

@@ -79,6 +79,11 @@ class DeadIds:
         ids: IDs = rows["cid"][chosen]
         return ids
 
+    def leave(self, asker: int) -> None:
+        """Note that a session has ended: it gets no share."""
+        for asked in self._asked.values():
+            asked.pop(asker, None)
+
     def count(self, now: int) -> int:
         """Return how many IDs are or will be named; one counts once for each of its models."""
         self._drop_old(now)

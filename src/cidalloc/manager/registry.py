@@ -410,6 +410,7 @@ class Registry:
 
     def _end(self, session: Session, cooldown: int) -> int:
         self.waiting.leave(session)
+        self.dead.leave(session.generation)
         reuse_at = self.now + max(cooldown, self.settings.cooldown_ms)
         return self.sessions.end(session, reuse_at)
 

@@ -37,6 +37,7 @@ FAMILIES = {
     "cidmgr_capacity": ("gauge", "IDs in the pool"),
     "cidmgr_sessions": ("gauge", "Open sessions, one per client"),
     "cidmgr_anonymous": ("gauge", "IDs held without a session"),
+    "cidmgr_draining": ("gauge", "1 while the server is being drained"),
     "cidmgr_start_time_seconds": ("gauge", "Unix time at which this process took the registry"),
     "cidmgr_updated_time_seconds": (
         "gauge",
@@ -68,6 +69,7 @@ def series(
         ("cidmgr_capacity", ()): status["pool"]["capacity"],
         ("cidmgr_sessions", ()): status["sessions_total"],
         ("cidmgr_anonymous", ()): status["anonymous"],
+        ("cidmgr_draining", ()): status["draining"],
         ("cidmgr_start_time_seconds", ()): started,
         ("cidmgr_updated_time_seconds", ()): now,
         ("cidmgr_acquired_total", ()): status["acquired"],

@@ -11,7 +11,6 @@ from ...errors import InvalidArgument, SequenceLost, SessionExpired, Unavailable
 from .id_cache import ENDED, need_ms
 from .plan import Plan
 from .requests import Requests
-from .sequence_state import BackTo
 from .stream import Request
 from .tensors import Inputs
 from .transport import HURRY_S
@@ -151,7 +150,7 @@ class SequenceCore(Requests):
     def _release(self) -> None:
         """Release the ID. Under the lock."""
         plan, lease = self.plan, self.plan.lease
-        unended, idle_s = self.state.close() is BackTo.MANAGER, plan.target.idle_s
+        unended, idle_s = not self.state.close(), plan.target.idle_s
         timeout = max(plan.timeout, self._at_triton_until - self._runner.now())
         if lease is None:
             return

@@ -11,7 +11,7 @@ from enum import Enum
 
 from ...errors import InvalidArgument, SequenceLost
 
-__all__ = ["OPEN", "TRANSITIONS", "BackTo", "Event", "Phase", "SequenceState", "diagram"]
+__all__ = ["OPEN", "TRANSITIONS", "Event", "Phase", "SequenceState", "diagram"]
 
 
 class Phase(Enum):
@@ -75,13 +75,6 @@ TRANSITIONS: dict[tuple[Phase, Event], Phase] = {
     },
 }
 """The next phase. An event that is not in the table is refused."""
-
-
-class BackTo(Enum):
-    """Where the ID goes when a sequence is closed."""
-
-    CACHE = "cache"
-    MANAGER = "manager"
 
 
 class SequenceState:
@@ -234,12 +227,12 @@ class SequenceState:
         """Note that the client has lost the ID."""
         self._go(Event.FORGET)
 
-    def close(self) -> BackTo:
-        """Note that the sequence is closed; return where its ID goes. May be repeated."""
+    def close(self) -> bool:
+        """Note that the sequence is closed; return whether its ID is recycled. May be repeated."""
         if not self.closed:
             self.recycled = self.phase is Phase.FRESH or self.ended
             self._go(Event.CLOSE)
-        return BackTo.CACHE if self.recycled else BackTo.MANAGER
+        return self.recycled
 
     @property
     def closed(self) -> bool:

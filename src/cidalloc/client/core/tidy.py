@@ -164,7 +164,7 @@ class Tidier:
         return self._answers.popleft()
 
     def _warn(self, error: CidError) -> None:
-        """Log an error, but not again and again."""
-        if str(error) != self._trouble:
+        """Log an error, but not again and again, and none of a session that is being closed."""
+        if str(error) != self._trouble and not self._over:
             self._trouble = str(error)
             _log.warning("%r: sequences of dead clients are not ended: %s", self._session, error)
