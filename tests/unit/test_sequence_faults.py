@@ -140,15 +140,17 @@ def test_a_heartbeat_outlives_an_answer_that_cannot_be_read() -> None:
 
 
 def test_every_line_of_closing_tells_those_who_wait() -> None:
-    lost = []
-    for at in itertools.count(1):
-        bell, ended = Bell(at), threading.Event()
-        model = Model()
-        with Client(transport=model) as cids:
+    waiting: list[tuple[str, threading.Event]] = []
+    with contextlib.ExitStack() as stack:
+        for at in itertools.count(1):
+            bell, ended = Bell(at), threading.Event()
+            model = Model()
+            cids = stack.enter_context(Client(transport=model))
             sequence = cids.sequence("model", timeout=0.5)
             sequence.infer([])
             model.hold = True
-            first = sequence.async_infer([])
+            stack.callback(sequence.async_infer([]).cancel)
+            stack.callback(sequence.close)
             worker = threading.Thread(target=wait_for_turn, args=(sequence, ended), daemon=True)
             worker.start()
             while len(sequence._core.on_way) < 2:
@@ -156,12 +158,11 @@ def test_every_line_of_closing_tells_those_who_wait() -> None:
             time.sleep(0.002)
             bell.during(sequence._core.finish)
             sequence._core.finish()
-            if not ended.wait(1.5):
-                lost.append(bell.rang.rpartition("/")[2])
-            sequence.close()
-            first.cancel()
-        if not bell.rang:
-            break
+            waiting.append((bell.rang.rpartition("/")[2], ended))
+            if not bell.rang:
+                break
+        time.sleep(1.5)  # for all of them at once
+        lost = [line for line, ended in waiting if not ended.is_set()]
     assert not lost, f"infer never ends after an exception at {lost}"
 
 
