@@ -20,7 +20,8 @@ from cidalloc.triton_model import export
 
 pytestmark = pytest.mark.server
 
-IDLE_S = 0.4
+IDLE_S = 0.2
+IDLED_S = IDLE_S + 0.4  # by then Triton has forgotten a sequence
 CODE = """
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -145,7 +146,7 @@ def test_a_sequence_that_idled_out(server: TritonServer, cids: Any, way: str) ->
     before = kept(server)
     sequence = cids.sequence("leaky", streaming="stream" in way, **END)
     sequence.infer({"X": 5})
-    time.sleep(2 * IDLE_S + 0.6)
+    time.sleep(IDLED_S + 0.6)
     assert kept(server) == before + 1, "the model was not told"
     sequence.close()
     assert kept(server) == before
@@ -157,7 +158,7 @@ def test_a_sequence_that_triton_lost(server: TritonServer, cids: Any, way: str) 
     before = kept(server)
     sequence = cids.sequence("leaky", streaming="stream" in way, **END)
     sequence.infer({"X": 5})
-    time.sleep(2 * IDLE_S)
+    time.sleep(IDLED_S)
     lost(sequence)
     assert sequence._core.state.phase is Phase.LOST
     sequence.close()
@@ -169,7 +170,7 @@ def test_without_end_inputs_nothing_is_made_up(server: TritonServer, cids: Any, 
     before = kept(server)
     sequence = cids.sequence("leaky", streaming="stream" in way)
     sequence.infer({"X": 5})
-    time.sleep(2 * IDLE_S)
+    time.sleep(IDLED_S)
     with contextlib.suppress(SequenceLost):
         sequence.infer({"X": 1})
     sequence.close()
@@ -194,7 +195,7 @@ def test_a_sequence_in_doubt_that_triton_forgot(server: TritonServer, cids: Any,
     sequence.infer({"X": 5})
     with pytest.raises(Exception, match="the model broke"):
         sequence.infer({"X": -1})
-    time.sleep(2 * IDLE_S)
+    time.sleep(IDLED_S)
     assert kept(server) == before + 1
     sequence.close()
     assert kept(server) == before
@@ -205,7 +206,7 @@ def test_never_after_the_lease_and_never_twice(server: TritonServer, cids: Any, 
     before = kept(server)
     sequence = cids.sequence("leaky", streaming="stream" in way, **END)
     sequence.infer({"X": 5})
-    time.sleep(2 * IDLE_S)
+    time.sleep(IDLED_S)
     lease = sequence._core.plan.lease
     deadline, lease.deadline = lease.deadline, float("-inf")
     sequence.close()
