@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -37,10 +38,12 @@ pytestmark = pytest.mark.server
 
 TTL_S, GRACE_S, COOLDOWN_S = 1.0, 0.2, 0.6  # IDs are named 1.8 s after the last request
 NAMED_S = TTL_S + GRACE_S + COOLDOWN_S
-FULL = CONFIG.replace("oldest { max_candidate_sequences: 64 }", "direct {}").replace(
-    "max_batch_size: 8", "max_batch_size: 1"
+FULL = re.sub(
+    r"sequence_batching \{.*?\} \}",
+    "sequence_batching { max_sequence_idle_microseconds: 60000000 direct {} }",
+    CONFIG.replace("max_batch_size: 8", "max_batch_size: 1"),
+    flags=re.DOTALL,
 )
-SLOW_IDLE = "max_sequence_idle_microseconds: 60000000"
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +54,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     )
     export(folder, values)
     partials.write(folder)
-    full = FULL.replace("max_sequence_idle_microseconds: 400000", SLOW_IDLE)
-    assert SLOW_IDLE in full and "direct" in full
-    for name, config in (("leaky", CONFIG), ("other", CONFIG), ("full", full)):
+    for name, config in (("leaky", CONFIG), ("other", CONFIG), ("full", FULL)):
         (folder / name / "1").mkdir(parents=True)
         (folder / name / "1" / "model.py").write_text(CODE)
         (folder / name / "config.pbtxt").write_text(config)
