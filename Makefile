@@ -1,6 +1,6 @@
 # Each target sets up what it needs in .venv, inside this folder, and is quick the second time:
 #   make demo    two clients that collide, and two that do not, on a real Triton server
-#   make test    the whole test suite, with the tests on a real Triton server
+#   make test    the whole test suite, with the tests on a real Triton server: 6 to 9 minutes
 #   make lint    style, types and layers
 #   make dist    sdist and wheel, the wheel tested in environments of its own
 #   make bench   the allocator next to its peers: half an hour; fills docs/performance.md in
@@ -62,7 +62,7 @@ demo: .venv/.built
 	@$(BIN)/cidalloc demo
 
 test: .venv/.built .venv/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/.built .venv/.dev
 	$(BIN)/ruff check .
