@@ -1,6 +1,6 @@
 # Each target sets up what it needs in .venv, inside this folder, and is quick the second time:
 #   make demo    two clients that collide, and two that do not, on a real Triton server
-#   make test    the whole test suite, with the tests on a real Triton server
+#   make test    the whole test suite, with the tests on a real Triton server: 6 to 9 minutes
 #   make lint    style, types and layers
 #   make dist    sdist and wheel, the wheel tested in environments of its own
 #   make bench   the allocator next to its peers: half an hour; fills docs/performance.md in
@@ -12,6 +12,8 @@
 #   make scale   what an operation costs with up to 100 million held IDs and a million sessions
 #   make crowd   50 client processes with 20 sequences each for a minute, some of them killed
 #   make drill-drain  8 client processes with 12 sequences each, a drain, and the end of Triton
+#   make drill-tidy  what a model keeps of dead clients, in three ways: 11 minutes; draws
+#                docs/tidied.svg
 #   make simulate  2000 fleets of clients with virtual time and every fault: ARGS="SEED --runs N"
 #   make chaos   a real server and 20 client processes for three minutes, while all is broken in
 #                turns: ARGS="--seed N --seconds S --clients C"; a full disk only as root
@@ -49,7 +51,7 @@ define install
 endef
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
 
-.PHONY: help demo test lint dist bench bench-client bench-registry bench-gate load scale simulate chaos fuzz sanitize coverage crowd drill-drain clean
+.PHONY: help demo test lint dist bench bench-client bench-registry bench-gate load scale simulate chaos fuzz sanitize coverage crowd drill-drain drill-tidy clean
 .DELETE_ON_ERROR:
 
 help:
@@ -60,7 +62,7 @@ demo: .venv/.built
 	@$(BIN)/cidalloc demo
 
 test: .venv/.built .venv/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/.built .venv/.dev
 	$(BIN)/ruff check .
@@ -79,6 +81,11 @@ crowd: .venv/.built .venv/.dev
 
 drill-drain: .venv/.built .venv/.dev
 	CIDALLOC_DRAIN=8x12x30 $(BIN)/python -m pytest -q -s tests/integration/test_drain_live.py
+
+drill-tidy: .venv/.bench
+	CIDALLOC_TIDY=20x2x300x2 CIDALLOC_TIDY_FILE=docs/tidied.json \
+		$(BIN)/python -m pytest -q -s tests/integration/test_tidy_drill.py
+	$(BIN)/python bench/tidy.py
 
 simulate: ARGS = 1000 --runs 2000
 simulate: .venv/.built .venv/.dev

@@ -48,6 +48,14 @@ LOOKS = {
 WORKERS = {1: ("#d1242f", "o"), 8: ("#8250df", "s"), 64: ("#218bff", "D")}
 """Colour and marker of each number of threads or tasks."""
 
+KEPT = {
+    "living sequences": "#7d8590",
+    "random IDs": "#d1242f",
+    "cidalloc": "#218bff",
+    "cidalloc with tidy": "#2da44e",
+}
+"""Colour of each line of the drill of END for dead clients."""
+
 FEW_TICKS = (0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30)
 MANY_TICKS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.7, 2)
 """Where the axes of ratios have numbers: for a large range, and for a small one."""
@@ -81,7 +89,11 @@ def draw(results: dict[str, Any], folder: Path) -> None:
         axes.grid(True, color="#7d8590", alpha=0.25, linewidth=0.6)
         for contestant, points in lines.items():
             _line(axes, contestant, points)
-        _names(axes, lines)
+        ends = {
+            each: (statistics.median(points[-1][1]), LOOKS[each][0])
+            for each, points in lines.items()
+        }
+        _names(axes, ends)
         _save(canvas, folder / f"{name.split(' 1')[0].replace(' ', '-')}.svg")
 
 
@@ -108,27 +120,24 @@ def _line(axes: Axes, contestant: str, points: list[tuple[int, list[float]]]) ->
     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def _names(axes: Axes, lines: Lines) -> None:
+def _names(axes: Axes, ends: dict[str, tuple[float, str]]) -> None:
     # At the right end of each line, moved apart where they would overlap.
     canvas = axes.figure
     canvas.draw_without_rendering()
-    ends = []
-    for contestant, points in lines.items():
-        x, values = points[-1]
-        y = axes.transData.transform((x, statistics.median(values)))[1] * 72 / canvas.dpi
-        ends.append((y, contestant))
-    last = max(x for points in lines.values() for x, _ in points)
-    placed = float("-inf")
-    bottom = axes.transData.transform((last, axes.get_ylim()[0]))[1] * 72 / canvas.dpi
-    for y, contestant in sorted(ends):
-        placed = max(y, placed + 12.5)
+
+    def points(value: float) -> float:
+        return float(axes.transData.transform((1.0, value))[1]) * 72 / canvas.dpi
+
+    placed, bottom = float("-inf"), points(axes.get_ylim()[0])
+    for name, (value, colour) in sorted(ends.items(), key=lambda each: each[1][0]):
+        placed = max(points(value), placed + 12.5)
         axes.annotate(
-            contestant,
+            name,
             (1.0, 0.0),
             xycoords="axes fraction",
             xytext=(2, placed - bottom),
             textcoords="offset points",
-            color=LOOKS[contestant][0],
+            color=colour,
             va="center",
         )
 
@@ -175,6 +184,37 @@ def draw_ratios(
     ]
     canvas.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     canvas.suptitle("This client divided by plain tritonclient: left is better", fontsize=12)
+    _save(canvas, path)
+
+
+def draw_kept(results: dict[str, Any], path: Path) -> None:
+    """Draw the drill of END for dead clients: of how many sequences models keep state."""
+    times, *counts = zip(*results["samples"], strict=True)
+    minutes = [each / 60 for each in times]
+    canvas = Canvas(figsize=(8.6, 4.2), layout="constrained")
+    axes = canvas.subplots()
+    axes.set(
+        title="Sequences of which the model keeps state, while clients are killed", xlabel="minutes"
+    )
+    axes.grid(True, color="#7d8590", alpha=0.25, linewidth=0.6)
+    ends = {}
+    for (name, colour), values in zip(KEPT.items(), counts, strict=True):
+        axes.plot(minutes, values, color=colour, linewidth=2)
+        ends[f"{name}: {values[-1]}"] = values[-1], colour
+    axes.fill_between(minutes, counts[0], color=KEPT["living sequences"], alpha=0.3, linewidth=0)
+    last = results["last_death"] / 60
+    axes.axvline(last, color="#7d8590", linewidth=1.2, linestyle="--")
+    axes.annotate(
+        "the last death",
+        (last, 0.3),
+        xycoords=axes.get_xaxis_transform(),
+        xytext=(-5, 0),
+        textcoords="offset points",
+        ha="right",
+    )
+    axes.set_xlim(0, minutes[-1])
+    axes.set_ylim(0)
+    _names(axes, ends)
     _save(canvas, path)
 
 

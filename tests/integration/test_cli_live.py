@@ -173,7 +173,10 @@ class Terminal:
         while words not in self.text:
             assert time.monotonic() < deadline, self.text
             if select.select([self._fd], [], [], 0.2)[0]:
-                self.text += os.read(self._fd, 65536).decode(errors="replace")
+                try:
+                    self.text += os.read(self._fd, 65536).decode(errors="replace")
+                except OSError:
+                    pytest.fail(f"the command has ended: {self.text}")
 
     def close(self) -> None:
         """End it, if it still runs."""

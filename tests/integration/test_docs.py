@@ -177,7 +177,9 @@ def test_curl_of_the_readme(triton: TritonServer, tmp_path: Path) -> None:
 def test_curl_of_the_protocol(triton: TritonServer, tmp_path: Path) -> None:
     """The short form and the long one give back what they got, the long one one of three."""
     page = ROOT / "docs" / "protocol.md"
-    short, long = (each for each in blocks(page, "sh") if "curl" in each and "session" not in each)
+    drain, short, long = (
+        each for each in blocks(page, "sh") if "curl" in each and "session" not in each
+    )
     with Anonymous(connect(triton.grpc_url)) as client:
         before = client.active()
         assert json.loads(run_shell(short, triton, tmp_path))["OUTPUT"] == 1
@@ -188,16 +190,21 @@ def test_curl_of_the_protocol(triton: TritonServer, tmp_path: Path) -> None:
         ids = got["outputs"][0]["data"]
         assert len(ids) == 3 and client.active() == before + 2
         client.release_many(ids[1:])
+    assert run_shell(drain, triton, tmp_path) == '"DETAIL":""\n'
 
 
 def test_a_session_with_curl(triton: TritonServer, tmp_path: Path) -> None:
     page = ROOT / "docs" / "protocol.md"
-    (script,) = [block for block in blocks(page, "sh") if "session=" in block]
+    script, dead = (block for block in blocks(page, "sh") if "session=" in block)
     printed = run_shell(script, triton, tmp_path)
     opened, issued, held, closed = (each["OUTPUT"] for each in _objects(printed))
     assert opened[0] == 1 and opened[2] == 60_000
     assert len(issued) == 3 and held == sorted(issued)
     assert closed == 3
+    opened, renewed, named, closed = (
+        each.get("OUTPUT", []) for each in _objects(run_shell(dead, triton, tmp_path))
+    )
+    assert len(opened) == 7 and renewed[1:] == [60_000, 0] and named == [] and closed == 0
 
 
 def _objects(text: str) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -167,6 +168,8 @@ def test_there_is_no_end_to_send(server: TritonServer, caplog: pytest.LogCapture
         with cids.sequence("counts", end_inputs=number(1), timeout=10) as sequence:
             with pytest.raises(InferenceServerException, match="a bad number"):
                 sequence.infer(number(-1))
+            # Triton 2.51 may lose what follows an error at once: it still ends the iteration.
+            time.sleep(0.2)
             assert count(sequence.infer(number(2))) == 2, "it can be tried again"
         with cids.sequence("counts", end_inputs=number(1), timeout=10) as sequence:
             with pytest.raises(InferenceServerException):

@@ -303,12 +303,17 @@ def test_sums(real: Way, streaming: bool) -> None:
     real.run(scenario)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("error", [None, ZeroDivisionError])
-def test_a_farewell(real: Way, error: type[Exception] | None) -> None:
+def test_a_farewell(real: Way, error: type[Exception] | None, streaming: bool) -> None:
+    if streaming and real.where == "http":
+        return
+    options = {"end_inputs": real.send(0), "streaming": streaming}
+
     async def scenario() -> None:
         async with real.client() as cids:
             try:
-                async with cids.sequence(MODEL, end_inputs=real.send(0)) as sequence:
+                async with cids.sequence(MODEL, **options) as sequence:
                     await sequence.infer(real.send(5))
                     if error is not None:
                         raise error

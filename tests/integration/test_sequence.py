@@ -48,40 +48,12 @@ def total(result: Any) -> int:
     return int(result.as_numpy("OUTPUT")[0, 0])
 
 
-def test_sums(cids: Client, kind: str) -> None:
-    with cids.sequence(MODEL, streaming=kind == "stream") as sequence:
-        assert total(sequence.infer(send(kind, 5))) == 5
-        assert total(sequence.infer(send(kind, 6))) == 11
-        assert total(sequence.infer(send(kind, 7), end=True)) == 18
-
-
 def test_sums_without_waiting(cids: Client, kind: str) -> None:
     with cids.sequence(MODEL, streaming=kind == "stream") as sequence:
         futures = [sequence.async_infer(send(kind, value)) for value in range(20)]
         last = sequence.async_infer(send(kind, 100), end=True)
         assert [total(each.result(30)) for each in futures] == np.cumsum(range(20)).tolist()
         assert total(last.result(30)) == 290
-
-
-def test_waiting_and_not_waiting_keep_their_order(cids: Client, kind: str) -> None:
-    with cids.sequence(MODEL, streaming=kind == "stream") as sequence:
-        futures = [sequence.async_infer(send(kind, 1)) for _ in range(5)]
-        assert total(sequence.infer(send(kind, 1), end=True)) == 6
-        assert [total(each.result(30)) for each in futures] == [1, 2, 3, 4, 5]
-
-
-def test_sequences_side_by_side(cids: Client, kind: str) -> None:
-    streaming = kind == "stream"
-    with (
-        cids.sequence(MODEL, streaming=streaming) as one,
-        cids.sequence(MODEL, streaming=streaming) as two,
-    ):
-        assert one.cid != two.cid
-        for step in range(1, 4):
-            assert total(one.infer(send(kind, 1))) == step
-            assert total(two.infer(send(kind, -1))) == -step
-        one.infer(send(kind, 0), end=True)
-        two.infer(send(kind, 0), end=True)
 
 
 def cooldown_of(sequence: Sequence, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -340,18 +312,6 @@ def test_somebody_elses_end(cids: Client, kind: str, triton: TritonServer) -> No
         own.close()
         with pytest.raises(errors.SequenceLost, match="or something else used this ID"):
             sequence.infer(send(kind, 1))
-
-
-@pytest.mark.parametrize("error", [None, ZeroDivisionError])
-def test_a_farewell(cids: Client, kind: str, error: type[Exception] | None) -> None:
-    streaming = kind == "stream"
-    expected = pytest.raises(error) if error else contextlib.nullcontext()
-    farewell = send(kind, 5)
-    with expected, cids.sequence(MODEL, streaming=streaming, end_inputs=farewell) as sequence:
-        sequence.infer(send(kind, 1))
-        if error:
-            raise error
-    assert sequence.state == "closed, recycled"
 
 
 def test_the_former_names(cids: Client, kind: str) -> None:

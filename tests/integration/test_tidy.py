@@ -15,13 +15,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import keeping_model
 import partials
 import pytest
 from anonymous import Anonymous
 from command import run
 from proxy import Proxy
 from servers import Server
-from test_unended import CODE, CONFIG, kept
+from test_unended import IDLE_S, kept
 
 from cidalloc.client import AsyncClient, Client
 from cidalloc.client.core import lease, tidy
@@ -37,10 +38,6 @@ pytestmark = pytest.mark.server
 
 TTL_S, GRACE_S, COOLDOWN_S = 1.0, 0.2, 0.6  # IDs are named 1.8 s after the last request
 NAMED_S = TTL_S + GRACE_S + COOLDOWN_S
-FULL = CONFIG.replace("oldest { max_candidate_sequences: 64 }", "direct {}").replace(
-    "max_batch_size: 8", "max_batch_size: 1"
-)
-SLOW_IDLE = "max_sequence_idle_microseconds: 60000000"
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +48,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     )
     export(folder, values)
     partials.write(folder)
-    full = FULL.replace("max_sequence_idle_microseconds: 400000", SLOW_IDLE)
-    assert SLOW_IDLE in full and "direct" in full
-    for name, config in (("leaky", CONFIG), ("other", CONFIG), ("full", full)):
-        (folder / name / "1").mkdir(parents=True)
-        (folder / name / "1" / "model.py").write_text(CODE)
-        (folder / name / "config.pbtxt").write_text(config)
+    for name in ("leaky", "other"):
+        keeping_model.write(folder, name, IDLE_S)
+    keeping_model.write(folder, "full", 60.0, slots=1)
     server = Server(folder, arguments=["--model-control-mode=explicit", "--load-model=*"])
     server.start()
     try:

@@ -1,4 +1,4 @@
-"""The END of sequences that Triton has forgotten: the model's state goes, on the real server."""
+"""END with end_inputs, on the real server: the model's state goes, and END comes once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import keeping_model
 import pytest
 from servers import Server
 
@@ -20,44 +21,8 @@ from cidalloc.triton_model import export
 
 pytestmark = pytest.mark.server
 
-IDLE_S = 0.4
-CODE = """
-import numpy as np
-import triton_python_backend_utils as pb_utils
-
-START, END = 1, 2
-
-class TritonPythonModel:
-    def initialize(self, args):
-        self.kept = {}
-
-    def execute(self, requests):
-        return [self.answer(request) for request in requests]
-
-    def answer(self, request):
-        number = int(pb_utils.get_input_tensor_by_name(request, "X").as_numpy()[0, 0])
-        if number < 0:
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError("the model broke"))
-        cid = request.correlation_id()
-        old = 0 if request.flags() & START else self.kept.get(cid, 0)
-        self.kept[cid] = old + number
-        answer = [len(self.kept), self.kept[cid]]
-        if request.flags() & END:
-            del self.kept[cid]
-        tensor = pb_utils.Tensor("Y", np.array([answer], np.int32))
-        return pb_utils.InferenceResponse([tensor])
-"""
-"""A model that keeps state by ID and deletes it at END only. Y: of how many, and the sum."""
-
-CONFIG = f"""
-backend: "python"
-max_batch_size: 8
-sequence_batching {{ max_sequence_idle_microseconds: {int(IDLE_S * 1e6)}
-  oldest {{ max_candidate_sequences: 64 }} }}
-input [ {{ name: "X" data_type: TYPE_INT32 dims: [ 1 ] }} ]
-output [ {{ name: "Y" data_type: TYPE_INT32 dims: [ 2 ] }} ]
-instance_group [ {{ kind: KIND_CPU count: 1 }} ]
-"""
+IDLE_S = 0.2
+IDLED_S = IDLE_S + 0.4  # by then Triton has forgotten a sequence
 WAYS = ["grpc", "stream", "http", "aio-grpc", "aio-stream", "aio-http"]
 END = {"end_inputs": {"X": 1}}
 
@@ -66,9 +31,7 @@ END = {"end_inputs": {"X": 1}}
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     folder = tmp_path_factory.mktemp("models")
     export(folder, Settings(first=1, capacity=100_000, fresh=True))
-    (folder / "leaky" / "1").mkdir(parents=True)
-    (folder / "leaky" / "1" / "model.py").write_text(CODE)
-    (folder / "leaky" / "config.pbtxt").write_text(CONFIG)
+    keeping_model.write(folder, "leaky", IDLE_S)
     server = Server(folder)
     server.start()
     try:
@@ -118,10 +81,15 @@ def cids(server: TritonServer, way: str) -> Iterator[Any]:
         cids.loop.close()
 
 
-def kept(server: TritonServer) -> int:
-    """Return of how many sequences the model keeps state."""
+def counts(server: TritonServer) -> tuple[int, int]:
+    """Return of how many sequences the model keeps state, and how many ENDs it got."""
     with Client(server.grpc_url) as cids, cids.sequence("leaky") as sequence:
-        return int(sequence.infer({"X": 0}, end=True)["Y"][0, 0]) - 1
+        kept, _, ends = sequence.infer({"X": 0}, end=True)["Y"][0].tolist()
+    return kept - 1, ends
+
+
+def kept(server: TritonServer) -> int:
+    return counts(server)[0]
 
 
 def lost(sequence: Any) -> None:
@@ -135,7 +103,7 @@ def test_a_sequence_that_idled_out(server: TritonServer, cids: Any, way: str) ->
     before = kept(server)
     sequence = cids.sequence("leaky", streaming="stream" in way, **END)
     sequence.infer({"X": 5})
-    time.sleep(2 * IDLE_S + 0.6)
+    time.sleep(IDLED_S + 0.6)
     assert kept(server) == before + 1, "the model was not told"
     sequence.close()
     assert kept(server) == before
@@ -147,7 +115,7 @@ def test_a_sequence_that_triton_lost(server: TritonServer, cids: Any, way: str) 
     before = kept(server)
     sequence = cids.sequence("leaky", streaming="stream" in way, **END)
     sequence.infer({"X": 5})
-    time.sleep(2 * IDLE_S)
+    time.sleep(IDLED_S)
     lost(sequence)
     assert sequence._core.state.phase is Phase.LOST
     sequence.close()
@@ -159,7 +127,7 @@ def test_without_end_inputs_nothing_is_made_up(server: TritonServer, cids: Any, 
     before = kept(server)
     sequence = cids.sequence("leaky", streaming="stream" in way)
     sequence.infer({"X": 5})
-    time.sleep(2 * IDLE_S)
+    time.sleep(IDLED_S)
     with contextlib.suppress(SequenceLost):
         sequence.infer({"X": 1})
     sequence.close()
@@ -184,7 +152,7 @@ def test_a_sequence_in_doubt_that_triton_forgot(server: TritonServer, cids: Any,
     sequence.infer({"X": 5})
     with pytest.raises(Exception, match="the model broke"):
         sequence.infer({"X": -1})
-    time.sleep(2 * IDLE_S)
+    time.sleep(IDLED_S)
     assert kept(server) == before + 1
     sequence.close()
     assert kept(server) == before
@@ -195,7 +163,7 @@ def test_never_after_the_lease_and_never_twice(server: TritonServer, cids: Any, 
     before = kept(server)
     sequence = cids.sequence("leaky", streaming="stream" in way, **END)
     sequence.infer({"X": 5})
-    time.sleep(2 * IDLE_S)
+    time.sleep(IDLED_S)
     lease = sequence._core.plan.lease
     deadline, lease.deadline = lease.deadline, float("-inf")
     sequence.close()
@@ -204,9 +172,10 @@ def test_never_after_the_lease_and_never_twice(server: TritonServer, cids: Any, 
     assert kept(server) == before + 1, "another client could have had the ID"
 
 
-def test_an_end_that_fails_is_said_once(
+def test_an_end_that_fails_is_sent_and_said_once(
     server: TritonServer, cids: Any, way: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    before = counts(server)[1]
     sequence = cids.sequence("leaky", streaming="stream" in way, end_inputs={"X": -1})
     sequence.infer({"X": 5})
     sequence.close()
@@ -214,3 +183,12 @@ def test_an_end_that_fails_is_said_once(
     assert len(warnings) == 1 and "the model broke" in warnings[0].message
     sequence.close()
     assert len([each for each in caplog.records if "END of" in each.message]) == 1
+    assert counts(server)[1] == before + 1
+
+
+def test_end_on_a_version(server: TritonServer, cids: Any, way: str) -> None:
+    kept, ends = counts(server)
+    sequence = cids.sequence("leaky", streaming="stream" in way, **END)
+    sequence.infer({"X": 0}, model_version="1")
+    sequence.close()
+    assert counts(server) == (kept, ends + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import subprocess
 import sys
@@ -73,33 +74,20 @@ def test_without_waiting_the_error_says_when_the_next_id_is_due(holder: Client, 
             assert caught.value.due_s is not None and caught.value.due_s < 4.0
 
 
-def test_threads_are_served_in_their_order(holder: Client, url: str) -> None:
+@pytest.mark.parametrize("shared", [True, False], ids=["one client", "clients"])
+def test_threads_are_served_in_their_order(holder: Client, url: str, shared: bool) -> None:
     served: list[int] = []
-    with pair(url) as other:
+    with pair(url) as ours:
 
         def work(place: int) -> None:
-            cid = other.acquire(timeout=30)
-            served.append(place)
-            other.release(cid, ended=True)
+            with contextlib.nullcontext(ours) if shared else pair(url) as other:
+                cid = other.acquire(timeout=30)
+                served.append(place)
+                other.release(cid, ended=True)
 
         with in_order(6, work):
             assert served == []
             holder.release(3001, ended=True)
-        assert served == list(range(6))
-
-
-def test_clients_are_served_in_their_order(holder: Client, url: str) -> None:
-    served: list[int] = []
-
-    def work(place: int) -> None:
-        with pair(url) as other:
-            cid = other.acquire(timeout=30)
-            served.append(place)
-            other.release(cid, ended=True)
-
-    with in_order(6, work):
-        assert served == []
-        holder.release(3001, ended=True)
     assert served == list(range(6))
 
 

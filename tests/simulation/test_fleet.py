@@ -30,6 +30,7 @@ def test_no_promise_is_broken() -> None:
         assert total[name] > FLEETS / 10, name
     assert total["drain"] and total["refused"] > FLEETS
     assert total["sequences"] > 25 * FLEETS
+    assert total["dead ended"] > max(total["dead stayed"], FLEETS / 2)
 
 
 def test_a_seed_is_one_history(tmp_path: Path) -> None:

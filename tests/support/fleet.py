@@ -18,46 +18,43 @@ import random
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Generator
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import history
+import numpy as np
 import recorder
 from disk import Disk
+from nodes import CLIENTS, DRIFT, IDLE_S, TTL_S, Node, SimSequence
 from recorder import Recorder
+from streams import SimStream
 from tritonclient.utils import InferenceServerException
 
 from cidalloc import protocol
-from cidalloc.client.core.client import Base
-from cidalloc.client.core.effects import Config, Idle, Reply, Send
-from cidalloc.client.core.lease import Acquired
-from cidalloc.client.core.plan import Plan
-from cidalloc.client.core.sequence import SequenceCore
-from cidalloc.client.core.tensors import Library
+from cidalloc.client.core import tidy
+from cidalloc.client.core.effects import Reply
 from cidalloc.codes import Operation
 from cidalloc.errors import CidError, Draining, Unavailable
+from cidalloc.manager import dead_ids, registry
 from cidalloc.manager import takeover as handover
 from cidalloc.manager.registry import Registry
 from cidalloc.manager.service import Service
 from cidalloc.manager.settings import Settings
 from cidalloc.manager.storage.drain import DrainSwitch
 
-TTL_S, GRACE_S, COOLDOWN_S = 10.0, 2.0, 2.0
-IDLE_S, LIMIT_S = 4.0, 3.0  # of the model, and of a request to it
-WAIT_S = 5.0  # for which half of the clients wait for an ID
-DRIFT = 0.003
+GRACE_S, COOLDOWN_S = 2.0, 2.0
 RULES = history.Rules(TTL_S, GRACE_S, COOLDOWN_S, slack=0.01 + 2 * DRIFT * (TTL_S + GRACE_S))
-CLIENTS, TALKERS = 4, 3
-LENGTH_S = 75.0
-FAULTS = ["freeze", "freeze all", "kill", "cut", "cut all", "manager", "slow"]
+LENGTH_S = 90.0
+FAULTS = ["freeze", "freeze all", "kill", "cut", "cut all", "manager", "stop", "slow", "moved"]
+PROVOKED = ["freeze", "freeze", "freeze", "kill", "cut", "manager", "moved"]  # just before END
 DRAINS = 0.2  # of the fleets that are drained once for a while
 POWER = 0.2  # of the fleets in which the manager's machine loses it once
+WINDOW_S, WITHIN_S = 12.0, 5.0  # for the END of the dead, and after DEAD was sent
+LONG_S = 38.0, 34.0  # the same in half of the fleets with a power cut: longer than a session lives
 _LIVELOCK = 5_000  # steps without time
 SETTINGS: dict[str, int] = {
     "first": 1,
@@ -69,221 +66,9 @@ SETTINGS: dict[str, int] = {
 }
 
 
-@dataclass
-class Infer:
-    """A request to the model, as part of a sequence."""
-
-    core: SimSequence
-    flags: dict[str, Any]
-
-
-class SimSequence(SequenceCore):
-    """A sequence whose requests are simulated."""
-
-    def __init__(self, client: SimClient, plan: Plan, holder: str) -> None:
-        super().__init__(client, plan, False, None)  # type: ignore[arg-type]
-        self.cid = plan.cid
-        self.holder = holder
-
-
-class SimClient(Base):
-    """A client's decisions, without its ways to wait; it is its own runner."""
-
-    _new_runner = staticmethod(lambda *_: None)
-
-    def __init__(self, rng: random.Random, now: Callable[[], float]) -> None:
-        self.transport: Any = SimpleNamespace(
-            url="simulated", library=Library(object, object, frozenset()), now=now, broke=bool
-        )
-        super().__init__(
-            model="cidmgr", ttl=TTL_S, label="simulated", timeout=2.0, transport=self.transport
-        )
-        self.sequences: dict[SequenceCore, None] = {}
-        self._rng = self._session.link.rng = rng  # type: ignore[assignment]
-        self.session = self._session
-        self.lock = nullcontext()
-        self.now = now
-
-    def wake(self) -> None:
-        """The heartbeat looks after each step anyway."""
-
-    def __del__(self) -> None:
-        """What a killed process leaves is no oversight of its program."""
-
-
-Task = Generator[Any, Any, None]
-_ANSWER = SimpleNamespace(get_response=dict)  # of the model; it does not say its version
-
-
-class Node:
-    """A client process."""
-
-    def __init__(self, fleet: Fleet, name: str) -> None:
-        dice = fleet.dice
-        self.fleet, self.name = fleet, name
-        self.alive = True
-        self.frozen_until = self.cut_until = 0.0
-        self._offset, self._rate = dice.uniform(0, 1e6), 1 + dice.uniform(-DRIFT, DRIFT)
-        self.client = SimClient(random.Random(dice.getrandbits(64)), self.clock)
-        self.recorder = Recorder(name, fleet.log.append, lambda: fleet.now)
-        self.waiting: dict[Callable[[Reply], None], None] = {}  # in order
-        self._keeping = False
-        for _ in range(TALKERS):
-            self.run(self.talker())
-
-    def clock(self) -> float:
-        return self._offset + self.fleet.now * self._rate
-
-    def real(self, local: float) -> float:
-        return (local - self._offset) / self._rate + 1e-6  # not before it, however it is rounded
-
-    def run(self, task: Task) -> None:
-        self.resume(task, None)
-
-    def resume(self, task: Task, result: Any) -> None:
-        """Run one step of a task, as soon as the process runs at all."""
-        if not self.alive:
-            return
-        if self.fleet.now < self.frozen_until:
-            self.fleet.at(self.frozen_until, lambda: self.resume(task, result))
-            return
-        session = self.client.session
-        seen = session.version
-        try:
-            if isinstance(result, BaseException):
-                effect = task.throw(result)
-            else:
-                effect = next(task) if result is None else task.send(result)
-        except StopIteration:
-            return
-        finally:
-            if not self._keeping and session.lease.opened:
-                self._keeping = True
-                self.fleet.at(self.fleet.now, lambda: self.run(session.heartbeat()))
-            if session.version != seen or session.lease.cache.needs_maintenance:
-                session.lease.cache.needs_maintenance = False
-                waiting, self.waiting = self.waiting, {}
-                for wake in waiting:
-                    wake(Reply())
-        self.perform(effect, self.once(task))
-
-    def once(self, task: Task) -> Callable[[Any], None]:
-        """Return what resumes the task, the first time that it is called."""
-        done = False
-
-        def go(result: Any) -> None:
-            nonlocal done
-            if not done:
-                done = True
-                self.waiting.pop(go, None)
-                self.fleet.at(self.fleet.now, lambda: self.resume(task, result))
-
-        return go
-
-    def perform(self, effect: Any, resume: Callable[[Any], None]) -> None:
-        if isinstance(effect, Idle):
-            self.waiting[resume] = None
-            if effect.until < float("inf"):
-                self.fleet.at(max(self.real(effect.until), self.fleet.now), lambda: resume(Reply()))
-        elif isinstance(effect, Config):
-            idle = int(IDLE_S * 1e6)
-            config = {"name": "model", "sequence_batching": {}}
-            config["sequence_batching"] = {"max_sequence_idle_microseconds": idle}
-            resume(Reply(config=config))
-        elif isinstance(effect, Send):
-            self.send(effect, resume)
-        else:
-            self.infer(effect, resume)
-
-    def send(self, effect: Send, resume: Callable[[Any], None]) -> None:
-        """Send a request to the manager, and note it."""
-        fleet, lease = self.fleet, self.client.session.lease
-        request, more = effect.request, {}
-        if request.operation.name == "OPEN":
-            more["first"] = self.real(lease.first_sent)
-        number = self.recorder.invoke("message", operation=request.operation.name, **more)
-        renews = "session" in request.parameters
-
-        def answered(reply: Reply) -> None:
-            if reply.error is None and renews and not lease.lost_why and self.alive:
-                fields = request.operation.name == "OPEN"
-                generation = reply.output.tolist()[1] if fields else lease.generation
-                self.recorder.done(number, session=generation)
-            resume(reply)
-
-        fleet.carry(self, lambda: fleet.manage(request), answered)
-        timeout = Reply(error=Unavailable("no answer"))
-        fleet.at(fleet.now + effect.timeout, lambda: resume(timeout))
-
-    def infer(self, effect: Infer, resume: Callable[[Any], None]) -> None:
-        """Send a request to the model, and note it."""
-        fleet, core = self.fleet, effect.core
-        number = self.recorder.invoke(
-            "use", cid=core.cid, holder=core.holder, session=self.client.session.lease.generation
-        )
-
-        def answered(result: Any) -> None:
-            if self.alive:
-                self.recorder.done(number, "fail" if isinstance(result, Exception) else "ok")
-                resume(result)
-
-        fleet.carry(self, lambda: fleet.triton(core, effect.flags), answered, LIMIT_S)
-        timeout = Unavailable("no answer")
-        fleet.at(fleet.now + LIMIT_S + 5.0, lambda: resume(timeout))
-
-    def talker(self) -> Task:
-        """The application: one sequence after the other."""
-        dice, client = self.fleet.dice, self.client
-        wait = WAIT_S if self.name[len("client")] in "13" else None
-        while True:
-            began = self.clock()
-            try:
-                plan = yield from client._begin_sequence(
-                    "model", LIMIT_S, None, True, Acquired(), wait
-                )
-                self.fleet.counts["waited"] += self.clock() > began + 0.5
-            except CidError:
-                yield from self.pause(dice.uniform(0.1, 2.0))
-                continue
-            holder = f"{self.name}.{next(self.fleet.numbers)}"
-            core = SimSequence(client, plan, holder)
-            self.recorder.note(
-                "hold",
-                cid=core.cid,
-                holder=holder,
-                session=client.session.lease.generation,
-                need=IDLE_S + LIMIT_S,
-            )
-            self.fleet.counts["sequences"] += 1
-            yield from self.converse(core, dice.randint(1, 8))
-            core.finish()
-            yield from self.pause(dice.expovariate(4))
-
-    def converse(self, core: SimSequence, length: int) -> Task:
-        dice = self.fleet.dice
-        for step in range(length):
-            end = step == length - 1 and dice.random() < 0.8
-            request = core.request([], end, {})
-            try:
-                assert core.enter(request), "one request after the other"
-            except CidError:
-                return
-            error: BaseException | None = None
-            try:
-                yield Infer(core, request.options)
-            except Exception as caught:
-                error = caught
-            core.over(request, _ANSWER, error)
-            if error is not None and dice.random() < 0.7:
-                return
-            if core.state.recycled:
-                self.recorder.note("ended", holder=core.holder)
-            yield from self.pause(dice.choice([0.0, 0.05, 0.5, dice.uniform(0, 4.5)]))
-
-    def pause(self, seconds: float) -> Task:
-        until = self.clock() + seconds
-        while self.clock() < until:
-            yield Idle(until)
+_STRANGER = "5" * 32
+_OPEN = protocol.Request(Operation.OPEN, parameters={"session": _STRANGER, "ttl_ms": 600_000})
+_NOWHERE = Recorder("nowhere", lambda _: None, float)  # of what is not judged
 
 
 class Fleet:
@@ -300,15 +85,25 @@ class Fleet:
         self.wrong: list[str] = []
         self._queue: list[tuple[float, int, Callable[[], object]]] = []
         self._order = itertools.count()
-        self._state: dict[int, tuple[str, float]] = {}  # of the model, by ID
-        self._slow_until = 0.0
+        # What the model keeps until END, by ID; Triton itself forgets a sequence after IDLE_S.
+        self._state: dict[int, tuple[SimSequence, float]] = {}
+        self.named: set[int] = set()  # what askers of DEAD got to know
+        self._triton = Recorder("triton", self.log.append, lambda: self.now)
+        self._slow_until = self._stopped_until = self._moved_until = 0.0
         self._settings = Settings(state=str(folder), **SETTINGS)  # type: ignore[arg-type]
         self._service: Service | None = None
         self._processes = itertools.count(1)
         self._booted = 0.0
         self._drained = False
+        self._power = self.fate.random() < POWER
+        self.window, self.within = WINDOW_S, WITHIN_S
+        if self._power and self.fate.random() < 0.5:
+            self.window, self.within = LONG_S
         recorder.booted = 0.0
         self.begin_manager()
+        # Another server, which sometimes has the address; a session of a stranger is all it allows.
+        self._other = Service(Settings(max_sessions=1, **SETTINGS), self.boottime)  # type: ignore[arg-type]
+        self.manage(_OPEN, here=False)
         self.disk = Disk(folder / f"{protocol.MODEL}.cidalloc", self.fate)
         self.nodes = [Node(self, f"client{n}") for n in range(CLIENTS)]
 
@@ -320,8 +115,10 @@ class Fleet:
         until = self.now + LENGTH_S
         self.at(self.now + 5.0, self.trouble)
         self.at(self.now + 5.0, self.theft)
-        if self.fate.random() < POWER:
+        if self._power and self.within == WITHIN_S:
             self.at(self.now + self.fate.uniform(10.0, 35.0), self.power)
+        elif self._power:  # once END is about to be sent
+            self.at(self.now + 6.0, lambda: self.harm(self.nodes[0], "kill", 0.0))
         if self.operator.random() < DRAINS:
             self.at(self.now + self.operator.uniform(5.0, 50.0), self.drain)
         steps = 0
@@ -352,46 +149,83 @@ class Fleet:
         if self._service is not None:
             store = self._service._holder.registry().store
             store._signed = False  # as if killed: nothing is written any more
-            store.close()
+            self.end_manager()
+
+    def end_manager(self) -> None:
+        if self._service is not None:
+            self._service.close()
             self._service = None
 
-    def manage(self, request: protocol.Request) -> Reply:
-        if self._service is None:
+    @property
+    def here(self) -> bool:
+        """Whether the address leads to the server, and not to another one."""
+        return self.now >= self._moved_until
+
+    def manage(self, request: protocol.Request, here: bool | None = None) -> Reply:
+        """Answer a request to the manager ``here``, on the server, or to that of another one."""
+        here = self.here if here is None else here
+        service = self._service if here else self._other
+        if service is None or (here and self.now < self._stopped_until):
             return Reply(error=Unavailable("nobody listens"))
-        if self.fate.random() < 0.05:
+        if here and self.fate.random() < 0.05:
             self.disk.note()
         tensors = request.encode()
-        answer = self._service.answer(
-            tensors[protocol.CODE],
-            tensors[protocol.CORRELATION_ID],
-            json.dumps(dict(request.parameters)),
-        )
+        with ExitStack() as unnoted:
+            if not here:
+                unnoted.enter_context(patch.object(recorder, "writer", _NOWHERE))
+            answer = service.answer(
+                tensors[protocol.CODE],
+                tensors[protocol.CORRELATION_ID],
+                json.dumps(dict(request.parameters)),
+            )
         if isinstance(answer, CidError):
             self.counts["refused"] += isinstance(answer, Draining)
             return Reply(error=protocol.parse_error(protocol.error_text(answer)))
-        if self._drained and request.operation in (Operation.NEW, Operation.OPEN):
+        if here and self._drained and request.operation in (Operation.NEW, Operation.OPEN):
             self.wrong.append(f"D: {request.operation.name} in a drain at {self.now:.3f}")
         return Reply(answer[0][0], answer[1])
 
     # ---- The model
 
     def triton(self, core: SimSequence, flags: dict[str, Any]) -> Any:
-        cid, holder = flags["sequence_id"], core.holder
-        owner, last = self._state.get(cid, ("", 0.0))
-        if owner and self.now > last + IDLE_S:
-            owner = ""
+        if not self.here:
+            return Unavailable("another server, which has no such model")
+        cid = flags["sequence_id"]
+        owner, last = self._state.get(cid, (None, 0.0))
+        known = owner is not None and self.now <= last + IDLE_S
         if flags.get("sequence_start"):
-            owner = holder
-        elif not owner:
+            if owner is not None and owner is not core and owner.dead:
+                self.counts["dead stayed" if cid in self.named else "dead not named"] += 1
+            self.named.discard(cid)
+            owner = core
+        elif not known or owner is None:
             return InferenceServerException("the first request must specify the START flag")
-        elif owner != holder:
-            self.wrong.append(f"U: {holder} met the state of {owner} in ID {cid} at {self.now:.3f}")
+        elif owner is not core:
+            self.wrong.append(
+                f"U: {core.holder} met the state of {owner.holder} in ID {cid} at {self.now:.3f}"
+            )
         if flags.get("sequence_end"):
             self._state.pop(cid, None)
         else:
             self._state[cid] = owner, self.now
         self.counts["inferences"] += 1
         return Reply()
+
+    def end_dead(self, asker: str, cid: int, here: bool) -> None:
+        """Take START and END in one request, by which an asker ends a sequence of the dead."""
+        self.counts["END for the dead"] += 1
+        if not here:  # where somebody else has this ID
+            self.wrong.append(f"U: END of {asker} for ID {cid} at another server, {self.now:.3f}")
+            return
+        self._triton.note("end_dead", cids=[cid], asker=asker)
+        owner, last = self._state.pop(cid, (None, 0.0))
+        if owner is not None:
+            self.counts["dead ended"] += owner.dead
+            if self.now <= last + IDLE_S:
+                self.wrong.append(
+                    f"U: END of {asker} met the state of {owner.holder} in ID {cid}"
+                    f" at {self.now:.3f}"
+                )
 
     # ---- The network
 
@@ -411,17 +245,22 @@ class Fleet:
             if answer and self.dice.random() >= lost:
                 self.at(self.now + self.delay(), lambda: back(result))
 
-        slow = self.now < self._slow_until
-        lost = 0.1 if slow else 0.005
+        lost = self.lost
         if self.now < node.cut_until:
             return
-        if self.dice.random() >= lost:
+        once = self.dice.random() >= lost
+        if once:
             self.at(self.now + min(self.delay(), most), lambda: arrive(True))
-        if self.dice.random() < lost:  # a second time, even if it was lost
+        if self.dice.random() < (lost if once else 0.5):
             self.counts["late or twice"] += 1
             # After END was answered a packet may be late, but not by more than the least cooldown.
-            late = min(most, 0.9 * COOLDOWN_S) if most < 30 else most
+            late = min(most, 0.9 * COOLDOWN_S) if once and most < 30 else most
             self.at(self.now + self.dice.uniform(0, late), lambda: arrive(False))
+
+    @property
+    def lost(self) -> float:
+        """The part of the messages that is lost."""
+        return 0.1 if self.now < self._slow_until else 0.005
 
     def delay(self) -> float:
         if self.now < self._slow_until:
@@ -433,30 +272,47 @@ class Fleet:
     def trouble(self) -> None:
         """One fault, and the next one later."""
         dice = self.dice
-        node = dice.choice(self.nodes)
-        fault = dice.choice(FAULTS)
+        node, fault = dice.choice(self.nodes), dice.choice(FAULTS)
+        seconds = dice.choice([0.3, 3.0, TTL_S, TTL_S + GRACE_S, 2 * TTL_S])
+        self.harm(node, fault, seconds * dice.uniform(0.5, 1.5))
+        self.at(self.now + dice.uniform(1.0, 12.0), self.trouble)
+
+    def provoke(self, node: Node, stream: SimStream) -> None:
+        """Maybe do something while an asker holds an answer, just before it sends END."""
+        dice = self.dice
+        left = stream.closes - self.now - dice.uniform(0, 0.2)  # END comes at the last moment
+        if self._power and self.within != WITHIN_S:
+            self._power = False
+            self.at(self.now + dice.uniform(0, 0.3), self.power)
+            self.harm(node, "freeze", left)
+        elif dice.random() < 0.08:
+            self.counts["provoked"] += 1
+            seconds = dice.choice([left, left, left, dice.uniform(0, 2) * (self.window + TTL_S)])
+            self.harm(node, dice.choice(PROVOKED), seconds)
+
+    def harm(self, node: Node, fault: str, seconds: float) -> None:
+        """Begin a fault, which is over after so many seconds."""
         self.counts[fault] += 1
-        seconds = dice.choice([0.3, 3.0, TTL_S, TTL_S + GRACE_S, 2 * TTL_S]) * dice.uniform(
-            0.5, 1.5
-        )
-        if fault == "freeze":
-            node.frozen_until = self.now + seconds
-        elif fault == "freeze all":
-            for each in self.nodes:
-                each.frozen_until = self.now + seconds
-        elif fault == "kill":
+        until = self.now + seconds
+        if fault == "kill":
             node.alive = False
             name = f"{node.name.split('.')[0]}.{next(self.numbers)}"
             self.nodes[self.nodes.index(node)] = Node(self, name)
-        elif fault.startswith("cut"):
-            for each in self.nodes if fault == "cut all" else [node]:
-                each.cut_until = self.now + seconds
         elif fault == "manager":
-            self.crash_manager()
-            self.at(self.now + dice.choice([0.1, seconds / 2]), self.begin_manager)
+            self.dice.choice([self.crash_manager, self.end_manager])()
+            self.at(self.now + self.dice.choice([0.1, seconds / 2]), self.begin_manager)
+        elif fault == "stop":  # of its process, which goes on later
+            self._stopped_until = until
+        elif fault == "moved":
+            self._moved_until = until
+        elif fault == "slow":
+            self._slow_until = until
         else:
-            self._slow_until = self.now + seconds
-        self.at(self.now + dice.uniform(1.0, 12.0), self.trouble)
+            for each in self.nodes if fault.endswith(" all") else [node]:
+                if fault.startswith("freeze"):
+                    each.frozen_until = until
+                else:
+                    each.cut_until = until
 
     def power(self) -> None:
         """Cut the power of the manager's machine, whose clock begins anew. The model's goes on."""
@@ -490,14 +346,28 @@ class Fleet:
 
     def theft(self) -> None:
         """Somebody tries to give back what is another's: by a session of its own, and without."""
-        token = {"session": "5" * 32}
         stolen = protocol.as_ids([self.dice.randint(1, SETTINGS["capacity"])])
-        self.manage(protocol.Request(Operation.OPEN, parameters={**token, "ttl_ms": 600_000}))
-        own = {**token, "seq": next(self.numbers), "cooldown_ms": 0}
+        self.manage(_OPEN)
+        own = {"session": _STRANGER, "seq": next(self.numbers), "cooldown_ms": 0}
         for parameters in (own, {"cooldown_ms": 0}):
             reply = self.manage(protocol.Request(Operation.DELETE, stolen, parameters))
             self.counts["thefts"] += reply.error is None or reply.error.answered
         self.at(self.now + self.dice.uniform(0.5, 2.0), self.theft)
+
+
+@contextmanager
+def scaled(window_s: float, within_s: float) -> Iterator[None]:
+    """Shorten the times of END for the dead."""
+    window, within = int(window_s * 1000), int(within_s * 1000)
+    # The last share comes late, so that IDs are also named at the end of the window.
+    shares = np.array([0, 0.4, 0.95]) * (window - within)
+    with (
+        patch.object(registry, "DEAD_WINDOW_MS", window),
+        patch.multiple(dead_ids, DEAD_WINDOW_MS=window, END_WITHIN_MS=within, _ASKS_MS=within),
+        patch.object(dead_ids, "_SHARES_AT_MS", shares),
+        patch.multiple(tidy, END_WITHIN_MS=within, _ROUND_S=(0.5, 1.5), _PAUSE_S=2.0),
+    ):
+        yield
 
 
 def simulate(seed: int, keep: Path | None = None) -> tuple[list[str], Counter[str]]:
@@ -507,7 +377,7 @@ def simulate(seed: int, keep: Path | None = None) -> tuple[list[str], Counter[st
             boot_id.return_value = bytes(16)
             fleet = Fleet(seed, Path(name))
             boot_id.side_effect = fleet.boot_id
-            with patch.object(os, "fsync", fleet.disk.sync):
+            with patch.object(os, "fsync", fleet.disk.sync), scaled(fleet.window, fleet.within):
                 wrong = fleet.run()
     if keep is not None:
         keep.write_text("".join(json.dumps(each) + "\n" for each in fleet.log))
@@ -532,6 +402,9 @@ def main() -> None:
                 first = {each[0]: each for each in reversed(wrong)}  # by rule
                 print(f"seed {seed}: {len(wrong)} wrong", *first.values(), sep="\n  ")
                 sys.exit(1)
+    if options.runs > 10 and total["dead ended"] <= total["dead stayed"]:
+        print(f"{options.runs} runs, but wrong: most of what the dead left has stayed: {total}")
+        sys.exit(1)
     print(f"{options.runs} runs, nothing wrong:", dict(total.most_common()))
 
 

@@ -10,8 +10,10 @@ sent), ``hold`` (`cid`, `holder`, `session`, and `need`: seconds for which Trito
 sequence of it after its last request was sent), ``use`` (`cid`, `holder`, `session`), and ``ended``
 (`holder`: END was answered). By a manager, with `session` and maybe `seq`: ``start``, ``open``
 (`ttl`), ``issue`` (`cids`), ``release`` (`cids`, `cooldown`), ``renew``, ``held`` (`cids`), ``end``
-(`why`, `cooldown`); and ``power``: it was cut, all sessions are over, and some of what was written
-is lost, so only the clients know what is in use. A session is its generation; 0 is nobody's.
+(`why`, `cooldown`), ``named`` (`cids` of the dead, which need END); and ``power``: it was cut, all
+sessions are over, and some of what was written is lost, so only the clients know what is in use. A
+session is its generation; 0 is nobody's. By ``triton``, the model's server: ``end_dead`` (`cids`:
+END that a client sent for the dead took effect).
 """
 
 from __future__ import annotations
@@ -87,7 +89,7 @@ def read(lines: Iterable[str]) -> list[Event]:
 def check(events: Iterable[Event], rules: Rules) -> list[str]:
     """Return what breaks a rule, each with the rule's letter first: U, F, L, O, A or C."""
     events = list(events)
-    managers = [each for each in events if each["by"].startswith("manager")]
+    managers = [each for each in events if each["by"].startswith(("manager", "triton"))]
     clients = [each for each in events if not each["by"].startswith("manager")]
     return [*_of_manager(_by_effect(managers), rules), *_of_clients(ops(clients), rules)]
 
@@ -135,6 +137,12 @@ def _of_manager(every: Iterable[Op], rules: Rules) -> Iterator[str]:
             if op.more.get("code") == "SESSION_UNKNOWN" and who in heard and who not in vague:
                 yield f"C: {where}: the manager does not know a session that never ended"
             continue
+        if op.what in ("end_dead", "named"):
+            for cid in op.more.get("cids", ()):
+                if cid in holder and holder[cid] not in vague:
+                    yield f"U: {where}: ID {cid} is held by session {holder[cid]}"
+            if op.what == "end_dead":
+                continue
         if op.outcome == "unknown":
             vague.add(who)
         mine = {cid for cid, other in holder.items() if other == who}
@@ -194,19 +202,29 @@ def _of_clients(every: list[Op], rules: Rules) -> Iterator[str]:
         late = op.began - lease_deadline - rules.ttl
         if late > rules.slack:
             yield f"L: ID {op.cid} was used by {op.holder} {late:.3f} s after its lease"
+
+    def due(one: Op) -> float:
+        """Return when the ID of a holder may be used again; 0 if it sent nothing."""
+        last = max((op.began for op in uses[one.holder]), default=0.0)
+        due = last + one.need if last else 0.0
+        if one.holder in ended:  # which it may have learnt late
+            due = min(due, ended[one.holder] + rules.cooldown)
+        return due
+
+    for op in every:
+        for one in holds[op.cids[0]] if op.what == "end_dead" else ():
+            if one.began < op.began < due(one) - rules.slack:
+                yield f"F: ID {one.cid} got END at {op.began:.3f}, while {one.holder} had it"
     for cid, several in holds.items():
         several.sort(key=lambda op: op.began)
         for one, other in itertools.pairwise(several):
             last = max((op.began for op in uses[one.holder]), default=0.0)
             if last > other.began:
                 yield f"U: ID {cid} was used by {one.holder} when {other.holder} had it"
-            due = last + one.need if last else 0.0
-            if one.holder in ended:  # which it may have learnt late
-                due = min(due, ended[one.holder] + rules.cooldown)
-            if due - other.began > rules.slack:
+            early = due(one) - other.began
+            if early > rules.slack:
                 yield (
-                    f"F: ID {cid} went from {one.holder} to {other.holder} {due - other.began:.3f}"
-                    " s too early"
+                    f"F: ID {cid} went from {one.holder} to {other.holder} {early:.3f} s too early"
                 )
 
 

@@ -65,10 +65,9 @@ MUTANTS = [
     Mutant(
         "expiry without the announced cooldown",
         "manager/registry.py",
-        "held = self._end(session, session.cooldown)",
-        "held = self._end(session, 0)",
+        "self._end(session, self._silence(session.cooldown, named))",
+        "self._end(session, self._silence(0, named))",
         "F",
-        190,
     ),
     Mutant(
         "use after the lease",
@@ -118,7 +117,7 @@ MUTANTS = [
         "manager/registry.py",
         "return cls(settings, now, store, boot)",
         "store.close()\n            return cls(settings, now, None, boot)",
-        "CU",
+        "ACFU",
     ),
     Mutant(
         "no wait after a power cut",
@@ -132,6 +131,45 @@ MUTANTS = [
         "manager/registry.py",
         "self.store.header[Word.HORIZON] = horizon",
         "pass",
+        "FU",
+    ),
+    Mutant(
+        "END for the dead while Triton may know their sequences",
+        "manager/registry.py",
+        "since = self.now + self._silence(session.cooldown, False)",
+        "since = self.now",
+        "FU",
+    ),
+    Mutant(
+        "the server takes END for the dead at any time",
+        "client/core/tidy.py",
+        "open_stream(receive, END_WITHIN_MS / 1000)",
+        "open_stream(receive, 1000.0)",
+        "FU",
+    ),
+    Mutant(
+        "no cooldown after the window for END for the dead",
+        "manager/registry.py",
+        "return 2 * cooldown + DEAD_WINDOW_MS if named",
+        "return cooldown + DEAD_WINDOW_MS if named",
+        "FU",
+    ),
+    Mutant(
+        "the window for END for the dead is not noted",
+        "manager/registry.py",
+        "self._reckon(lease + self._silence(cooldown, named))",
+        "self._reckon(lease + self._silence(cooldown, False))",
+        "FU",
+        440,
+    ),
+    Mutant(
+        "END for the dead goes to another server than DEAD",
+        "client/core/tidy.py",
+        'stream.send(model, request.pop("inputs"), **request)',
+        """if model != self._runner.model:
+            within = END_WITHIN_MS / 1000
+            stream = self._runner.transport.open_stream(stream._receive, within)  # type: ignore
+        stream.send(model, request.pop("inputs"), **request)""",
         "FU",
     ),
 ]

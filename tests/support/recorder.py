@@ -63,6 +63,7 @@ _WATCHED = {
     "acquire": "issue",
     "release": "release",
     "close_session": "renew",
+    "dead_ids": "named",
 }
 
 
@@ -144,4 +145,4 @@ def _asked(registry: Any, name: str, args: tuple[Any, ...], named: Event) -> Eve
 def _found(name: str, result: Any) -> Event:
     if name == "open":
         return {"session": result.generation, "ttl": result.ttl_ms / 1000}
-    return {"cids": result.tolist()} if name in ("acquire", "held") else {}
+    return {"cids": result.tolist()} if name in ("acquire", "held", "dead_ids") else {}

@@ -244,20 +244,21 @@ def test_an_array_may_change_while_its_ids_are_released(width: int) -> None:
     theirs = pool.acquire_many(n, 2)
     ids = np.zeros(n, np.uint64)
     over, released, refused = False, 0, 0
+    turns = threading.Semaphore(0)
 
     def spoil() -> None:
         chance = np.random.default_rng(1)
-        while not over:
-            at, other = chance.integers(0, n, 2)
-            what = chance.integers(0, 4)
-            if what == 0:
-                ids[at : at + 70] = ids[other]
-            elif what == 1:
-                ids[at] = theirs[other]
-            elif what == 2:
-                ids[at] = chance.integers(0, 2**22)
-            else:
-                ids[[at, other]] = ids[[other, at]]
+        while turns.acquire() and not over:
+            # Some for each release: a thread that always runs can keep the GIL for long.
+            for at, other, what, wrong in chance.integers(0, [n, n, 4, 2**22], (200, 4)):
+                if what == 0:
+                    ids[at : at + 70] = ids[other]
+                elif what == 1:
+                    ids[at] = theirs[other]
+                elif what == 2:
+                    ids[at] = wrong
+                else:
+                    ids[[at, other]] = ids[[other, at]]
 
     def release() -> None:
         nonlocal over, released, refused
@@ -265,7 +266,9 @@ def test_an_array_may_change_while_its_ids_are_released(width: int) -> None:
         try:
             while released + refused < 100 or (refused < 3 and released < 10_000):
                 fresh = pool.acquire_many(n, 1)
-                ids[:] = chance.permutation(fresh) if refused % 2 else fresh
+                given = chance.permutation(fresh) if refused % 2 else fresh
+                turns.release()
+                ids[:] = given
                 try:
                     pool.release_many(ids, 1, reuse_at=-1)
                     released += 1
@@ -277,6 +280,7 @@ def test_an_array_may_change_while_its_ids_are_released(width: int) -> None:
                 assert np.array_equal(np.sort(pool.held_by(2)), theirs)
         finally:
             over = True
+            turns.release()
 
     together(spoil, release)
     assert refused >= 3

@@ -15,7 +15,6 @@ import pytest
 from loopback import Loopback
 from simulation import World
 from test_every_line import Bell
-from tritonclient.utils import InferenceServerException
 
 from cidalloc.client import Client
 from cidalloc.client.core.tensors import ON_STREAMS, Library
@@ -27,7 +26,7 @@ SETTINGS = Settings(first=1, capacity=10_000, max_sessions=1000, fresh=True)
 
 
 class Model(Loopback):
-    """Notes the requests of sequences, and answers each as `answer` says."""
+    """Notes the requests of sequences, and answers each at once, or never."""
 
     library = Library(object, object, ON_STREAMS)
 
@@ -39,11 +38,7 @@ class Model(Loopback):
 
     def infer(self, limit: float, model: str, inputs: list[Any], /, **options: Any) -> Any:
         self.sent.append(options)
-        self.check(options)
         return SimpleNamespace(get_response=dict)
-
-    def check(self, options: dict[str, Any]) -> None:
-        pass
 
     def submit(
         self, limit: float, model: str, inputs: list[Any], done: Any, /, **options: Any
@@ -52,38 +47,7 @@ class Model(Loopback):
             self.sent.append(options)
             self.held.append(done)
             return
-        result, error = None, None
-        try:
-            result = self.infer(limit, model, inputs, **options)
-        except Exception as failed:
-            error = failed
-        done(result, error)
-
-    def ends(self) -> list[dict[str, Any]]:
-        return [each for each in self.sent if each.get("sequence_end")]
-
-
-def test_end_of_a_sequence_on_a_version() -> None:
-    model = Model()
-    with Client(transport=model) as cids:
-        with cids.sequence("model", end_inputs=[]) as sequence:
-            sequence.infer([], model_version="1")
-        assert len(model.ends()) == 1, "the model was not told of the END"
-
-
-def test_an_end_that_the_model_refused_by_itself_is_not_sent_again() -> None:
-    class Broken(Model):
-        def check(self, options: dict[str, Any]) -> None:
-            if options.get("sequence_end"):
-                raise InferenceServerException("the database of the model is full", "500")
-
-    model = Broken()
-    with Client(transport=model) as cids:
-        with cids.sequence("model", end_inputs=[]) as sequence:
-            sequence.infer([])
-        assert len(model.ends()) == 1, [
-            (each.get("sequence_start", False), each["sequence_end"]) for each in model.ends()
-        ]
+        done(self.infer(limit, model, inputs, **options), None)
 
 
 def test_an_interrupted_wait_does_not_let_the_next_request_overtake() -> None:
@@ -140,15 +104,17 @@ def test_a_heartbeat_outlives_an_answer_that_cannot_be_read() -> None:
 
 
 def test_every_line_of_closing_tells_those_who_wait() -> None:
-    lost = []
-    for at in itertools.count(1):
-        bell, ended = Bell(at), threading.Event()
-        model = Model()
-        with Client(transport=model) as cids:
+    waiting: list[tuple[str, threading.Event]] = []
+    with contextlib.ExitStack() as stack:
+        for at in itertools.count(1):
+            bell, ended = Bell(at), threading.Event()
+            model = Model()
+            cids = stack.enter_context(Client(transport=model))
             sequence = cids.sequence("model", timeout=0.5)
             sequence.infer([])
             model.hold = True
-            first = sequence.async_infer([])
+            stack.callback(sequence.async_infer([]).cancel)
+            stack.callback(sequence.close)
             worker = threading.Thread(target=wait_for_turn, args=(sequence, ended), daemon=True)
             worker.start()
             while len(sequence._core.on_way) < 2:
@@ -156,12 +122,11 @@ def test_every_line_of_closing_tells_those_who_wait() -> None:
             time.sleep(0.002)
             bell.during(sequence._core.finish)
             sequence._core.finish()
-            if not ended.wait(1.5):
-                lost.append(bell.rang.rpartition("/")[2])
-            sequence.close()
-            first.cancel()
-        if not bell.rang:
-            break
+            waiting.append((bell.rang.rpartition("/")[2], ended))
+            if not bell.rang:
+                break
+        time.sleep(1.5)  # for all of them at once
+        lost = [line for line, ended in waiting if not ended.is_set()]
     assert not lost, f"infer never ends after an exception at {lost}"
 
 

@@ -100,6 +100,11 @@ class Session:
         return not self.digest
 
 
+def _lease(session: Session) -> tuple[int, int, int, Session]:
+    """Return the entry of a session in the heap: of equal leases, the older session comes first."""
+    return session.expires, session.generation, id(session), session
+
+
 class Sessions:
     """The sessions that own IDs of a pool.
 
@@ -125,7 +130,7 @@ class Sessions:
         self._rows_used = 1  # rows that were ever used, including row 0
         self._free: list[int] = []  # of these, the free ones
         # A renewal does not change the heap: a session that comes up too early is put back.
-        self._leases: list[tuple[int, int, Session]] = []
+        self._leases: list[tuple[int, int, int, Session]] = []
 
     @staticmethod
     def owners(store: Storage, generation: int, after_power_loss: bool) -> bytes:
@@ -240,10 +245,10 @@ class Sessions:
         else:
             self.anonymous[session.number] = session
         if len(self._leases) > 2 * len(self) + 1000:  # most are of sessions that have ended
-            self._leases = [(each.expires, id(each), each) for each in self]
+            self._leases = [_lease(each) for each in self]
             heapq.heapify(self._leases)
         else:
-            heapq.heappush(self._leases, (session.expires, id(session), session))
+            heapq.heappush(self._leases, _lease(session))
 
     def due(self, now: int) -> Session | None:
         """Return a session whose lease has ended, or None. It is returned again until `end`."""
@@ -255,7 +260,7 @@ class Sessions:
             elif session.expires < now:
                 return session
             else:
-                heapq.heapreplace(leases, (session.expires, id(session), session))
+                heapq.heapreplace(leases, _lease(session))
         return None
 
     def end(self, session: Session, reuse_at: int) -> int:

@@ -104,14 +104,7 @@ class Tidier:
         stream = self._runner.transport.open_stream(receive, END_WITHIN_MS / 1000)
         try:
             for model in [model for model, paused in self._paused.items() if now() >= paused]:
-                try:
-                    yield from self._tidy(stream, model, until)
-                except CidError as error:
-                    if stream.over:
-                        raise
-                    if NO_SLOT not in str(error):
-                        self._paused[model] = now() + _PAUSE_S
-                    self._warn(error)
+                yield from self._tidy(stream, model, until)
         finally:
             stream.end()
         while not stream.over and now() < until:
@@ -119,7 +112,11 @@ class Tidier:
         stream.cut()
 
     def _tidy(self, stream: Stream, model: str, until: float) -> Flow[None]:
-        """End the sequences on a model that the manager names. Raises `CidError`."""
+        """End the sequences on a model that the manager names; pause it if it fails.
+
+        Raises:
+            CidError: the manager does not answer, or the stream broke.
+        """
         session, transport, manager = self._session, self._runner.transport, self._runner.model
         named = _AT_ONCE
         while named == _AT_ONCE:
@@ -133,24 +130,36 @@ class Tidier:
             named = len(cids)
             if not cids:
                 return
-            target, inputs = yield from self._prepare(model)
-            for cid in cids:
-                # What is sent must end before the stream does: then the server cancels it.
-                if self._over or session.now() >= until - HURRY_S:
-                    return
-                ending = {
-                    "inputs": inputs,
-                    "sequence_id": str(cid) if target.text_ids else cid,
-                    "sequence_start": True,
-                    "sequence_end": True,
-                    "timeout": int(_SLOT_S * 1e6),
-                    "tell_final": True,
-                }
-                _, error = yield from self._exchange(stream, model, until, ending)
-                if error is not None:
-                    self.failed[model] += 1
-                    raise Unavailable(f"END of sequence {cid} on {model} failed: {error}")
-                self.ended[model] += 1
+            try:
+                yield from self._end(stream, model, cids, until)
+            except CidError as failure:
+                if stream.over:
+                    raise
+                if NO_SLOT not in str(failure):
+                    self._paused[model] = session.now() + _PAUSE_S
+                self._warn(failure)
+                return
+
+    def _end(self, stream: Stream, model: str, cids: list[int], until: float) -> Flow[None]:
+        """Send END for sequences. Raises `CidError` if the model does not take one."""
+        target, inputs = yield from self._prepare(model)
+        for cid in cids:
+            # What is sent must end before the stream does: then the server cancels it.
+            if self._over or self._session.now() >= until - HURRY_S:
+                return
+            ending = {
+                "inputs": inputs,
+                "sequence_id": str(cid) if target.text_ids else cid,
+                "sequence_start": True,
+                "sequence_end": True,
+                "timeout": int(_SLOT_S * 1e6),
+                "tell_final": True,
+            }
+            _, error = yield from self._exchange(stream, model, until, ending)
+            if error is not None:
+                self.failed[model] += 1
+                raise Unavailable(f"END of sequence {cid} on {model} failed: {error}")
+            self.ended[model] += 1
 
     def _exchange(
         self, stream: Stream, model: str, until: float, request: dict[str, Any]
