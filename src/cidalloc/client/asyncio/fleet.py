@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from ...errors import CidError
-from ..core.fleet import FleetBase, FleetServer
+from ..core.fleet import RESOLVE_WAIT_S, FleetBase, FleetServer
 from ..core.fork_guard import caller
 from ..core.sequence import SequenceCore
 from .client import AsyncClient
@@ -87,11 +87,10 @@ class AsyncFleet(FleetBase):
         await self.close()
 
     async def _look_up(self) -> None:
-        """Look the name up if it is time to; the first time this waits for it."""
+        """Look the name up if it is time to; the first time this waits until it is done."""
         if self._resolves():
             resolving = self._tasks.start(self._resolve())
-            if not self._servers:
-                await asyncio.wait({resolving})
+            await asyncio.wait({resolving}, timeout=RESOLVE_WAIT_S if self._servers else None)
         for client in self._left():
             self._tasks.start(_close(client))
 

@@ -30,13 +30,17 @@ from .fork_guard import ForkGuard, caller
 from .sequence import SequenceCore
 from .transport import DAY_S, Address, boottime, parse_url
 
-__all__ = ["FleetBase", "FleetServer", "ServerUrl"]
+__all__ = ["RESOLVE_WAIT_S", "FleetBase", "FleetServer", "ServerUrl"]
 
 _log = logging.getLogger("cidalloc.client.fleet")
 
 _BACK_OFF_S = (0.2, 10.0)  # the first and the longest pause; each is twice as long as before
 _WAIT_S = 1.0  # for an ID on one server, before the others are tried again
 _RESOLVE_S = 30.0  # between two looks at a name
+
+RESOLVE_WAIT_S = 0.05
+"""A new sequence waits so long for a look at a name, if older addresses are known: a client that
+seldom begins a sequence would otherwise see the present ones with the next one."""
 
 Choose = Callable[[list["FleetServer"]], "FleetServer"]
 

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from ...errors import CidError
-from ..core.fleet import FleetBase, FleetServer
+from ..core.fleet import RESOLVE_WAIT_S, FleetBase, FleetServer
 from .client import Client
 from .sequence import Sequence
 from .threads import spawn
@@ -104,10 +104,10 @@ class Fleet(FleetBase):
         self.close()
 
     def _look_up(self) -> None:
-        """Look the name up if it is time to; the first time this waits for it."""
+        """Look the name up if it is time to; the first time this waits until it is done."""
         if self._resolves():
             if self._servers:
-                spawn(self._resolve, name="cidalloc-fleet")
+                spawn(self._resolve, name="cidalloc-fleet").join(RESOLVE_WAIT_S)
             else:
                 self._resolve()
         for client in self._left():
