@@ -27,10 +27,11 @@ from typing import Any
 import client_report
 import load
 import sides
+import tritonclient.grpc
 from study import DOCS, QUICK, machine
 from tritonclient.utils import InferenceServerException
 
-from cidalloc.client import Client
+from cidalloc.client import Client, Fleet
 from cidalloc.client.sync.transport import connect
 from cidalloc.codes import Operation
 from cidalloc.devserver.triton_server import TritonServer
@@ -208,6 +209,20 @@ def ids(server: TritonServer, turns: Turns) -> dict[str, Values]:
         return turns(runs)
 
 
+def fleet(server: TritonServer, turns: Turns) -> dict[str, Values]:
+    """Measure a sequence of 2 with a `Client`, and with a `Fleet` of the same server alone."""
+    inputs = sides.inputs_of(tritonclient.grpc)
+    with Client(server.grpc_url) as client, Fleet([server.grpc_url]) as alone:
+        works = {
+            name: partial(sides.repeat, partial(sides.our_two, cids, inputs, False))
+            for name, cids in (("Client", client), ("Fleet", alone))
+        }
+        for work in works.values():
+            times = calibrated(work)
+        runs = {name: partial(work, times) for name, work in works.items()}
+        return turns({name: partial(sides.timed, run, times) for name, run in runs.items()})
+
+
 def main() -> None:
     """Measure all cases and write the report."""
     options = argparse.ArgumentParser(description=__doc__)
@@ -238,6 +253,7 @@ def main() -> None:
                     results["rows"].append(row)
                     results["crashes"] += crashes
             results["ids"] = ids(server, partial(turns, seconds=3 * seconds))
+            results["fleet"] = fleet(server, partial(turns, seconds=2 * seconds))
     results["minutes"] = round((time.time() - began) / 60, 1)
     print(f"\r{results['minutes']} minutes{'':<60}", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,8 @@ class AsyncFleet(FleetBase):
         self._check_open()
 
         async def begin() -> SequenceCore:
-            await self._look_up()
+            if self._name is not None:
+                await self._look_up()
             until = self._until(wait)
             for server, patience in self._candidates(until):
                 try:

@@ -27,6 +27,7 @@ from ...errors import (
 from .arguments import seconds, whole
 from .effects import NEVER
 from .fork_guard import ForkGuard, caller
+from .lease import Lease
 from .sequence import SequenceCore
 from .transport import DAY_S, Address, boottime, parse_url
 
@@ -58,12 +59,14 @@ class FleetServer:
         url: its URL.
         client: the fleet's client of it; None until the first sequence goes there.
         trouble: why it was passed over when it was tried last; None if it worked.
+        unique: a lease whose registry no other server had.
     """
 
     def __init__(self, url: ServerUrl) -> None:
         self.url = url
         self.client: Any = None
         self.trouble: CidError | None = None
+        self.unique: Lease | None = None
         self._failed_at = self._retry_at = NEVER
         self._tries = 0
 
@@ -83,6 +86,8 @@ class FleetServer:
 
     def is_usable(self, now: float) -> bool:
         """Whether it worked when it was tried last, or is to be tried again."""
+        if self.trouble is None:
+            return self.client is None or not self.client._session.lease.cache.draining
         if self.registry:
             session = self.client._session
             if session.lease.cache.draining:
@@ -202,6 +207,8 @@ class FleetBase(ForkGuard):
 
     def _left(self) -> list[Any]:
         """Return clients to close: of servers that left, and whose sequences have ended."""
+        if not self._leaving:
+            return []
         gone = [each for each in self._leaving if not each.sequences]
         self._leaving = [each for each in self._leaving if each.sequences]
         return [each.client for each in gone if each.client is not None]
@@ -209,20 +216,21 @@ class FleetBase(ForkGuard):
     # ---- Where a sequence goes
 
     def _until(self, wait: float | None) -> float:
-        """Return until when a call waits for an ID."""
-        return self.now() + (seconds("wait", wait, DAY_S, low=0.0) if wait is not None else 0.0)
+        """Return until when a call waits for an ID; `NEVER` if it does not."""
+        return NEVER if wait is None else self.now() + seconds("wait", wait, DAY_S, low=0.0)
 
-    def _candidates(self, until: float) -> Iterator[tuple[FleetServer, float]]:
-        """Iterate over the servers to try, and for how long to wait for an ID on each.
+    def _candidates(self, until: float) -> Iterator[tuple[FleetServer, float | None]]:
+        """Iterate over the servers to try, and for how long to wait for an ID on each, if at all.
 
         If all have failed and some are exhausted, it waits for these in turns.
         """
         for server in self._order():
-            yield self._with_client(server), 0.0
+            yield server, None
         while (left := until - self.now()) > 0 and (soonest := self._soonest()) is not None:
             yield soonest, min(left, _WAIT_S)
+            self._check_open()
             for server in self._order():
-                yield self._with_client(server), 0.0
+                yield server, None
 
     def _order(self) -> Iterator[FleetServer]:
         """Iterate over all servers, those that worked first.
@@ -230,23 +238,32 @@ class FleetBase(ForkGuard):
         Of two at random, the one with fewer of this client's sequences comes first. What managers
         tell of their load would be as old as a heartbeat.
         """
-        self._check_open()
-        left, now = self.servers, self.now()
+        left, now = list(self._servers.values()), self.now()
         if not left:
             raise Unavailable(self._why)
-        self._rng.shuffle(left)
-        usable = [each for each in left if each.is_usable(now)]
-        while usable:
-            if self._choose is not None:
-                chosen = self._choose(list(usable))
-                if chosen not in usable:
-                    raise InvalidArgument(f"choose() returned {chosen!r}, which it was not given")
-            else:
-                chosen = min(usable[:2], key=lambda each: each.sequences)
-            usable.remove(chosen)
-            left.remove(chosen)
-            yield chosen
-        yield from left
+        among = 2 if self._choose is None else len(left)
+        drawn: list[FleetServer] = []
+        failed: list[FleetServer] = []
+        while left or drawn:
+            while left and len(drawn) < among:  # no more than needed: there may be a thousand
+                place = int(self._rng.random() * len(left)) if len(left) > 1 else 0
+                each, left[place] = left[place], left[-1]
+                del left[-1]
+                (drawn if each.is_usable(now) else failed).append(each)
+            if drawn:
+                chosen = self._chosen(drawn)
+                drawn.remove(chosen)
+                yield chosen if chosen.client is not None else self._with_client(chosen)
+        for each in failed:
+            yield self._with_client(each)
+
+    def _chosen(self, drawn: list[FleetServer]) -> FleetServer:
+        if self._choose is None:
+            return min(drawn, key=_sequences) if len(drawn) > 1 else drawn[0]
+        chosen = self._choose(list(drawn))
+        if chosen not in drawn:
+            raise InvalidArgument(f"choose() returned {chosen!r}, which it was not given")
+        return chosen
 
     def _with_client(self, server: FleetServer) -> FleetServer:
         with self._lock:
@@ -265,14 +282,21 @@ class FleetBase(ForkGuard):
 
     def _begins(self, server: FleetServer, core: SequenceCore, until: float) -> None:
         """Note that a sequence begins on a server; it may wait for a slot until then."""
-        server.works()
-        core.plan = core.plan._replace(wait=max(until - self.now(), 0.0))
+        if server.trouble is not None:
+            server.works()
+        if until > NEVER:
+            core.plan = core.plan._replace(wait=max(until - self.now(), 0.0))
 
     def _twin(self, server: FleetServer) -> FleetServer | None:
-        """Return another server with the same registry."""
+        """Return another server with the same registry. It is searched once for each lease."""
+        lease = server.client._session.lease
+        if server.unique is lease:
+            return None
         for each in (*self._servers.values(), *self._leaving):
             if each is not server and each.registry and each.registry == server.registry:
+                each.unique = None
                 return each
+        server.unique = lease
         return None
 
     def _same(self, server: FleetServer, twin: FleetServer) -> RegistryMismatch:
@@ -302,6 +326,10 @@ class FleetBase(ForkGuard):
         self._check_home()
         if self.closed:
             raise InvalidArgument("this fleet is closed")
+
+
+def _sequences(server: FleetServer) -> int:
+    return server.sequences
 
 
 def _checked(servers: Iterable[str]) -> list[str]:

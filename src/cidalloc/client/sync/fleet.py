@@ -55,7 +55,8 @@ class Fleet(FleetBase):
             InvalidArgument: as `Client.sequence`.
         """
         self._check_open()
-        self._look_up()
+        if self._name is not None:
+            self._look_up()
         until = self._until(wait)
         for server, patience in self._candidates(until):
             try:
