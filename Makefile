@@ -14,6 +14,10 @@
 #   make drill-drain  8 client processes with 12 sequences each, a drain, and the end of Triton
 #   make drill-tidy  what a model keeps of dead clients, in three ways: 11 minutes; draws
 #                docs/tidied.svg
+#   make drill-fleet  60 clients of a fleet of three real servers, which are killed, stopped and
+#                drained: 9 minutes
+#   make simulate-fleet  fleets of up to 1000 servers and 100,000 clients with virtual time, each for
+#                10 minutes at most; needs 5 GB of memory; draws docs/many-servers.svg
 #   make simulate  2000 fleets of clients with virtual time and every fault: ARGS="SEED --runs N"
 #   make chaos   a real server and 20 client processes for three minutes, while all is broken in
 #                turns: ARGS="--seed N --seconds S --clients C"; a full disk only as root
@@ -51,7 +55,7 @@ define install
 endef
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
 
-.PHONY: help demo test lint dist bench bench-client bench-registry bench-gate load scale simulate chaos fuzz sanitize coverage crowd drill-drain drill-tidy clean
+.PHONY: help demo test lint dist bench bench-client bench-registry bench-gate load scale simulate chaos fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy simulate-fleet clean
 .DELETE_ON_ERROR:
 
 help:
@@ -82,10 +86,18 @@ crowd: .venv/.built .venv/.dev
 drill-drain: .venv/.built .venv/.dev
 	CIDALLOC_DRAIN=8x12x30 $(BIN)/python -m pytest -q -s tests/integration/test_drain_live.py
 
+drill-fleet: .venv/.built .venv/.dev
+	CIDALLOC_LOAD=60x5x60 $(BIN)/python -m pytest -q -s tests/integration/test_fleet_drill.py
+
 drill-tidy: .venv/.bench
 	CIDALLOC_TIDY=20x2x300x2 CIDALLOC_TIDY_FILE=docs/tidied.json \
 		$(BIN)/python -m pytest -q -s tests/integration/test_tidy_drill.py
 	$(BIN)/python bench/tidy.py
+
+simulate-fleet: .venv/.bench
+	$(BIN)/python tests/support/many_servers.py 50x5000x8 100x10000x8 20x2000x0 1000x100000x8 \
+		--limit 600 --output docs/many-servers.json
+	$(BIN)/python bench/many_servers.py
 
 simulate: ARGS = 1000 --runs 2000
 simulate: .venv/.built .venv/.dev

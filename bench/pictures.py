@@ -56,6 +56,9 @@ KEPT = {
 }
 """Colour of each line of the drill of END for dead clients."""
 
+ZONES = ("#d1242f", "#218bff", "#2da44e")
+"""Colours of the zones of a simulated fleet."""
+
 FEW_TICKS = (0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30)
 MANY_TICKS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.7, 2)
 """Where the axes of ratios have numbers: for a large range, and for a small one."""
@@ -215,6 +218,45 @@ def draw_kept(results: dict[str, Any], path: Path) -> None:
     axes.set_xlim(0, minutes[-1])
     axes.set_ylim(0)
     _names(axes, ends)
+    _save(canvas, path)
+
+
+def draw_zones(run: dict[str, Any], path: Path) -> None:
+    """Draw a simulated fleet: sequences on a server of each zone, and requests to managers."""
+    canvas = Canvas(figsize=(8.6, 5.4), layout="constrained")
+    upper, lower = canvas.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    samples = run["samples"]
+    times = [each["at"] for each in samples]
+    low, high = ([each[edge] for each in samples] for edge in ("low", "high"))
+    upper.fill_between(times, low, high, color="#7d8590", alpha=0.2, linewidth=0)
+    for zone, colour in enumerate(ZONES):
+        loads = [each["zones"][zone] for each in samples]
+        upper.plot(times, loads, color=colour, linewidth=2, label=f"zone {zone + 1}")
+    upper.set(title=f"Sequences on a server: {run['servers']} servers, {run['clients']:,} clients")
+    upper.legend(loc="upper left", frameon=False, ncols=3)
+    for name, colour in (("most", "#8250df"), ("requests", "#218bff"), ("renewals", "#2da44e")):
+        lower.plot(times, [each[name] for each in samples], color=colour, linewidth=1.6)
+    lower.legend(
+        ["all requests, the busiest server", "all requests, mean", "heartbeats, mean"],
+        loc="upper left",
+        frameon=False,
+    )
+    lower.set(title="Requests to a manager each second", xlabel="seconds")
+    for name, began in run["began"].items():
+        for axes in (upper, lower):
+            axes.axvline(began, color="#7d8590", linewidth=0.8, linestyle="--")
+        upper.annotate(
+            name,
+            (began, 0.0),
+            xycoords=upper.get_xaxis_transform(),
+            xytext=(3, 4),
+            textcoords="offset points",
+            fontsize=9,
+        )
+    for axes in (upper, lower):
+        axes.grid(True, color="#7d8590", alpha=0.25, linewidth=0.6)
+        axes.set_xlim(0, times[-1])
+        axes.set_ylim(0)
     _save(canvas, path)
 
 
