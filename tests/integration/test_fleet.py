@@ -325,7 +325,13 @@ def test_the_address_of_one_client_moves(places: list[Place], way: str) -> None:
         new = cids.sequence(MODEL)
         assert new.infer({"INPUT": [[7]]}, end=True)["OUTPUT"][0, 0] == 7
         new.close()
+    shut(cids)
+
+
+def shut(cids: Any) -> None:
     cids.close()
+    if isinstance(cids, Blocking):
+        cids.loop.close()
 
 
 def notice(cids: Any) -> None:
@@ -353,7 +359,7 @@ def test_nobody_is_at_the_address(places: list[Place], way: str) -> None:
     # It was not sent, so it did not count.
     assert sequence.infer({"INPUT": [[1]]}, end=True)["OUTPUT"][0, 0] == 2
     sequence.close()
-    cids.close()
+    shut(cids)
 
 
 def swap(a: Place, b: Place) -> None:
