@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -157,6 +158,25 @@ def test_the_horizon_counts_the_window_before_models_are_known(registry: Registr
     assert registry._horizon >= TTL + GRACE + 2 * COOLDOWN + DEAD_WINDOW_MS
     registry.renew(token(1), 0, cooldown_ms=400_000)
     assert registry._horizon >= TTL + GRACE + 800_000 + DEAD_WINDOW_MS
+
+
+def test_a_power_cut_does_not_forget_the_window(tmp_path: Path) -> None:
+    """Whoever was told an ID before it may send END for half a minute, and that may come late."""
+    values = Settings(
+        first=1, capacity=1000, cooldown_ms=1_000, grace_ms=GRACE, fresh=True, min_ttl_ms=TTL
+    )
+    registry = Registry.in_file(tmp_path / "r", values, 0, b"a" * 16)
+    registry.open(token(1), 0, ttl_ms=TTL, cooldown_ms=COOLDOWN)
+    held = registry.acquire(3, 0, token=token(1), seq=1, cooldown_ms=COOLDOWN).tolist()
+    registry.renew(token(1), 0, models=("asr",))
+    registry.open(token(2), 0, ttl_ms=TTL)
+    for now in (0, EXPIRY - 1, EXPIRY + COOLDOWN - 1):
+        assert dead(registry, now) == []
+    assert dead(registry, EXPIRY + COOLDOWN) == held
+    registry.close()
+    registry = Registry.in_file(tmp_path / "r", values, 0, b"b" * 16)  # another boot of the machine
+    with pytest.raises(Exhausted):
+        registry.acquire(1, END_WITHIN_MS + COOLDOWN)
 
 
 class TestShares:
