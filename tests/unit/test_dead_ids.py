@@ -170,7 +170,7 @@ def test_a_power_cut_does_not_forget_the_window(tmp_path: Path) -> None:
     held = registry.acquire(3, 0, token=token(1), seq=1, cooldown_ms=COOLDOWN).tolist()
     registry.renew(token(1), 0, models=("asr",))
     registry.open(token(2), 0, ttl_ms=TTL)
-    for now in (0, EXPIRY - 1, EXPIRY + COOLDOWN - 1):
+    for now in (0, EXPIRY - 1, EXPIRY, EXPIRY + COOLDOWN - 1):
         assert dead(registry, now) == []
     assert dead(registry, EXPIRY + COOLDOWN) == held
     registry.close()
