@@ -17,6 +17,8 @@ from report import DOCS, PAGE, Figure, Results, machine, markdown, number, refre
 
 GOALS = {"time": 1.03, "cpu": 1.10}
 """The limits of this client's time and CPU time, divided by plain tritonclient's."""
+FLEET = 1.03
+"""The limit of the CPU time of a `Fleet` of one server, divided by that of a `Client` of it."""
 SEQUENCE_US = 25
 """The limit of the CPU time of a sequence of two, less plain tritonclient's."""
 
@@ -143,6 +145,18 @@ def client_ids(results: Results) -> str:
     return markdown(["an ID by", "CPU", "clock", f"CPU / {RANDBITS}"], rows)
 
 
+def client_fleet(results: Results) -> str:
+    """Say what a fleet costs."""
+    costs = {name: found["cpu"] for name, found in results["fleet"].items()}
+    both = list(zip(costs["Fleet"], costs["Client"], strict=True))
+    found = [ours / client for ours, client in both]
+    more = number(statistics.median(ours - client for ours, client in both))
+    return (
+        f"A sequence of 2 requests with a `Fleet` of one server takes {spread(found)} × the CPU of"
+        f" one with a `Client` of it, {more} µs more. The goal of {FLEET} is {verdict(found, FLEET)}."
+    )
+
+
 def client_conditions(results: Results) -> str:
     """Say where and how the figures came about."""
     rounds = [len(row["ours"]["cpu"]) for row in results["rows"]]
@@ -181,7 +195,14 @@ def compact(results: Results) -> str:
     return text.replace('{"transport"', '\n{"transport"').replace(']},"', ']},\n"') + "\n"
 
 
-PARTS = (client_verdict, client_ratios, client_sequences, client_ids, client_conditions)
+PARTS = (
+    client_verdict,
+    client_ratios,
+    client_sequences,
+    client_fleet,
+    client_ids,
+    client_conditions,
+)
 
 
 def write(folder: Path) -> None:

@@ -30,13 +30,13 @@ from cidalloc.manager.settings import Settings
 from cidalloc.manager.storage.drain import DrainSwitch
 
 CLIENTS, SEQUENCE_S, PART_S = (
-    float(each) for each in os.environ.get("CIDALLOC_LOAD", "60x0.2x1.6").split("x")
+    float(each) for each in os.environ.get("CIDALLOC_LOAD", "60x0.2x1.2").split("x")
 )
 LONG = PART_S >= 60
 PROCESSES = 3
 WITHIN = 0.2 if LONG else 0.4  # of the mean: in a short time chance does more
 BACK_S = 120.0  # until a server that came back has its share
-DEATHS = 10 if LONG else 1
+DEATHS = 10 if LONG else 2
 UNHEARD_S = 0.15  # a server that was heard a moment ago is taken to be there
 HEARD_S = 6.0  # until a heartbeat notices the end of a fault
 
@@ -120,8 +120,8 @@ def test_a_server_that_has_just_died(places: list[Place]) -> None:
         f" {max(costs):.1f} ms; the {len(others)} others took {statistics.median(others):.2f} ms,"
         f" at most {max(others):.1f} ms"
     )
-    assert statistics.median(costs) < 50
-    assert max(*costs, *others) < 500, "no time-out"
+    assert statistics.median_low(costs) < 50
+    assert max(*costs, *others) < 500, "that is no time-out"
 
 
 def one(fleet: Fleet) -> None:
