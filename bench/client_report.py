@@ -153,7 +153,8 @@ def client_fleet(results: Results) -> str:
     more = number(statistics.median(ours - client for ours, client in both))
     return (
         f"A sequence of 2 requests with a `Fleet` of one server takes {spread(found)} × the CPU of"
-        f" one with a `Client` of it, {more} µs more. The goal of {FLEET} is {verdict(found, FLEET)}."
+        f" one with a `Client` of it, {more} µs more. The goal of {FLEET} is"
+        f" {verdict(found, FLEET)}."
     )
 
 

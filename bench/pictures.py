@@ -228,17 +228,18 @@ def draw_zones(run: dict[str, Any], path: Path) -> None:
     samples = run["samples"]
     times = [each["at"] for each in samples]
     low, high = ([each[edge] for each in samples] for edge in ("low", "high"))
-    upper.fill_between(times, low, high, color="#7d8590", alpha=0.2, linewidth=0)
+    band = {"color": "#7d8590", "alpha": 0.2, "linewidth": 0}
+    upper.fill_between(times, low, high, label="98 of 100 servers", **band)
     for zone, colour in enumerate(ZONES):
         loads = [each["zones"][zone] for each in samples]
         upper.plot(times, loads, color=colour, linewidth=2, label=f"zone {zone + 1}")
     upper.set(title=f"Sequences on a server: {run['servers']} servers, {run['clients']:,} clients")
-    upper.legend(loc="upper left", frameon=False, ncols=3)
+    upper.legend(loc="upper left", frameon=False, ncols=4)
     for name, colour in (("most", "#8250df"), ("requests", "#218bff"), ("renewals", "#2da44e")):
         lower.plot(times, [each[name] for each in samples], color=colour, linewidth=1.6)
     lower.legend(
         ["all requests, the busiest server", "all requests, mean", "heartbeats, mean"],
-        loc="upper left",
+        loc="upper right",
         frameon=False,
     )
     lower.set(title="Requests to a manager each second", xlabel="seconds")
@@ -257,6 +258,7 @@ def draw_zones(run: dict[str, Any], path: Path) -> None:
         axes.grid(True, color="#7d8590", alpha=0.25, linewidth=0.6)
         axes.set_xlim(0, times[-1])
         axes.set_ylim(0)
+    upper.set_ylim(0, 1.15 * max(high))
     _save(canvas, path)
 
 

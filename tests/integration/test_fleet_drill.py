@@ -34,7 +34,7 @@ CLIENTS, SEQUENCE_S, PART_S = (
 )
 LONG = PART_S >= 60
 PROCESSES = 3
-WITHIN = 0.2 if LONG else 0.4  # of the mean: in a short time chance does more
+WITHIN = 0.2 if LONG else 0.5  # of the mean: in a short time chance does more
 BACK_S = 120.0  # until a server that came back has its share
 DEATHS = 10 if LONG else 2
 UNHEARD_S = 0.15  # a server that was heard a moment ago is taken to be there
