@@ -282,7 +282,7 @@ def rss_mb() -> float:
 
 def memory(sessions: int = 5_000) -> dict[str, float]:
     """Return the KB that a session takes at its manager, and in its client when it is idle."""
-    world = World(0, 1, 0)
+    world = World(0, 1, 0, None)
     (url, server), bare = next(iter(world.at.items())), Loopback(SETTINGS, world.clock_ms)
     before = rss_mb()
     for number in range(4 * sessions):
