@@ -38,8 +38,10 @@ def waiting_for(settings: Settings) -> int:
 
     A slice may have had another registry before. A random one that was just drawn has not.
     """
-    small = settings.capacity < _SMALL or slices.numbers(settings.slice)[1] > 0
-    return settings.max_ttl_ms + settings.grace_ms if small and not settings.fresh else 0
+    fixed = settings.slice not in ("", slices.RANDOM)
+    if settings.fresh or not (fixed or settings.capacity < _SMALL):
+        return 0
+    return settings.max_ttl_ms + settings.grace_ms
 
 
 def storage_in_memory(settings: Settings, now: int, boot: bytes) -> Storage:
