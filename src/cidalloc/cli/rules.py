@@ -146,12 +146,11 @@ def _pool(facts: Facts) -> Iterator[Finding]:
     if used < _NEARLY:
         yield Finding("ok", what)
     else:
-        yield Finding(
-            "warn" if used < _ALMOST else "FAIL",
-            what,
-            "enlarge the pool ('cidalloc registry upgrade --capacity N FILE'), or find the clients"
-            " that hold the IDs ('cidalloc top URL')",
-        )
+        larger = "enlarge the pool ('cidalloc registry upgrade --capacity N FILE')"
+        if status.get("slice"):
+            larger = "choose larger slices for all servers ('cidalloc model -o --slice K/N DIR')"
+        todo = f"{larger}, or find the clients that hold the IDs ('cidalloc top URL')"
+        yield Finding("warn" if used < _ALMOST else "FAIL", what, todo)
         # An earlier manager does not count them, and an earlier client does not say.
         in_use = status.get("used")
         if in_use is not None and not status["sessions_silent"] and 2 * in_use < status["held"]:

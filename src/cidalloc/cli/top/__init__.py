@@ -49,7 +49,8 @@ def top(managers: Sequence[Manager], interval: float, once: bool, web: str | Non
     no tokens. It has no login: everybody who reaches HOST and PORT can read it.
 
     A URL is host:port, or starts with grpc://, grpcs://, http:// or https://. If it is left out,
-    the environment variable CIDALLOC_URL is used; it may contain several, separated by spaces.
+    the environment variable CIDALLOC_URL is used; it may contain several, separated by spaces. With
+    dns: before it, such as dns:triton:8001, the servers at all addresses of the name are watched.
     """
     # A process that serves one page of --web has no terminal, but Textual's driver for the web.
     served = "TEXTUAL_DRIVER" in os.environ
