@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -21,7 +22,7 @@ from tritonclient.utils import InferenceServerException
 from cidalloc.client import Client
 from cidalloc.devserver import demo
 from cidalloc.devserver.triton_server import TritonServer
-from cidalloc.errors import Exhausted, InvalidArgument
+from cidalloc.errors import Exhausted, InvalidArgument, Unavailable
 from cidalloc.manager.settings import Settings
 
 pytestmark = pytest.mark.server
@@ -145,9 +146,11 @@ def test_doctor_over_three_servers(servers: Servers, options: list[str]) -> None
 
 def test_doctor_shows_progress_on_a_terminal(servers: Servers, opened: Opened) -> None:  # noqa: F811
     terminal = opened("doctor", *urls(servers.zero, servers.one))
-    terminal.until(f"Asking {servers.one.grpc_url}")
-    terminal.until("the pools of 2 servers do not overlap")
     assert terminal.status() == 0
+    shown = terminal.text.partition("the pools of 2 servers do not overlap")[0]
+    for url in urls(servers.zero, servers.one):
+        assert f"\rAsking {url}" in shown
+        assert f"\rReading the configuration of {demo.MODEL} at {url}" in shown
 
 
 def test_a_random_slice_and_a_model_of_32_bits(servers: Servers) -> None:
@@ -161,3 +164,33 @@ def test_a_random_slice_and_a_model_of_32_bits(servers: Servers) -> None:
     assert done.returncode == 1
     assert "FAIL  narrow takes IDs up to 2147483647" in done.stdout
     assert "settings first and slice" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("slice_", "words"),
+    [
+        ("auto/1", ["slice='auto/1'", socket.gethostname()]),
+        (
+            "1/2",
+            ["first=1000, capacity=32, and not first=1032, capacity=32, the slice 1/2", "mv /"],
+        ),
+        ("3/63", ["slice='3/63': 63 is not a power of two"]),
+    ],
+)
+def test_a_server_in_doubt_does_not_load(
+    servers: Servers, tmp_path: Path, slice_: str, words: list[str]
+) -> None:
+    """On a host without an ordinal, with the file of another slice, with a slice that is none."""
+    state = tmp_path / "state"
+    file = json.loads(run("status", servers.zero.grpc_url, "--json").stdout)["file"]
+    state.mkdir()
+    shutil.copy(file, state)
+    demo.write_repository(tmp_path / "models", Settings(state=str(state), **POOL))  # type: ignore[arg-type]
+    config = tmp_path / "models" / "cidmgr" / "config.pbtxt"
+    old, new = (f'"slice" value {{ string_value: "{text}" }}' for text in ("", slice_))
+    assert old in config.read_text()
+    config.write_text(config.read_text().replace(old, new))
+    with pytest.raises(Unavailable) as caught, Server(tmp_path / "models"):
+        pass
+    for each in words:
+        assert each in str(caught.value)

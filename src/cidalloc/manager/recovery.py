@@ -73,8 +73,6 @@ def recover(
         # The times are of another clock, and the last stores may be lost. Generations leap, so that
         # none comes twice. All IDs that sessions may have had cool for long enough.
         generation = (generation | 2**32 - 1) + 1
-        if store.header[Word.ISSUES_FROM]:
-            store.header[Word.ISSUES_FROM] = now + waiting_for(settings)
     shape = store.shape
     try:
         owners = Sessions.owners(store, generation, after_power_loss)
@@ -92,6 +90,8 @@ def recover(
     except RegistryCorrupt as error:
         raise RegistryCorrupt(f"{store.path}: {shape.with_id(error)}") from None
     store.header[Word.GENERATION] = generation
+    if after_power_loss and store.header[Word.ISSUES_FROM]:
+        store.header[Word.ISSUES_FROM] = now + waiting_for(settings)
     sessions = Sessions(store, pool)
     store.sign()
     ending = sessions.recover(owners, now, settings.grace_ms)
