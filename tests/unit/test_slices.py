@@ -179,6 +179,13 @@ def test_a_power_cut_while_it_waits(tmp_path: Path) -> None:
     registry.close()
 
 
+def test_a_long_wait_is_told_in_seconds() -> None:
+    registry = Registry(Settings(slice="3/64", max_ttl_ms=30 * 86_400_000), 7)
+    with pytest.raises(Exhausted) as caught:
+        registry.acquire(1, 8)
+    assert caught.value.due_s == 30 * 86_400 + 10 - 0.001
+
+
 @pytest.mark.parametrize("values", [Settings(slice="3/64", fresh=True), RANDOM])
 def test_a_slice_that_cannot_have_a_past_issues_at_once(values: Settings) -> None:
     assert len(Registry(values, 7).acquire(5, 7)) == 5

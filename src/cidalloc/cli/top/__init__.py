@@ -46,7 +46,8 @@ def top(managers: Sequence[Manager], interval: float, once: bool, web: str | Non
     dumb, the status is printed once. The exit status is then 1 if a manager did not answer.
 
     The web page shows what the screen shows: labels, numbers, the host name, the path of the
-    registry's file, but no tokens. It has no login: everybody who reaches HOST and PORT can read it.
+    registry's file, but no tokens. It has no login: everybody who reaches HOST and PORT can read
+    it.
 
     A URL is host:port, or starts with grpc://, grpcs://, http:// or https://. If it is left out,
     the environment variable CIDALLOC_URL is used; it may contain several, separated by spaces. With
