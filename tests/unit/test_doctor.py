@@ -236,6 +236,10 @@ APART = ("ok", "the pools of 2 servers do not overlap")
         ),
         ([A, B, WHOLE], [("warn", "the pools of a:1, w:1 and b:1 overlap. This matters as soon")]),
         ([WHOLE, server("v:1", 100, 100)], [("warn", "the pools of w:1 and v:1 overlap")]),
+        (
+            [B, server("in:1", 110, 5), WHOLE],
+            [("warn", "the pools of w:1, in:1 and b:1 overlap")],
+        ),
         ([B, OLD], [("warn", "the pools of b:1 and old:1 overlap")]),
         (
             [A, server("c:1", 1000, 50, "0/4")],
