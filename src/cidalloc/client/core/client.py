@@ -202,8 +202,8 @@ class Base(ForkGuard):
                 if pool[-1] > target.highest_cid:
                     raise InvalidArgument(
                         f"model {model} takes correlation IDs up to {target.highest_cid}, and"
-                        f" {pool[-1]} would be cut: give the manager a lower pool, or the model a"
-                        " wider CORRID"
+                        f" {pool[-1]} would be cut: give the manager a lower pool (its settings"
+                        " first and slice), or the model a wider CORRID"
                     )
             if not session.line:  # else others come first
                 session.lease.take_ready(1, need, taken)
