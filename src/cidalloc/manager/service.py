@@ -20,7 +20,7 @@ import numpy.typing as npt
 from .. import __version__
 from ..codes import Operation
 from ..errors import CidError, Draining, InternalError, InvalidArgument, RegistryMismatch
-from ..protocol import DRAINING, MODEL, PROTOCOL, IDs, Request
+from ..protocol import DRAINING, MODEL, PROTOCOL, ROUTE_HEADER, IDs, Request
 from .inspection import SHOWN, status_of
 from .registry import Registry
 from .settings import Settings
@@ -132,7 +132,8 @@ class Service:
         if wanted is not None and wanted != str(registry.uuid):
             raise RegistryMismatch(
                 f"this is the registry {registry.uuid}, not {wanted}: is there a load balancer"
-                " between client and server? A session belongs to one manager"
+                f" between client and server, or a proxy that drops the header {ROUTE_HEADER}? A"
+                " session belongs to one manager"
             )
         now = self._clock()
         if request.operation is Operation.STATUS:

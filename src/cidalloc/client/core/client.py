@@ -60,6 +60,7 @@ class Base(ForkGuard):
         ahead: int = MAX_AHEAD,
         fallback: Fallback = None,
         tidy: Mapping[str, Inputs] | None = None,
+        servers: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -75,9 +76,16 @@ class Base(ForkGuard):
         ttl = seconds("ttl", ttl, _MAX_TTL_S, low=0.001)
         link = Link(self._timeout, ttl, self._rng, self._transport.now)
         self._session = Session(link, _label(label), _ahead(ahead))
-        self._runner = self._new_runner(self._session, self._transport, model)
+        self._transport.route = self._session.route
+        beside = None if servers is None else self._connect(servers, headers, options)
+        self._runner = self._new_runner(self._session, self._transport, model, beside)
         self._tidy = dict(tidy or {})
         if self._tidy:
+            if beside is not None:
+                raise InvalidArgument(
+                    "tidy goes without servers=: what the manager names and END for it must reach"
+                    f" one server, and {beside.url} may be several"
+                )
             if not self._transport.streams:
                 raise InvalidArgument(f"tidy needs gRPC, and {self._transport.url} is HTTP")
             self._runner.tidier = Tidier(self._runner, self._tidy)
@@ -224,7 +232,9 @@ class Base(ForkGuard):
         session, alone = self._session, self._connect_s is None
         session.suspected = session.suspected or self._transport.broke()
         unheard = not alone and session.now() >= session.link.heard_at + _HEARD_S
-        if unheard or (session.suspected and session.lease.opened):
+        # Also if the lease ran out: a proxy may lead to another server once it is given up.
+        doubt = session.suspected or session.now() >= session.lease.deadline
+        if unheard or (doubt and session.lease.opened):
             yield from session.confirm(deadline, alone)
 
     def _random_plan(self, target: ModelInfo, timeout: float, check: bool) -> Plan:

@@ -20,11 +20,12 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from ... import protocol
+from ...codes import Operation
 from ...errors import CidError, InvalidArgument, Unavailable
 from .arguments import check_headers
 from .result import Result
 from .tensors import Library
-from .transport import Address, Receive, boottime, check_options, encode, unreachable
+from .transport import Address, Receive, Route, boottime, check_options, encode, unreachable
 
 __all__ = [
     "SHORT_S",
@@ -193,7 +194,8 @@ class Calls:
         found = check_options(tritonclient.grpc.InferenceServerClient, address, options)
         self.url, self.target = address.url, address.target
         self.verbose = found["verbose"]
-        self.metadata = _metadata(headers)
+        self.headers = _metadata(headers)
+        self.route: Route = lambda: None
         arguments = {**_DEFAULTS, **_keepalive(found["keepalive_options"])}
         if found["channel_args"] is not None:
             arguments = dict(found["channel_args"])
@@ -204,6 +206,15 @@ class Calls:
             if address.tls:
                 self.arguments.append(("grpc.ssl_target_name_override", address.name))
         self.credentials = found["creds"] or (_credentials(found) if address.tls else None)
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """The headers of each request but OPEN."""
+        return self._routed(self.headers)
+
+    def _routed(self, headers: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+        number = self.route()
+        return headers if number is None else (*headers, (protocol.ROUTE_HEADER, str(number)))
 
     def channel(self, library: Any) -> Any:
         """Return a new channel of ``grpc`` or ``grpc.aio``."""
@@ -269,10 +280,8 @@ class Calls:
         if self.verbose and not secret:
             print(request)
         beside: dict[str, Any] = {}
-        if headers is not None:
-            beside["metadata"] = _metadata(headers)
-        elif self.metadata:
-            beside["metadata"] = self.metadata
+        if metadata := self._routed(self.headers if headers is None else _metadata(headers)):
+            beside["metadata"] = metadata
         if compression_algorithm is not None:
             beside["compression"] = _compression(compression_algorithm)
         return request, beside
@@ -280,7 +289,10 @@ class Calls:
     def manager_request(self, model: str, request: protocol.Request) -> tuple[Any, dict[str, Any]]:
         """Return the message and gRPC's arguments for a request to the manager."""
         arguments = encode(LIBRARY, request)
-        return self.request(model, arguments.pop("inputs"), secret=True, **arguments)
+        found = self.request(model, arguments.pop("inputs"), secret=True, **arguments)
+        if request.operation is Operation.OPEN:  # any server may answer it
+            found[1]["metadata"] = self.headers
+        return found
 
     def config_request(self, model: str) -> tuple[Any, dict[str, Any]]:
         """Return the message and gRPC's arguments that ask for a configuration."""
@@ -381,6 +393,15 @@ class GrpcBase:
             Connections(lambda: self._calls.channel(library), shut, is_ready) for _ in range(2)
         )
         self.broke = self._sequences.broke
+
+    @property
+    def route(self) -> Route:
+        """See `Transport`."""
+        return self._calls.route
+
+    @route.setter
+    def route(self, route: Route) -> None:
+        self._calls.route = route
 
 
 class StreamBase:

@@ -14,11 +14,13 @@ import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
 from ... import protocol
+from ...codes import Operation
 from ...errors import InvalidArgument, ProtocolError
+from ...protocol import ROUTE_HEADER
 from .arguments import check_headers
 from .result import Result
 from .tensors import Library
-from .transport import STRANGE, Address, Receive, Stream, boottime, encode
+from .transport import STRANGE, Address, Receive, Route, Stream, boottime, encode
 
 __all__ = ["IDLE_S", "HttpAnswer", "HttpBase", "HttpCall", "HttpResult"]
 
@@ -171,6 +173,7 @@ class HttpBase:
         self._target = f"{address.name}:{port}" if address.name else address.target
         self._root = f"{address.path}/v2"
         self._headers = self._checked(headers)
+        self.route: Route = lambda: None
         self._verbose = verbose
         self._broke = False
 
@@ -207,9 +210,13 @@ class HttpBase:
         request_compression_algorithm: str | None = None,
         response_compression_algorithm: str | None = None,
         secret: bool = False,
+        anywhere: bool = False,
         **options: Any,
     ) -> HttpCall:
-        """Return the request for the arguments of tritonclient's ``infer``."""
+        """Return the request for the arguments of tritonclient's ``infer``.
+
+        A ``secret`` request is never printed. One that may go ``anywhere`` carries no route.
+        """
         body, size = _BODY(inputs, **options)
         shown = self._verbose and not secret
         if shown:
@@ -225,11 +232,11 @@ class HttpBase:
         version = f"/versions/{quote(model_version)}" if model_version else ""
         query = f"?{urlencode(query_params, doseq=True)}" if query_params else ""
         path = f"/models/{quote(model)}{version}/infer{query}"
-        return HttpCall(self._message("POST", path, sent, body), shown)
+        return HttpCall(self._message("POST", path, sent, body, anywhere), shown)
 
     def _manager_request(self, model: str, request: protocol.Request) -> HttpCall:
         arguments = encode(self.library, request)
-        # It is not printed, since it has secrets.
+        arguments["anywhere"] = request.operation is Operation.OPEN
         return self._request(model, arguments.pop("inputs"), secret=True, **arguments)
 
     def _config_request(self, model: str) -> HttpCall:
@@ -239,8 +246,15 @@ class HttpBase:
         return HttpCall(self._message("GET", "", self._headers))
 
     def _message(
-        self, method: str, path: str, headers: Mapping[str, Any], body: bytes = b""
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, Any],
+        body: bytes = b"",
+        anywhere: bool = False,
     ) -> bytes:
+        if (number := self.route()) is not None and not anywhere:
+            headers = {**headers, ROUTE_HEADER: number}
         if not any(name.lower() == "host" for name in headers):
             headers = {"Host": self._target, **headers}
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())

@@ -46,6 +46,7 @@ __all__ = [
     "Address",
     "Done",
     "Receive",
+    "Route",
     "Stream",
     "Transport",
     "boottime",
@@ -87,6 +88,9 @@ Receive = Callable[[str, bool, Any, BaseException | None], None]
 the error. Without an ID, an error is for all requests that are unanswered."""
 
 
+Route = Callable[[], int | None]
+
+
 class Transport(Protocol):
     """What a client needs of a server.
 
@@ -98,7 +102,11 @@ class Transport(Protocol):
         url: the server, as errors name it.
         library: what tritonclient has for its protocol.
         streams: whether it has streams: it is gRPC.
+        route: returns the number that each request but OPEN carries in `protocol.ROUTE_HEADER`;
+            None: they carry no such header. A client sets it.
     """
+
+    route: Route
 
     @property
     def streams(self) -> bool: ...
