@@ -420,6 +420,7 @@ class StreamBase:
         self, connections: Connections, calls: Calls, receive: Receive, queue: Any
     ) -> None:
         self.over = False
+        self._trouble = ""  # why it broke
         self._connections, self._calls, self._receive = connections, calls, receive
         self._queue = queue
         self._connection = connections.take()
@@ -427,7 +428,9 @@ class StreamBase:
     def send(self, model: str, inputs: list[Any], /, **options: Any) -> None:
         request, _ = self._calls.request(model, inputs, **options)
         if self.over:
-            raise Unavailable(f"the stream to {self._calls.url} broke: open a new sequence")
+            raise Unavailable(
+                f"the stream to {self._calls.url} broke{self._trouble}; open a new sequence"
+            )
         self._queue.put_nowait(request)
 
     def end(self) -> None:
@@ -461,7 +464,8 @@ class StreamBase:
             details = getattr(failure, "details", None)
             text = details() if callable(details) else str(failure)
             first = str(text or type(failure).__name__).splitlines()[0]
-            error = Unavailable(f"the stream to {url} broke: {first}")
+            self._trouble = f": {first}"
+            error = Unavailable(f"the stream to {url} broke{self._trouble}")
         self.over = True
         with contextlib.suppress(RuntimeError):  # the event loop is closed
             self._queue.put_nowait(None)  # gRPC's sending thread or task ends

@@ -314,10 +314,15 @@ def unreachable(error: BaseException, url: str) -> Unavailable | None:
         away = status in _NO_ANSWER_STATUS or "RST_STREAM" in text
         away = away or (status == "StatusCode.UNAVAILABLE" and _GRPC_AWAY.search(text) is not None)
         away = away or (status == "503" and _NOT_TRITON.search(text) is not None)
-        return Unavailable(f"no answer from {url}: {text}") if away else None
+        return Unavailable(f"no answer from {url}: {_without_tags(text)}") if away else None
     if isinstance(error, _NO_ANSWER) and not foreign(error):
         return Unavailable(f"no answer from {url}: {error or type(error).__name__}")
     return None
+
+
+def _without_tags(text: str) -> str:
+    """Return the words of a page of HTML."""
+    return " ".join(re.sub("<[^>]*>", " ", text).split())
 
 
 _NO_ANSWER = (OSError, http.client.HTTPException, asyncio.TimeoutError, ssl.SSLError)
@@ -326,10 +331,12 @@ _NO_ANSWER_STATUS = {"StatusCode.DEADLINE_EXCEEDED", "StatusCode.CANCELLED"}
 _NO_ANSWER_STATUS |= {"408", "429", "502", "504"}
 # Texts of gRPC itself, and not of the server, with the status UNAVAILABLE.
 _GRPC_AWAY = re.compile(
-    "failed to connect|connection|socket|GOAWAY|keepalive|DNS|name resolution|Broken pipe", re.I
+    "failed to connect|connection|socket|GOAWAY|keepalive|DNS|name resolution|Broken pipe"
+    f"|http2 header|{protocol.ROUTE_HEADER}",  # the last two: of proxies
+    re.I,
 )
 # A proxy's page, and the error of tritonclient's asyncio client for it.
-_NOT_TRITON = re.compile("<html|while decoding the response", re.I)
+_NOT_TRITON = re.compile(f"<html|while decoding the response|{protocol.ROUTE_HEADER}", re.I)
 
 
 def translate(error: Exception, model: str, url: str) -> CidError:
@@ -352,7 +359,7 @@ def translate(error: Exception, model: str, url: str) -> CidError:
     if kind is Unavailable:
         return Unavailable(f"no answer from {url}: {text}")
     if kind is ProtocolError:
-        return ProtocolError(f"unexpected answer from {url}: {error}")
+        return ProtocolError(f"unexpected answer from {url}: {_without_tags(str(error))}")
     return kind(text)
 
 

@@ -1,0 +1,265 @@
+"""Behind the real nginx and HAProxy: each sequence on the server of its slice, or an error."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from proxies import RealProxy, free_ports, has, router, routing
+from route_client import BASE
+from servers import Server
+
+from cidalloc.client import AsyncClient, Client
+from cidalloc.devserver import demo
+from cidalloc.errors import (
+    CidError,
+    InvalidArgument,
+    ProtocolError,
+    RegistryMismatch,
+    SequenceLost,
+    Unavailable,
+)
+from cidalloc.manager.settings import Settings
+
+pytestmark = pytest.mark.server
+
+MODEL = demo.MODEL
+PROXIES = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(
+            not has(name), reason=f"{name} is not installed: apt-get install it"
+        ),
+    )
+    for name in ("nginx", "haproxy")
+]
+NGINX = pytest.mark.skipif(not has("nginx"), reason="nginx is not installed: apt-get install it")
+KINDS = ["http", "grpc"]
+REQUESTS, SECONDS = map(int, os.environ.get("CIDALLOC_ROUTE", "3000x20").split("x"))
+
+
+class Routed:
+    """Server k, with slice k of 4, at ports that stay. Its model begins at (k + 1) * BASE."""
+
+    def __init__(self, number: int, folder: Path) -> None:
+        self.models = folder / "models"
+        demo.write_repository(
+            self.models,
+            Settings(
+                capacity=2**18,
+                slice=f"{number}/4",
+                state=str(folder / "state"),
+                cooldown_ms=200,
+                grace_ms=500,
+                fresh=True,
+            ),
+        )
+        begin_at(self.models, (number + 1) * BASE)
+        self.number, self.ports = number, free_ports(3)
+        self.start()
+
+    def start(self) -> None:
+        http, grpc, metrics = self.ports
+        self.server = Server(self.models, ports=(http, grpc, metrics))
+        self.server.start()
+
+    def restart(self) -> None:
+        self.server.stop()
+        self.start()
+
+
+def begin_at(models: Path, base: int) -> None:
+    """Let the model's sums begin with this number, so that they show which server they are of."""
+    file = models / MODEL / "1" / "model.py"
+    text, old = file.read_text(), '(0 if read("START")'
+    assert old in text
+    file.write_text(text.replace(old, f'({base} if read("START")'))
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Routed]]:
+    """Three servers, which start before any client."""
+    with ExitStack() as stack:
+        found = []
+        for number in range(3):
+            each = Routed(number, tmp_path_factory.mktemp("server"))
+            stack.callback(lambda each: each.server.stop(), each)
+            found.append(each)
+        yield found
+
+
+def ports_of(routed: list[Routed]) -> list[tuple[int, int]]:
+    return [(each.ports[0], each.ports[1]) for each in routed]
+
+
+@pytest.fixture(params=PROXIES)
+def proxy(
+    request: pytest.FixtureRequest, routed: list[Routed], tmp_path: Path
+) -> Iterator[RealProxy]:
+    found = router(request.param, ports_of(routed), tmp_path)
+    yield found
+    found.close()
+
+
+@pytest.fixture(params=["http", "grpc", "stream"])
+def way(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def url(proxy: RealProxy, way: str) -> str:
+    return proxy.url("http" if way == "http" else "grpc")
+
+
+def send(sequence: Any, value: int, **options: Any) -> int:
+    return int(sequence.infer({"INPUT": [[value]]}, **options)["OUTPUT"][0, 0])
+
+
+def one(client: Client, way: str) -> int:
+    """Run a sequence, check its sums, and return what they begin with."""
+    with client.sequence(MODEL, streaming=way == "stream") as sequence:
+        base = send(sequence, 3) - 3
+        assert send(sequence, 4) == base + 7
+        assert send(sequence, 5, end=True) == base + 12
+    return base
+
+
+def slice_of(client: Client) -> int:
+    """Return the slice of a client's session, which its server is found by."""
+    number = client._session.lease.slice
+    assert number is not None
+    return number
+
+
+# ---- What carries the header
+
+
+def edited(name: str, routed: list[Routed], folder: Path, *pairs: tuple[str, str]) -> RealProxy:
+    """Run a proxy with the configuration of `deploy/` after these substitutions."""
+    text, ports = routing(name, ports_of(routed), folder)
+    for old, new in pairs:
+        text, count = re.subn(old, new, text)
+        assert count, old
+    return RealProxy(name, text, ports, folder)
+
+
+@NGINX
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_carries_the_header(
+    routed: list[Routed], tmp_path: Path, kind: str, asynchronous: bool
+) -> None:
+    """OPEN and what is sent before it do not, and all that follows does."""
+    log = tmp_path / "access.log"
+    form = "log_format route '$uri \"$http_cid_slice\"'; "
+    proxy = edited("nginx", routed, tmp_path, ("access_log off", f"{form} access_log {log} route"))
+    tidy = {MODEL: {"INPUT": 0}} if kind == "grpc" else None
+    ways = ("grpc", "stream") if kind == "grpc" else ("http",)
+
+    async def use_async() -> int | None:
+        async with AsyncClient(proxy.url(kind), tidy=tidy) as cids:
+            for way in ways:
+                async with cids.sequence(MODEL, streaming=way == "stream") as sequence:
+                    await sequence.infer(
+                        {"INPUT": [[1]]}, **({} if way == "stream" else {"headers": {}})
+                    )
+                    await sequence.infer({"INPUT": [[1]]}, end=True)
+                    assert sequence.headers == {"cid-slice": str(cids._session.lease.slice)}
+            await cids.status()
+            await asyncio.sleep(0.5)
+            return cids._session.lease.slice
+
+    def use() -> int | None:
+        with Client(proxy.url(kind), tidy=tidy) as cids:
+            for way in ways:
+                one(cids, way)
+            cids.status()
+            time.sleep(0.5)  # for a round of the tidier
+            return slice_of(cids)
+
+    try:
+        number = asyncio.run(use_async()) if asynchronous else use()
+    finally:
+        proxy.close()
+    lines = [line.rsplit(" ", 1) for line in log.read_text().splitlines()]
+    without = [path for path, value in lines if value == '"-"']
+    routed_paths = [path for path, value in lines if value == f'"{number}"']
+    assert len(without) + len(routed_paths) == len(lines) >= 8, lines
+    infer, config = ("cidmgr/infer", "/config") if kind == "http" else ("ModelInfer", "ModelConfig")
+    assert sum(path.endswith(infer) for path in without) == 1, "OPEN alone"
+    assert all(path.endswith((infer, config)) for path in without), without
+    if kind == "grpc":
+        streams = sum(path.endswith("ModelStreamInfer") for path in routed_paths)
+        assert streams == 2, "of a sequence, and of a round of END for the dead"
+
+
+def test_the_header_is_the_clients() -> None:
+    with pytest.raises(InvalidArgument, match="CID-Slice is set by the client"):
+        Client("localhost:1", headers={"CID-Slice": "3"})
+
+
+# ---- Where requests go
+
+
+def test_sequences_stay(proxy: RealProxy, way: str) -> None:
+    """Clients come to all servers, and all sequences of a client are on one."""
+    seen: Counter[int] = Counter()
+    for _ in range(12):
+        with Client(url(proxy, way)) as client:
+            bases = {one(client, way) for _ in range(4)}
+            assert bases == {(slice_of(client) + 1) * BASE}
+            seen[slice_of(client)] += 1
+    assert len(seen) == 3, seen
+
+
+def test_a_slice_that_the_proxy_does_not_know(proxy: RealProxy, way: str) -> None:
+    with Client(url(proxy, way), timeout=0.5) as client:
+        one(client, way)
+        client._transport.route = lambda: 3
+        with client.sequence(MODEL, streaming=way == "stream") as sequence:
+            with pytest.raises(Unavailable, match="knows no server for cid-slice 3: add it to"):
+                send(sequence, 1)
+        with pytest.raises(Unavailable, match="knows no server for cid-slice 3: add it to"):
+            client.status()
+        client._transport.route = client._session.route
+
+
+def test_a_server_that_dies_and_comes_back(
+    proxy: RealProxy, routed: list[Routed], way: str
+) -> None:
+    """Its sequences end with errors that say so; after the TTL the client has another server."""
+    with Client(url(proxy, way), ttl=2.0, timeout=0.5) as client:
+        base = one(client, way)
+        dead = slice_of(client)
+        with client.sequence(MODEL, streaming=way == "stream") as sequence:
+            send(sequence, 1)
+            routed[dead].server.stop()
+            words = "stream to .* broke" if way == "stream" else "cannot reach|went away"
+            with pytest.raises(Unavailable, match=words):
+                send(sequence, 1)
+            assert sequence.state == "doubtful"
+        texts = set()
+        until = time.monotonic() + 10
+        while True:
+            assert time.monotonic() < until
+            try:
+                other = one(client, way)
+                break
+            except CidError as error:
+                texts.add(str(error))
+        assert other != base and slice_of(client) != dead
+        assert any("cannot reach" in text or "went away" in text for text in texts), texts
+        routed[dead].start()
+        assert one(client, way) == other
