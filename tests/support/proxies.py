@@ -47,7 +47,7 @@ class RealProxy:
             command += ["-e", "stderr", "-p", str(folder), "-g", "daemon off;", "-c", str(file)]
         else:
             command += ["-db", "-f", str(file)]
-        self.ports = ports
+        self.name, self.ports = name, ports
         self._log = (folder / "log").open("w+")
         self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log)
         until = time.monotonic() + 10

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 import sys
 import threading
@@ -114,6 +115,7 @@ async def run_async(tally: Tally, urls: list[str]) -> None:
 
 def main(model: str, requests: int, seconds: float, urls: list[str]) -> None:
     """Run all workers and print what happened."""
+    logging.disable()  # of sessions that are lost, which is what happens here
     tally = Tally(model, requests, seconds)
     clients = [Client(url, **OPTIONS) for url in urls for _ in range(2)]
     threads = [

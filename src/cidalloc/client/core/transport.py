@@ -58,6 +58,7 @@ __all__ = [
     "translate",
     "translating",
     "unreachable",
+    "without_tags",
 ]
 
 # Without an answer, or when tritonclient cannot read what another server than Triton answers.
@@ -311,16 +312,16 @@ def unreachable(error: BaseException, url: str) -> Unavailable | None:
     """Return our error if ``error`` means that no answer came; None if Triton answered it."""
     if isinstance(error, InferenceServerException):
         text, status = error.message() or "", error.status()
-        away = status in _NO_ANSWER_STATUS or "RST_STREAM" in text
+        away = status in _NO_ANSWER_STATUS or _GRPC_CUT.search(text) is not None
         away = away or (status == "StatusCode.UNAVAILABLE" and _GRPC_AWAY.search(text) is not None)
         away = away or (status == "503" and _NOT_TRITON.search(text) is not None)
-        return Unavailable(f"no answer from {url}: {_without_tags(text)}") if away else None
+        return Unavailable(f"no answer from {url}: {without_tags(text)}") if away else None
     if isinstance(error, _NO_ANSWER) and not foreign(error):
         return Unavailable(f"no answer from {url}: {error or type(error).__name__}")
     return None
 
 
-def _without_tags(text: str) -> str:
+def without_tags(text: str) -> str:
     """Return the words of a page of HTML."""
     return " ".join(re.sub("<[^>]*>", " ", text).split())
 
@@ -335,6 +336,8 @@ _GRPC_AWAY = re.compile(
     f"|http2 header|{protocol.ROUTE_HEADER}",  # the last two: of proxies
     re.I,
 )
+# The same with any status.
+_GRPC_CUT = re.compile("RST_STREAM|Stream removed")
 # A proxy's page, and the error of tritonclient's asyncio client for it.
 _NOT_TRITON = re.compile(f"<html|while decoding the response|{protocol.ROUTE_HEADER}", re.I)
 
@@ -359,7 +362,7 @@ def translate(error: Exception, model: str, url: str) -> CidError:
     if kind is Unavailable:
         return Unavailable(f"no answer from {url}: {text}")
     if kind is ProtocolError:
-        return ProtocolError(f"unexpected answer from {url}: {_without_tags(str(error))}")
+        return ProtocolError(f"unexpected answer from {url}: {without_tags(str(error))}")
     return kind(text)
 
 

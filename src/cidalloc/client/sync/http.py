@@ -61,11 +61,13 @@ class HttpTransport(HttpBase):
 
     def model_config(self, model: str, timeout: float) -> Mapping[str, Any]:
         with translating(model, self.url):
-            return self._send(self._config_request(model), timeout).json()
+            call = self._config_request(model)
+            return self._send(call, timeout).json(call)
 
     def server_version(self, timeout: float) -> str:
         with translating("", self.url):
-            return str(self._send(self._version_request(), timeout).json().get("version", ""))
+            call = self._version_request()
+            return str(self._send(call, timeout).json(call).get("version", ""))
 
     def submit(
         self, limit: float, model: str, inputs: list[Any], done: Done, /, **options: Any
