@@ -78,6 +78,7 @@ class Base(ForkGuard):
         self._session = Session(link, _label(label), _ahead(ahead))
         self._transport.route = self._session.route
         beside = None if servers is None else self._connect(servers, headers, options)
+        self._central = beside is not None
         self._runner = self._new_runner(self._session, self._transport, model, beside)
         self._tidy = dict(tidy or {})
         if self._tidy:
@@ -230,7 +231,8 @@ class Base(ForkGuard):
         In a fleet that is so after each `_HEARD_S` without an answer, and one try has to be enough.
         """
         session, alone = self._session, self._connect_s is None
-        session.suspected = session.suspected or self._transport.broke()
+        broke = not self._central and self._transport.broke()
+        session.suspected = session.suspected or broke
         unheard = not alone and session.now() >= session.link.heard_at + _HEARD_S
         # Also if the lease ran out: a proxy may lead to another server once it is given up.
         doubt = session.suspected or session.now() >= session.lease.deadline

@@ -59,8 +59,10 @@ class RunnerBase:
     def unsure(self) -> bool:
         """Whether requests have to wait until it is known which server is there.
 
-        Only the manager knows its server: nothing can confirm other servers.
+        With ``servers`` they never wait: no manager is there to ask.
         """
+        if self.transport is not self.manager:
+            return False
         return self.session.confirming or self.session.unsure(self.manager.broke())
 
     @property
