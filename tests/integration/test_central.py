@@ -10,13 +10,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from based import BASE, BasedServer, send
 from proxies import RealProxy, free_ports, has
-from servers import Server
-from test_route import BASE, MODEL, begin_at, send
 from tls import make_certificate, terminated
 
 from cidalloc.client import AsyncClient, Client
-from cidalloc.devserver import demo
+from cidalloc.devserver.demo import MODEL
 from cidalloc.errors import (
     Draining,
     InvalidArgument,
@@ -24,7 +23,6 @@ from cidalloc.errors import (
     SessionExpired,
     Unavailable,
 )
-from cidalloc.manager.settings import Settings
 from cidalloc.manager.storage.drain import DrainSwitch
 
 pytestmark = [
@@ -43,50 +41,26 @@ defaults
 """A load balancer that knows connections, and nothing of what they carry."""
 
 
-class Place:
-    """A server at ports that stay. The manager's has no other model; the others have no manager."""
-
-    def __init__(self, folder: Path, base: int) -> None:
-        self.state, self.models, self.base = folder / "state", folder / "models", base
-        demo.write_repository(
-            self.models,
-            Settings(state=str(self.state), cooldown_ms=200, grace_ms=500, fresh=True),
-        )
-        if base:
-            begin_at(self.models, base)
-        unused = self.models / ("cidmgr" if base else MODEL)
-        unused.rename(folder / "unused")
-        self.ports = free_ports(3)
-        self.start()
-
-    def start(self) -> None:
-        http, grpc, metrics = self.ports
-        self.server = Server(self.models, ports=(http, grpc, metrics))
-        self.server.start()
-
-    def url(self, kind: str) -> str:
-        return f"{kind}://127.0.0.1:{self.ports[kind == 'grpc']}"
-
-
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Place]]:
+def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[BasedServer]]:
     """A manager and two servers with the model, which start before any client."""
     with ExitStack() as stack:
         found = []
         for number in range(3):
-            place = Place(tmp_path_factory.mktemp("server"), number * BASE)
-            stack.callback(lambda place: place.server.stop(), place)
+            folder = tmp_path_factory.mktemp("server")
+            place = BasedServer(folder, number * BASE, manager=number == 0)
+            stack.callback(place.stop)
             found.append(place)
         yield found
 
 
 @pytest.fixture
-def manager(places: list[Place]) -> Place:
+def manager(places: list[BasedServer]) -> BasedServer:
     return places[0]
 
 
 @pytest.fixture
-def balancer(places: list[Place], tmp_path: Path) -> Iterator[RealProxy]:
+def balancer(places: list[BasedServer], tmp_path: Path) -> Iterator[RealProxy]:
     """HAProxy in TCP mode before the servers with the model: each connection goes to the next."""
     ports, text = free_ports(2), LINES
     for number, name in enumerate(("http", "grpc")):
@@ -115,7 +89,7 @@ def run(client: Client, streaming: bool = True) -> int:
 
 
 @pytest.mark.parametrize("kind", ["grpc", "http"])
-def test_ids_from_one_manager(manager: Place, balancer: RealProxy, kind: str) -> None:
+def test_ids_from_one_manager(manager: BasedServer, balancer: RealProxy, kind: str) -> None:
     bases = set()
     for _ in range(4):
         with Client(manager.url(kind), servers=balancer.url("grpc")) as client:
@@ -132,7 +106,7 @@ def test_ids_from_one_manager(manager: Place, balancer: RealProxy, kind: str) ->
     assert bases == {BASE, 2 * BASE}
 
 
-def test_ids_from_one_manager_in_asyncio(manager: Place, balancer: RealProxy) -> None:
+def test_ids_from_one_manager_in_asyncio(manager: BasedServer, balancer: RealProxy) -> None:
     async def work() -> None:
         async with AsyncClient(manager.url("grpc"), servers=balancer.url("grpc")) as client:
             async with client.sequence(MODEL, streaming=True) as sequence:
@@ -146,7 +120,7 @@ def test_ids_from_one_manager_in_asyncio(manager: Place, balancer: RealProxy) ->
 
 @pytest.mark.parametrize("kind", ["grpc", "http"])
 def test_a_restart_of_the_manager_costs_no_sequence(
-    manager: Place, balancer: RealProxy, kind: str
+    manager: BasedServer, balancer: RealProxy, kind: str
 ) -> None:
     with Client(manager.url(kind), servers=balancer.url("grpc"), ttl=30.0) as client:
         with ExitStack() as stack:
@@ -155,7 +129,7 @@ def test_a_restart_of_the_manager_costs_no_sequence(
             ]
             first = [send(sequence, 1) for sequence in sequences]
             registry = client.status()["registry"]
-            manager.server.stop()
+            manager.stop()
             for total in range(1, 4):
                 client._session.lease.renew_at = 0  # heartbeats fail meanwhile
                 client._runner.wake()
@@ -168,12 +142,12 @@ def test_a_restart_of_the_manager_costs_no_sequence(
         assert all(sequence.state == "closed, recycled" for sequence in sequences)
 
 
-def test_the_lease_still_counts(manager: Place, balancer: RealProxy) -> None:
+def test_the_lease_still_counts(manager: BasedServer, balancer: RealProxy) -> None:
     """Without heartbeats other clients may get the ID, also if its server answers."""
     with Client(manager.url("grpc"), servers=balancer.url("grpc"), ttl=1.0, timeout=0.5) as client:
         with client.sequence(MODEL, streaming=True) as sequence:
             send(sequence, 1)
-            manager.server.stop()
+            manager.stop()
             try:
                 time.sleep(1.1)
                 with pytest.raises(SessionExpired):
@@ -182,14 +156,16 @@ def test_the_lease_still_counts(manager: Place, balancer: RealProxy) -> None:
                 manager.start()
 
 
-def test_a_server_that_dies(manager: Place, places: list[Place], balancer: RealProxy) -> None:
+def test_a_server_that_dies(
+    manager: BasedServer, places: list[BasedServer], balancer: RealProxy
+) -> None:
     """Its sequences break, and the next ones are on the other; the manager need not confirm it."""
     with Client(manager.url("grpc"), servers=balancer.url("grpc"), timeout=2.0) as client:
         with client.sequence(MODEL, streaming=True) as sequence:
             dead = send(sequence, 0)
             place = next(place for place in places if place.base == dead)
             renewed = client.status()["operations"].get("RENEW", 0)
-            place.server.stop()
+            place.stop()
             try:
                 with pytest.raises(Unavailable, match=r"stream to .* broke"):
                     send(sequence, 1)
@@ -205,7 +181,7 @@ def test_a_server_that_dies(manager: Place, places: list[Place], balancer: RealP
                 place.start()
 
 
-def test_without_streams_requests_part(manager: Place, balancer: RealProxy) -> None:
+def test_without_streams_requests_part(manager: BasedServer, balancer: RealProxy) -> None:
     """Over HTTP each connection may lead elsewhere: the error says so, and no sum is wrong."""
     lost = []
     with Client(manager.url("grpc"), servers=balancer.url("http")) as client:
@@ -222,7 +198,7 @@ def test_without_streams_requests_part(manager: Place, balancer: RealProxy) -> N
     assert lost and all("another server got the request" in text for text in lost)
 
 
-def test_a_drain_of_the_manager(manager: Place, balancer: RealProxy) -> None:
+def test_a_drain_of_the_manager(manager: BasedServer, balancer: RealProxy) -> None:
     """No sequence begins, and those that run go on."""
     switch = DrainSwitch(manager.state / "cidmgr.cidalloc")
     with Client(manager.url("grpc"), servers=balancer.url("grpc"), ahead=0) as client:
@@ -239,7 +215,9 @@ def test_a_drain_of_the_manager(manager: Place, balancer: RealProxy) -> None:
                 switch.close()
 
 
-def test_tls_and_headers_for_both(manager: Place, balancer: RealProxy, tmp_path: Path) -> None:
+def test_tls_and_headers_for_both(
+    manager: BasedServer, balancer: RealProxy, tmp_path: Path
+) -> None:
     certificate = make_certificate(tmp_path, "server")
     with ExitStack() as stack:
         ports = [

@@ -15,12 +15,10 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
-from proxies import RealProxy, free_ports, has, router, routing
-from route_client import BASE
-from servers import Server
+from based import BASE, BasedServer, send
+from proxies import RealProxy, has, router, routing
 
 from cidalloc.client import AsyncClient, Client
 from cidalloc.devserver import demo
@@ -32,7 +30,6 @@ from cidalloc.errors import (
     SequenceLost,
     Unavailable,
 )
-from cidalloc.manager.settings import Settings
 
 pytestmark = pytest.mark.server
 
@@ -51,63 +48,27 @@ KINDS = ["http", "grpc"]
 REQUESTS, SECONDS = map(int, os.environ.get("CIDALLOC_ROUTE", "3000x15").split("x"))
 
 
-class Routed:
-    """Server k, with slice k of 4, at ports that stay. Its model begins at (k + 1) * BASE."""
-
-    def __init__(self, number: int, folder: Path) -> None:
-        self.models = folder / "models"
-        demo.write_repository(
-            self.models,
-            Settings(
-                capacity=2**18,
-                slice=f"{number}/4",
-                state=str(folder / "state"),
-                cooldown_ms=200,
-                grace_ms=500,
-                fresh=True,
-            ),
-        )
-        begin_at(self.models, (number + 1) * BASE)
-        self.number, self.ports = number, free_ports(3)
-        self.start()
-
-    def start(self) -> None:
-        http, grpc, metrics = self.ports
-        self.server = Server(self.models, ports=(http, grpc, metrics))
-        self.server.start()
-
-    def restart(self) -> None:
-        self.server.stop()
-        self.start()
-
-
-def begin_at(models: Path, base: int) -> None:
-    """Let the model's sums begin with this number, so that they show which server they are of."""
-    file = models / MODEL / "1" / "model.py"
-    text, old = file.read_text(), '(0 if read("START")'
-    assert old in text
-    file.write_text(text.replace(old, f'({base} if read("START")'))
-
-
 @pytest.fixture(scope="module")
-def routed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Routed]]:
-    """Three servers, which start before any client."""
+def routed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[BasedServer]]:
+    """Server k has slice k of 4. They start before any client."""
     with ExitStack() as stack:
         found = []
         for number in range(3):
-            each = Routed(number, tmp_path_factory.mktemp("server"))
-            stack.callback(lambda each: each.server.stop(), each)
+            base, folder = (number + 1) * BASE, tmp_path_factory.mktemp("server")
+            # With their files, so that they begin at once when they are started again.
+            each = BasedServer(folder, base, capacity=2**18, slice=f"{number}/4")
+            stack.callback(each.stop)
             found.append(each)
         yield found
 
 
-def ports_of(routed: list[Routed]) -> list[tuple[int, int]]:
+def ports_of(routed: list[BasedServer]) -> list[tuple[int, int]]:
     return [(each.ports[0], each.ports[1]) for each in routed]
 
 
 @pytest.fixture(params=PROXIES)
 def proxy(
-    request: pytest.FixtureRequest, routed: list[Routed], tmp_path: Path
+    request: pytest.FixtureRequest, routed: list[BasedServer], tmp_path: Path
 ) -> Iterator[RealProxy]:
     found = router(request.param, ports_of(routed), tmp_path)
     yield found
@@ -121,10 +82,6 @@ def way(request: pytest.FixtureRequest) -> str:
 
 def url(proxy: RealProxy, way: str) -> str:
     return proxy.url("http" if way == "http" else "grpc")
-
-
-def send(sequence: Any, value: int, **options: Any) -> int:
-    return int(sequence.infer({"INPUT": [[value]]}, **options)["OUTPUT"][0, 0])
 
 
 def one(client: Client, way: str) -> int:
@@ -146,7 +103,9 @@ def slice_of(client: Client) -> int:
 # ---- What carries the header
 
 
-def edited(name: str, routed: list[Routed], folder: Path, *pairs: tuple[str, str]) -> RealProxy:
+def edited(
+    name: str, routed: list[BasedServer], folder: Path, *pairs: tuple[str, str]
+) -> RealProxy:
     """Run a proxy with the configuration of `deploy/` after these substitutions."""
     text, ports = routing(name, ports_of(routed), folder)
     for old, new in pairs:
@@ -159,7 +118,7 @@ def edited(name: str, routed: list[Routed], folder: Path, *pairs: tuple[str, str
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_carries_the_header(
-    routed: list[Routed], tmp_path: Path, kind: str, asynchronous: bool
+    routed: list[BasedServer], tmp_path: Path, kind: str, asynchronous: bool
 ) -> None:
     """OPEN and what is sent before it do not, and all that follows does."""
     log = tmp_path / "access.log"
@@ -240,7 +199,7 @@ def test_a_slice_that_the_proxy_does_not_know(proxy: RealProxy, way: str) -> Non
 
 
 def test_a_server_that_dies_and_comes_back(
-    proxy: RealProxy, routed: list[Routed], way: str
+    proxy: RealProxy, routed: list[BasedServer], way: str
 ) -> None:
     """Its sequences end with errors that say so; after the TTL the client has another server."""
     with Client(url(proxy, way), ttl=2.0, timeout=0.5) as client:
@@ -248,7 +207,7 @@ def test_a_server_that_dies_and_comes_back(
         dead = slice_of(client)
         with client.sequence(MODEL, streaming=way == "stream") as sequence:
             send(sequence, 1)
-            routed[dead].server.stop()
+            routed[dead].stop()
             words = "stream to .* broke" if way == "stream" else "cannot reach|went away"
             with pytest.raises(Unavailable, match=words):
                 send(sequence, 1)
@@ -273,7 +232,9 @@ def test_a_server_that_dies_and_comes_back(
 
 @NGINX
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_proxy_that_drops_the_header(routed: list[Routed], tmp_path: Path, kind: str) -> None:
+def test_a_proxy_that_drops_the_header(
+    routed: list[BasedServer], tmp_path: Path, kind: str
+) -> None:
     """Another manager refuses the session, and no sequence begins there."""
     to_any = (r"(\"\d\"|default) +(slice_\d|unknown);", r"\1 any;")
     proxy = edited("nginx", routed, tmp_path, to_any)
@@ -287,7 +248,9 @@ def test_a_proxy_that_drops_the_header(routed: list[Routed], tmp_path: Path, kin
 
 
 @NGINX
-def test_a_proxy_that_drops_the_header_of_inferences(routed: list[Routed], tmp_path: Path) -> None:
+def test_a_proxy_that_drops_the_header_of_inferences(
+    routed: list[BasedServer], tmp_path: Path
+) -> None:
     """Another server refuses a step of a sequence that began elsewhere, and adds nothing."""
     rule = f"location /v2/models/{MODEL}/infer {{ proxy_pass http://any_http; }}"
     proxy = edited("nginx", routed, tmp_path, ("(listen .*;)(?! *http2)", rf"\1 {rule}"))
@@ -312,7 +275,7 @@ def test_a_proxy_that_drops_the_header_of_inferences(routed: list[Routed], tmp_p
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("status", [200, 404, 502, 503])
 def test_a_proxy_that_answers_with_a_page(
-    routed: list[Routed], tmp_path: Path, kind: str, status: int
+    routed: list[BasedServer], tmp_path: Path, kind: str, status: int
 ) -> None:
     """For example of an error, or to log in. The error shows its words or its status, no tags."""
     page = "<html><body><h1>Log in</h1></body></html>"
@@ -333,7 +296,7 @@ def test_a_proxy_that_answers_with_a_page(
 
 @pytest.mark.skipif(not (has("nginx") and has("haproxy")), reason="nginx or haproxy is missing")
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_proxy_that_retries(routed: list[Routed], tmp_path: Path, kind: str) -> None:
+def test_a_proxy_that_retries(routed: list[BasedServer], tmp_path: Path, kind: str) -> None:
     """It sends a step to another server when one hangs, and that one refuses it."""
     spare = [f"127.0.0.1:{routed[(n + 1) % 3].ports[kind == 'grpc']}" for n in range(3)]
     if kind == "http":  # nginx sends a request of gRPC only once
@@ -387,9 +350,10 @@ def test_a_proxy_that_retries(routed: list[Routed], tmp_path: Path, kind: str) -
 # ---- Servers come and go
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(not (has("nginx") and has("haproxy")), reason="nginx or haproxy is missing")
-def test_servers_come_and_go(routed: list[Routed], tmp_path: Path) -> None:
+def test_servers_come_and_go(routed: list[BasedServer], tmp_path: Path) -> None:
     """Clients of all kinds behind both proxies, while servers are killed and started again."""
     script = Path(__file__).parent.parent / "support" / "route_client.py"
     with ExitStack() as stack:
@@ -408,7 +372,7 @@ def test_servers_come_and_go(routed: list[Routed], tmp_path: Path) -> None:
         while any(client.poll() is None for client in clients.values()):
             victim = rng.choice(routed)
             time.sleep(rng.uniform(1.0, 3.0))
-            victim.server.stop()
+            victim.stop()
             time.sleep(rng.uniform(0.0, 2.0))
             victim.start()
             kills += 1

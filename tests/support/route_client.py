@@ -20,11 +20,11 @@ import time
 from collections import Counter
 from typing import Any
 
+from based import BASE
+
 from cidalloc.client import AsyncClient, Client
 from cidalloc.errors import CidError
 
-BASE = 1_000_000
-"""Server k begins its sums with (k + 1) times this number."""
 OPTIONS: dict[str, Any] = {"ttl": 3.0, "timeout": 2.0, "ahead": 4}
 
 

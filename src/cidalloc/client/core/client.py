@@ -234,9 +234,10 @@ class Base(ForkGuard):
         broke = not self._central and self._transport.broke()
         session.suspected = session.suspected or broke
         unheard = not alone and session.now() >= session.link.heard_at + _HEARD_S
-        # Also if the lease ran out: a proxy may lead to another server once it is given up.
-        doubt = session.suspected or session.now() >= session.lease.deadline
-        if unheard or (doubt and session.lease.opened):
+        lease = session.lease
+        # A proxy finds no other server before a lease that ran out is given up.
+        ran_out = lease.slice is not None and session.now() >= lease.deadline
+        if unheard or ran_out or (session.suspected and lease.opened):
             yield from session.confirm(deadline, alone)
 
     def _random_plan(self, target: ModelInfo, timeout: float, check: bool) -> Plan:
