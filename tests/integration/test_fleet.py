@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from anonymous import Anonymous
 from proxy import Proxy
 from servers import Server
+from test_unended import Blocking
 
 from cidalloc.client import AsyncFleet, Client, Fleet
+from cidalloc.client.core.model_info import ModelInfo
+from cidalloc.client.sync.transport import connect
 from cidalloc.devserver import demo
 from cidalloc.devserver.triton_server import TritonServer
 from cidalloc.errors import (
@@ -288,6 +292,74 @@ def test_addresses_that_are_swapped(fleet: Fleet, places: list[Place], kind: str
         for each in strangers:
             assert each.infer({"INPUT": [[1]]}, end=True)["OUTPUT"][0, 0] == 1001
         soon(lambda: len(spread(fleet, 20)) == 3, 15.0)
+
+
+@pytest.mark.parametrize("way", ["grpc", "http", "aio-grpc", "aio-http"])
+def test_the_address_of_one_client_moves(places: list[Place], way: str) -> None:
+    """The next request of a sequence waits until the client knows who is there."""
+    a, b = places[:2]
+    url = a.url(way.removeprefix("aio-"))
+    cids: Any = Blocking(url) if "aio" in way else Client(url)
+    with Client(a.server.grpc_url) as watch, Anonymous(connect(b.server.grpc_url)) as plain:
+        sequence = cids.sequence(MODEL)
+        sequence.infer({"INPUT": [[1]]})
+        before = watch.status()["operations"]["RENEW"]
+        a.move(a)  # all connections break, and the same server is there
+        notice(cids)
+        for number in (2, 3):
+            assert sequence.infer({"INPUT": [[1]]})["OUTPUT"][0, 0] == number
+        assert watch.status()["operations"]["RENEW"] == before + 1
+        # A stranger uses this ID on the other server.
+        transport: Any = plain.transport
+        model = ModelInfo.from_config(transport.model_config(MODEL, 5.0))
+        thousand = model.tensors({"INPUT": [[1000]]}, transport.library)
+        stranger = {"sequence_id": sequence.cid}
+        transport.infer(5.0, MODEL, thousand, sequence_start=True, **stranger)
+        a.move(b)
+        notice(cids)
+        with pytest.raises(SequenceLost):
+            sequence.infer({"INPUT": [[1]]}, timeout=5.0)
+        sequence.close()
+        found = transport.infer(5.0, MODEL, thousand, sequence_end=True, **stranger)
+        assert found["OUTPUT"][0, 0] == 2000
+        new = cids.sequence(MODEL)
+        assert new.infer({"INPUT": [[7]]}, end=True)["OUTPUT"][0, 0] == 7
+        new.close()
+    shut(cids)
+
+
+def shut(cids: Any) -> None:
+    cids.close()
+    if isinstance(cids, Blocking):
+        cids.loop.close()
+
+
+def notice(cids: Any) -> None:
+    """Let the event loop of an asyncio client run, as it always does in a program."""
+    if isinstance(cids, Blocking):
+        cids.run(asyncio.sleep(0.05))
+
+
+@pytest.mark.parametrize("way", ["grpc", "http", "aio-grpc", "aio-http"])
+def test_nobody_is_at_the_address(places: list[Place], way: str) -> None:
+    """The request fails at once, and the sequence goes on when the server is back."""
+    place = places[0]
+    url = place.url(way.removeprefix("aio-"))
+    cids: Any = Blocking(url) if "aio" in way else Client(url)
+    sequence = cids.sequence(MODEL)
+    sequence.infer({"INPUT": [[1]]})
+    for proxy in place.proxies.values():
+        proxy.cut_all()
+    time.sleep(0.1)
+    began = time.monotonic()
+    with pytest.raises(Unavailable):
+        sequence.infer({"INPUT": [[1]]}, timeout=30.0)
+    assert time.monotonic() - began < 15.0
+    place.move(place)
+    # It was not sent, so it did not count.
+    assert sequence.infer({"INPUT": [[1]]}, end=True)["OUTPUT"][0, 0] == 2
+    sequence.close()
+    shut(cids)
 
 
 def swap(a: Place, b: Place) -> None:

@@ -156,7 +156,7 @@ def test_connections() -> None:
         )
         return made[-1]
 
-    connections = Connections(make, shut.append)
+    connections = Connections(make, shut.append, lambda channel: True)
     taken = [connections.take() for _ in range(250)]
     assert len(made) == 3
     assert [each.busy for each in dict.fromkeys(taken)] == [100, 100, 50]

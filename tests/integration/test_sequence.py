@@ -59,7 +59,7 @@ def test_sums_without_waiting(cids: Client, kind: str) -> None:
 def cooldown_of(sequence: Sequence, monkeypatch: pytest.MonkeyPatch) -> int:
     """Close a sequence and return for how many milliseconds its ID cools, or ENDED."""
     seen: list[int] = []
-    lease = sequence._runner.session.lease
+    lease = sequence._begun.runner.session.lease
     release, ask = lease.release_from, lease.release_unended
 
     def spy(cid: int, cooldown_ms: int) -> None:

@@ -153,14 +153,7 @@ MUTANTS = [
         "return 2 * cooldown + DEAD_WINDOW_MS if named",
         "return cooldown + DEAD_WINDOW_MS if named",
         "FU",
-    ),
-    Mutant(
-        "the window for END for the dead is not noted",
-        "manager/registry.py",
-        "self._reckon(lease + self._silence(cooldown, named))",
-        "self._reckon(lease + self._silence(cooldown, False))",
-        "FU",
-        440,
+        540,
     ),
     Mutant(
         "END for the dead goes to another server than DEAD",

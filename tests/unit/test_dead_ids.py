@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from cidalloc.errors import Exhausted, InvalidArgument, SessionUnknown
+from cidalloc.errors import Exhausted, InvalidArgument, LimitExceeded, SessionUnknown
 from cidalloc.manager import dead_ids
 from cidalloc.manager.dead_ids import DeadIds
 from cidalloc.manager.registry import Registry
@@ -44,6 +45,8 @@ def die(registry: Registry, models: tuple[str, ...] = ("asr",), count: int = 3) 
     held = registry.acquire(count, 0, token=token(1), seq=1, cooldown_ms=COOLDOWN).tolist()
     registry.renew(token(1), 0, models=models)
     registry.open(token(2), 0, ttl_ms=600_000)
+    for model in models:
+        dead(registry, 0, model)
     registry.tick(EXPIRY)
     return held
 
@@ -91,8 +94,34 @@ def test_models_stay_until_others_are_announced(registry: Registry) -> None:
     registry.acquire(1, 0, token=token(1), seq=1)
     for models in (("old",), ("asr", "tts"), ()):
         registry.renew(token(1), 0, models=models)
+    registry.open(token(2), 0, ttl_ms=600_000)
+    for model in ("old", "asr", "tts"):
+        dead(registry, 0, model)
     registry.tick(EXPIRY)
     assert registry.dead.count(EXPIRY) == 2
+
+
+def test_nothing_changes_if_nobody_asks(registry: Registry) -> None:
+    """Its IDs cool no longer, and nobody who comes later gets them."""
+    registry.open(token(1), 0, ttl_ms=TTL, cooldown_ms=COOLDOWN)
+    held = registry.acquire(3, 0, token=token(1), seq=1, cooldown_ms=COOLDOWN).tolist()
+    registry.renew(token(1), 0, models=("asr",))
+    registry.open(token(2), 0, ttl_ms=600_000)
+    dead(registry, 0, "other")
+    registry.tick(EXPIRY)
+    assert not dead(registry, EXPIRY + COOLDOWN)
+    issued = registry.acquire(1000, EXPIRY + COOLDOWN, token=token(2), seq=1).tolist()
+    assert set(held) <= set(issued)
+
+
+def test_who_has_stopped_asking_counts_no_more() -> None:
+    found = DeadIds()
+    found.name("asr", 1, 10, 0)
+    assert found.asked_for(("tts", "asr"), 25_000) == ["asr"]
+    assert found.asked_for(("tts", "asr"), 25_001) == []
+    found.name("asr", 1, 10, 25_001)
+    found.leave(1)
+    assert found.asked_for(("asr",), 25_001) == []
 
 
 def test_each_model_has_its_own(registry: Registry) -> None:
@@ -108,6 +137,8 @@ def test_a_session_that_is_closed_is_not_dead(registry: Registry) -> None:
     registry.open(token(1), 0, ttl_ms=TTL)
     registry.acquire(1, 0, token=token(1), seq=1)
     registry.renew(token(1), 0, models=("asr",))
+    registry.open(token(2), 0, ttl_ms=600_000)
+    dead(registry, 0)
     registry.close_session(token(1), 0)
     assert registry.dead.count(0) == 0
 
@@ -127,6 +158,25 @@ def test_the_horizon_counts_the_window_before_models_are_known(registry: Registr
     assert registry._horizon >= TTL + GRACE + 2 * COOLDOWN + DEAD_WINDOW_MS
     registry.renew(token(1), 0, cooldown_ms=400_000)
     assert registry._horizon >= TTL + GRACE + 800_000 + DEAD_WINDOW_MS
+
+
+def test_a_power_cut_does_not_forget_the_window(tmp_path: Path) -> None:
+    """Whoever was told an ID before it may send END for half a minute, and that may come late."""
+    values = Settings(
+        first=1, capacity=1000, cooldown_ms=1_000, grace_ms=GRACE, fresh=True, min_ttl_ms=TTL
+    )
+    registry = Registry.in_file(tmp_path / "r", values, 0, b"a" * 16)
+    registry.open(token(1), 0, ttl_ms=TTL, cooldown_ms=COOLDOWN)
+    held = registry.acquire(3, 0, token=token(1), seq=1, cooldown_ms=COOLDOWN).tolist()
+    registry.renew(token(1), 0, models=("asr",))
+    registry.open(token(2), 0, ttl_ms=TTL)
+    for now in (0, EXPIRY - 1, EXPIRY, EXPIRY + COOLDOWN - 1):
+        assert dead(registry, now) == []
+    assert dead(registry, EXPIRY + COOLDOWN) == held
+    registry.close()
+    registry = Registry.in_file(tmp_path / "r", values, 0, b"b" * 16)  # another boot of the machine
+    with pytest.raises(Exhausted):
+        registry.acquire(1, END_WITHIN_MS + COOLDOWN)
 
 
 class TestShares:
@@ -172,11 +222,16 @@ class TestShares:
         assert not len(found.name("asr", 1, 0, 0))
         assert found.name("tts", 2, 10, 0).tolist() == [2, 3]
 
-    def test_strangers_models_are_not_remembered(self) -> None:
+    def test_a_session_asks_for_a_few_models(self) -> None:
         found = DeadIds()
-        for n in range(1000):
-            found.name(f"model {n}", 1, 10, 0)
-        assert not found._asked and not found._rows
+        for n in range(16):
+            found.name(f"model {n}", 1, 10, n)
+        with pytest.raises(LimitExceeded, match="16 models at most"):
+            found.name("model 16", 1, 10, 16)
+        found.name("model 3", 1, 10, 17)
+        assert len(found._asked) == 16
+        found.leave(1)
+        assert not found._asked and not found._models and not found._rows
 
 
 def test_no_more_than_a_limit(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..protocol import DEAD_WINDOW_MS, END_WITHIN_MS, IDs
+from ..errors import LimitExceeded
+from ..protocol import DEAD_WINDOW_MS, END_WITHIN_MS, MAX_MODELS, IDs
 
 __all__ = ["DeadIds"]
 
@@ -33,9 +34,14 @@ class DeadIds:
 
     def __init__(self) -> None:
         self._rows: dict[str, list[Rows]] = {}  # by model
-        self._asked: dict[str, dict[int, int]] = {}  # by model: when a session asked last
+        self._asked: dict[str, dict[int, int]] = {}  # by model: when each session asked last
+        self._models: dict[int, list[str]] = {}  # for which a session asked
         self._count = 0
         self._full = False
+
+    def asked_for(self, models: Iterable[str], now: int) -> list[str]:
+        """Return those of the models for which sessions ask: only for these END will be sent."""
+        return [model for model in models if self._askers(model, now)]
 
     def add(self, ids: IDs, models: Iterable[str], since: int, now: int) -> None:
         """Let IDs be named from the time ``since`` on, for `DEAD_WINDOW_MS`.
@@ -62,18 +68,25 @@ class DeadIds:
             asker: the generation of the session that asks.
             count: the number of IDs.
             now: the time.
+
+        Raises:
+            LimitExceeded: the session has asked for too many other models.
         """
+        askers = self._askers(model, now)
+        if asker not in askers:
+            models = self._models.setdefault(asker, [])
+            if model not in models and len(models) == MAX_MODELS:
+                raise LimitExceeded(f"a session asks for {MAX_MODELS} models at most")
+            models += [model] * (model not in models)
+            askers = self._asked.setdefault(model, askers)
+        askers[asker] = now
         self._drop_old(now, model)
         if model not in self._rows:
             return np.empty(0, np.uint64)
         (rows,) = self._rows[model]
-        asked = self._asked.setdefault(model, {})
-        for each in [each for each, last in asked.items() if now - last > _ASKS_MS]:
-            del asked[each]
-        asked[asker] = now
         shares = np.searchsorted(_SHARES_AT_MS, now - rows["since"], side="right")
-        place = list(asked).index(asker)
-        mine = (rows["cid"] + shares.astype(np.uint64)) % np.uint64(len(asked)) == place
+        place = list(askers).index(asker)
+        mine = (rows["cid"] + shares.astype(np.uint64)) % np.uint64(len(askers)) == place
         chosen = np.flatnonzero(mine & (shares > rows["named"]))[:count]
         rows["named"][chosen] = shares[chosen]
         ids: IDs = rows["cid"][chosen]
@@ -81,13 +94,26 @@ class DeadIds:
 
     def leave(self, asker: int) -> None:
         """Note that a session has ended: it gets no share."""
-        for asked in self._asked.values():
-            asked.pop(asker, None)
+        for model in self._models.pop(asker, ()):
+            self._forget(model, [asker])
 
     def count(self, now: int) -> int:
         """Return how many IDs are or will be named; one counts once for each of its models."""
         self._drop_old(now)
         return self._count
+
+    def _askers(self, model: str, now: int) -> dict[int, int]:
+        """Return the sessions that ask for a model, and when each of them asked last."""
+        asked = self._asked.get(model, {})
+        self._forget(model, [each for each, last in asked.items() if now - last > _ASKS_MS])
+        return asked
+
+    def _forget(self, model: str, askers: list[int]) -> None:
+        asked = self._asked.get(model, {})
+        for asker in askers:
+            asked.pop(asker, None)
+        if not asked:
+            self._asked.pop(model, None)
 
     def _drop_old(self, now: int, *models: str) -> None:
         """Drop the IDs of which the time is over; join what is left of each model."""
@@ -99,5 +125,3 @@ class DeadIds:
                 self._count -= len(rows) - len(left)
                 if len(left):
                     self._rows[model] = [left]
-                else:
-                    self._asked.pop(model, None)

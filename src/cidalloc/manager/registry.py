@@ -384,14 +384,14 @@ class Registry:
         _ = self.pool.active  # raises `Forked`, before the child touches memory it does not have
         self.now = max(self.now, now)
         while session := self.sessions.due(self.now):
-            if session.models:
+            models = self.dead.asked_for(session.models, self.now)
+            if models:
                 ids = self.store.shape.ids(self.pool.held_by(session.number))
-            named = bool(session.models)
-            held = self._end(session, self._silence(session.cooldown, named))
-            if named:
+            held = self._end(session, self._silence(session.cooldown, bool(models)))
+            if models:
                 # The dead client's last requests are over when Triton has forgotten them.
                 since = self.now + self._silence(session.cooldown, False)
-                self.dead.add(ids, session.models, since, self.now)
+                self.dead.add(ids, models, since, self.now)
             self.released["expired"] += held
             if not session.anonymous:
                 self.expired.add(session.label, held, session.used, self.now)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from ...errors import InvalidArgument, SessionExpired, Unavailable
-from ...protocol import MAX_COOLDOWN_MS, MODEL, IDs, as_ids
+from ...protocol import MAX_COOLDOWN_MS, MAX_MODELS, MODEL, IDs, as_ids
 from .arguments import seconds
 from .effects import Flow
 from .fork_guard import ForkGuard, caller
@@ -89,6 +89,8 @@ class Base(ForkGuard):
                 )
             if not self._transport.streams:
                 raise InvalidArgument(f"tidy needs gRPC, and {self._transport.url} is HTTP")
+            if len(self._tidy) > MAX_MODELS:
+                raise InvalidArgument(f"tidy has {len(self._tidy)} models: {MAX_MODELS} at most")
             self._runner.tidier = Tidier(self._runner, self._tidy)
 
     def __del__(self) -> None:

@@ -101,6 +101,7 @@ class Connections:
 
     def release(self, connection: Connection) -> None:
         """Note that a request is over; close a retired connection after its last request."""
+        connection.was_ready = True
         with self._lock:
             connection.busy -= 1
             last = not connection.busy and connection not in self._usable

@@ -373,7 +373,8 @@ class Requests:
 
     def look(self, now: float) -> bool:
         """End the requests that got no answer in time; return whether to look again."""
-        self._advance()
+        if self._queue:  # requests may have waited until it was known who is there
+            self._advance()
         with self.runner.lock:
             late = [each for each in self.on_way if each.until <= now and each.is_awaited]
         stream = self._stream

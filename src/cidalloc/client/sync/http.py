@@ -124,8 +124,7 @@ class HttpTransport(HttpBase):
         return connected
 
     def _closed_by_server(self) -> bool:
-        with self._lock:
-            return any(connection.poll.poll(0) for connection in self._idle)
+        return any(connection.poll.poll(0) for connection in tuple(self._idle))
 
     def _take(self) -> _Connection | None:
         """Return an idle connection that the server has not closed."""
