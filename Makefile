@@ -14,6 +14,7 @@
 #   make drill-drain  8 client processes with 12 sequences each, a drain, and the end of Triton
 #   make drill-tidy  what a model keeps of dead clients, in three ways: 11 minutes; draws
 #                docs/tidied.svg
+#   make proxies  install nginx and HAProxy with apt-get, for the tests behind them
 #   make drill-route  100,000 requests behind nginx and HAProxy, while servers are killed and started
 #                again: 5 minutes
 #   make simulate  2000 fleets of clients with virtual time and every fault: ARGS="SEED --runs N"
@@ -92,8 +93,8 @@ drill-tidy: .venv/.bench
 drill-route: .venv/.built .venv/.dev proxies
 	CIDALLOC_ROUTE=100000x60 $(BIN)/python -m pytest -q -s tests/integration/test_route.py -k come_and_go
 
-# The real proxies, for the tests behind them. Elsewhere than on Debian and Ubuntu, or without root,
-# install them by other means; without them `make test` skips these tests.
+# Needs root, on Debian or Ubuntu. Elsewhere install them by other means; without them `make test` skips
+# the tests behind them.
 proxies:
 	@for each in nginx haproxy; do PATH="$$PATH:/usr/sbin" command -v $$each >/dev/null || \
 		{ apt-get update -q && apt-get install -y -q --no-install-recommends $$each; } || exit 1; done

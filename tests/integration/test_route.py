@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from based import BASE, BasedServer, send
-from proxies import RealProxy, has, router, routing
+from proxies import DEPLOY, RealProxy, has, router, routing
 
 from cidalloc.client import AsyncClient, Client
 from cidalloc.devserver import demo
@@ -31,7 +31,10 @@ from cidalloc.errors import (
     Unavailable,
 )
 
-pytestmark = pytest.mark.server
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.skipif(not DEPLOY.is_dir(), reason="a source distribution has no deploy/"),
+]
 
 MODEL = demo.MODEL
 PROXIES = [
