@@ -335,7 +335,7 @@ def test_a_proxy_that_retries(routed: list[BasedServer], tmp_path: Path, kind: s
     try:
         with Client(proxy.url(kind), timeout=3.0) as client:
             one(client, kind)
-            hung = routed[slice_of(client)].server
+            hung = routed[slice_of(client)]
             with client.sequence(MODEL, timeout=20.0) as sequence:
                 send(sequence, 1)
                 os.killpg(hung.pid, signal.SIGSTOP)

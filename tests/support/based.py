@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from proxies import free_ports
-from servers import Server
 
 from cidalloc.devserver.demo import MODEL, write_repository
 from cidalloc.manager.settings import Settings
 
 BASE = 1_000_000
 """What a server's sums begin with is a multiple of this number."""
+
+_KEEPER = Path(__file__).with_name("keep_server.py")
 
 
 class BasedServer:
@@ -23,6 +26,9 @@ class BasedServer:
         base: the sums of its model begin with this number; 0: it has only the manager.
         manager: whether it has a manager.
         settings: of its manager.
+
+    Attributes:
+        pid: its process, which leads a process group.
     """
 
     def __init__(self, folder: Path, base: int, manager: bool = True, **settings: Any) -> None:
@@ -43,14 +49,16 @@ class BasedServer:
         self.start()
 
     def start(self) -> None:
-        """Start it again after `stop`."""
-        http, grpc, metrics = self.ports
-        self.server = Server(self._models, ports=(http, grpc, metrics))
-        self.server.start()
+        """Start it, and wait until it is ready."""
+        command = [sys.executable, str(_KEEPER), str(self._models), *map(str, self.ports)]
+        self._keeper = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._keeper.stdout is not None
+        self.pid = int(self._keeper.stdout.readline())  # empty if it did not start
 
     def stop(self) -> None:
-        """Kill it."""
-        self.server.stop()
+        """Kill it. May be repeated."""
+        if self._keeper.poll() is None:
+            self._keeper.communicate()
 
     def url(self, kind: str) -> str:
         """Return its URL for ``http`` or ``grpc``."""
