@@ -22,8 +22,8 @@ Ports = tuple[int, int]
 def free_ports(count: int) -> list[int]:
     """Return ports of loopback that nothing uses.
 
-    They are none that the kernel gives to outgoing connections, so they are still free when a server
-    is started again.
+    The kernel gives none of them to outgoing connections, so they are still free when a server is
+    started again.
     """
     low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     found: list[int] = []
