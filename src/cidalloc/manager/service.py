@@ -12,7 +12,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -57,11 +56,6 @@ class Service:
     ) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        number, count = _slice(settings)
-        if count:
-            part = settings.capacity // count
-            first = settings.first + number * part
-            settings = replace(settings, first=first, capacity=part)
         self._holder = RegistryHolder(settings, name, clock)
         self._operations: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
@@ -225,12 +219,7 @@ def _open(registry: Registry, request: Request, now: int) -> list[int]:
     )
     high, low = divmod(registry.uuid.int, 2**64)
     times = (registry.settings.cooldown_ms, registry.settings.unended_cooldown_ms)
-    return [PROTOCOL, grant.generation, grant.ttl_ms, high, low, *times, *_slice(registry.settings)]
-
-
-def _slice(settings: Settings) -> tuple[int, int]:
-    number, _, count = settings.slice.partition("/")
-    return (int(number), int(count)) if count else (0, 0)
+    return [PROTOCOL, grant.generation, grant.ttl_ms, high, low, *times]
 
 
 def _renew(registry: Registry, request: Request, now: int) -> list[int]:

@@ -61,7 +61,6 @@ class Settings:
     anonymous_age_ms: int = _DAY_MS
     state: str = ""
     fresh: bool = False
-    slice: str = ""
 
     def __post_init__(self) -> None:
         for name, low, high in (
