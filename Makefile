@@ -14,6 +14,9 @@
 #   make drill-drain  8 client processes with 12 sequences each, a drain, and the end of Triton
 #   make drill-tidy  what a model keeps of dead clients, in three ways: 11 minutes; draws
 #                docs/tidied.svg
+#   make proxies  install nginx and HAProxy with apt-get, for the tests behind them
+#   make drill-route  100,000 requests behind nginx and HAProxy, while servers are killed and started
+#                again: 5 minutes
 #   make simulate  2000 fleets of clients with virtual time and every fault: ARGS="SEED --runs N"
 #   make chaos   a real server and 20 client processes for three minutes, while all is broken in
 #                turns: ARGS="--seed N --seconds S --clients C"; a full disk only as root
@@ -51,7 +54,7 @@ define install
 endef
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
 
-.PHONY: help demo test lint dist bench bench-client bench-registry bench-gate load scale simulate chaos fuzz sanitize coverage crowd drill-drain drill-tidy clean
+.PHONY: help demo test lint dist bench bench-client bench-registry bench-gate load scale simulate chaos fuzz sanitize coverage crowd drill-drain drill-tidy drill-route proxies clean
 .DELETE_ON_ERROR:
 
 help:
@@ -86,6 +89,15 @@ drill-tidy: .venv/.bench
 	CIDALLOC_TIDY=20x2x300x2 CIDALLOC_TIDY_FILE=docs/tidied.json \
 		$(BIN)/python -m pytest -q -s tests/integration/test_tidy_drill.py
 	$(BIN)/python bench/tidy.py
+
+drill-route: .venv/.built .venv/.dev proxies
+	CIDALLOC_ROUTE=100000x60 $(BIN)/python -m pytest -q -s tests/integration/test_route.py -k come_and_go
+
+# Needs root, on Debian or Ubuntu. Elsewhere install them by other means; without them `make test` skips
+# the tests behind them.
+proxies:
+	@for each in nginx haproxy; do PATH="$$PATH:/usr/sbin" command -v $$each >/dev/null || \
+		{ apt-get update -q && apt-get install -y -q --no-install-recommends $$each; } || exit 1; done
 
 simulate: ARGS = 1000 --runs 2000
 simulate: .venv/.built .venv/.dev

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -187,3 +188,60 @@ def test_the_image() -> None:
     assert "not built in the tests" in text
     (line,) = re.findall(r"cidalloc (model .*?) &&", text)
     takes(line.split())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of that package
+def test_envoy() -> None:
+    """Envoy's own schema takes it. It is not run."""
+    text = (DEPLOY / "envoy.yaml").read_text()
+    assert "NEVER RUN" in text
+    bootstrap = pytest.importorskip("envoy_data_plane.envoy.config.bootstrap.v3").Bootstrap
+    for name in (
+        *("filters.network.http_connection_manager.v3", "filters.http.router.v3"),
+        "upstreams.http.v3",  # these are named in the file by their types
+    ):
+        importlib.import_module(f"envoy_data_plane.envoy.extensions.{name}")
+    bootstrap.from_dict(yaml.safe_load(text))
+    with pytest.raises(KeyError, match="conect_timeout"):
+        bootstrap.from_dict(yaml.safe_load(text.replace("connect_timeout", "conect_timeout", 1)))
+    assert "retry_policy" not in text
+    parts = yaml.safe_load(text)["static_resources"]
+    filters = parts["listeners"][0]["filter_chains"][0]["filters"]
+    routes = filters[0]["typed_config"]["route_config"]["virtual_hosts"][0]["routes"]
+    targets = [each["route"]["cluster"] for each in routes if "route" in each]
+    clusters = {each["name"]: each for each in parts["clusters"]}
+    assert sorted(targets) == sorted(clusters)
+    for name, cluster in clusters.items():
+        assert cluster["load_assignment"]["cluster_name"] == name
+        (group,) = cluster["load_assignment"]["endpoints"]
+        assert len(group["lb_endpoints"]) == (2 if name.startswith("any") else 1)
+    kinds = [next(iter({"route", "direct_response"} & each.keys())) for each in routes]
+    assert kinds == ["route"] * 4 + ["direct_response"] + ["route"] * 2, "an unknown slice stops"
+
+
+def test_istio() -> None:
+    """It has the form that Istio's reference gives. It is not run."""
+    text = (DEPLOY / "istio.yaml").read_text()
+    assert "NEVER RUN" in text
+    service, virtual = yaml.safe_load_all(text)
+    kubernetes_validate.validate(service, "1.31", strict=True)
+    assert (virtual["apiVersion"], virtual["kind"]) == ("networking.istio.io/v1", "VirtualService")
+    assert virtual["spec"].keys() == {"hosts", "http"}
+    assert virtual["spec"]["hosts"] == [service["metadata"]["name"]]
+    places = []
+    for rule in virtual["spec"]["http"]:
+        (match,) = rule.pop("match")
+        header = match.get("headers", {}).get("cid-slice", {})
+        if "directResponse" in rule:
+            assert header == {"regex": ".*"} and rule["directResponse"].keys() == {"status", "body"}
+            places.append(None)
+            continue
+        assert rule.keys() == {"route", "retries"} and rule["retries"] == {"attempts": 0}
+        (route,) = rule["route"]
+        assert route["destination"]["port"] == {"number": match["port"]}
+        number = header.get("exact")
+        host = "triton" if number is None else f"triton-{number}"
+        assert route["destination"]["host"] == host
+        places.append((number, match["port"]))
+    slices = [(number, port) for number in ("0", "1") for port in (8000, 8001)]
+    assert places == [*slices, None, (None, 8000), (None, 8001)], "an unknown slice stops"

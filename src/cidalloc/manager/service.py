@@ -135,7 +135,8 @@ class Service:
         if wanted is not None and wanted != str(registry.uuid):
             raise RegistryMismatch(
                 f"this is the registry {registry.uuid}, not {wanted}: is there a load balancer"
-                " between client and server? A session belongs to one manager"
+                f" between client and server, or a proxy that drops the header {ROUTE_HEADER}? A"
+                " session belongs to one manager"
             )
         now = self._clock()
         if request.operation is Operation.STATUS:
