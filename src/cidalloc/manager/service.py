@@ -21,7 +21,7 @@ import numpy.typing as npt
 from .. import __version__
 from ..codes import Operation
 from ..errors import CidError, Draining, InternalError, InvalidArgument, RegistryMismatch
-from ..protocol import DRAINING, MODEL, PROTOCOL, IDs, Request
+from ..protocol import DRAINING, MODEL, PROTOCOL, ROUTE_HEADER, IDs, Request
 from . import slices
 from .inspection import SHOWN, status_of
 from .registry import Registry
