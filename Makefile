@@ -18,6 +18,9 @@
 #                drained: 9 minutes
 #   make simulate-fleet  fleets of up to 1000 servers and 100,000 clients with virtual time, each for
 #                10 minutes at most; needs 5 GB of memory; draws docs/many-servers.svg
+#   make proxies  install nginx and HAProxy with apt-get, for the tests behind them
+#   make drill-route  100,000 requests behind nginx and HAProxy, while servers are killed and started
+#                again: 5 minutes
 #   make simulate  2000 fleets of clients with virtual time and every fault: ARGS="SEED --runs N"
 #   make chaos   a real server and 20 client processes for three minutes, while all is broken in
 #                turns: ARGS="--seed N --seconds S --clients C"; a full disk only as root
@@ -55,7 +58,7 @@ define install
 endef
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
 
-.PHONY: help demo test lint dist bench bench-client bench-registry bench-gate load scale simulate chaos fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy simulate-fleet clean
+.PHONY: help demo test lint dist bench bench-client bench-registry bench-gate load scale simulate chaos fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy drill-route proxies simulate-fleet clean
 .DELETE_ON_ERROR:
 
 help:
@@ -98,6 +101,15 @@ simulate-fleet: .venv/.bench
 	$(BIN)/python tests/support/many_servers.py 50x5000x8 100x10000x8 20x2000x0 1000x100000x8 \
 		--limit 600 --output docs/many-servers.json
 	$(BIN)/python bench/many_servers.py
+
+drill-route: .venv/.built .venv/.dev proxies
+	CIDALLOC_ROUTE=100000x60 $(BIN)/python -m pytest -q -s tests/integration/test_route.py -k come_and_go
+
+# Needs root, on Debian or Ubuntu. Elsewhere install them by other means; without them `make test` skips
+# the tests behind them.
+proxies:
+	@for each in nginx haproxy; do PATH="$$PATH:/usr/sbin" command -v $$each >/dev/null || \
+		{ apt-get update -q && apt-get install -y -q --no-install-recommends $$each; } || exit 1; done
 
 simulate: ARGS = 1000 --runs 2000
 simulate: .venv/.built .venv/.dev

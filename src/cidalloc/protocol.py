@@ -39,6 +39,7 @@ __all__ = [
     "MODEL",
     "OUTPUT",
     "PROTOCOL",
+    "ROUTE_HEADER",
     "TOKEN_BYTES",
     "IDs",
     "Parameter",
@@ -56,6 +57,8 @@ CORRELATION_ID = "CORRELATION_ID"
 """Input, UINT64 [1, n], optional: the IDs of the operation."""
 OUTPUT = "OUTPUT"
 """Output, UINT64 [1, n]: the issued IDs, or a number."""
+ROUTE_HEADER = "cid-slice"
+"""The header, or metadata of gRPC, by which a proxy finds the server of a session."""
 DETAIL = "DETAIL"
 """Output, BYTES [1, 1]: the text of STATUS; `DRAINING` during a drain; otherwise empty."""
 DRAINING = "draining"

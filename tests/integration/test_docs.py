@@ -204,7 +204,7 @@ def test_a_session_with_curl(triton: TritonServer, tmp_path: Path) -> None:
     opened, renewed, named, closed = (
         each.get("OUTPUT", []) for each in _objects(run_shell(dead, triton, tmp_path))
     )
-    assert len(opened) == 7 and renewed[1:] == [60_000, 0] and named == [] and closed == 0
+    assert len(opened) == 9 and renewed[1:] == [60_000, 0] and named == [] and closed == 0
 
 
 def _objects(text: str) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ from slow_models import count_up, total
 
 from cidalloc import errors
 from cidalloc.client import AsyncClient, Client
-from cidalloc.client.core.grpc_calls import Connections
+from cidalloc.client.core.grpc_connections import Connections
 from cidalloc.devserver.triton_server import TritonServer
 from cidalloc.manager.settings import Settings
 from cidalloc.triton_model import export

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import socket
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from cidalloc.cli.ask import Manager
+from cidalloc.cli.compare import compare
 from cidalloc.cli.doctor import doctor
 from cidalloc.cli.rules import Facts, examine
+from cidalloc.errors import Unavailable
 
 STATUS = {
     "version": "1",
@@ -189,3 +194,134 @@ def test_a_manager_that_does_not_answer(error: str, todo: str) -> None:
     found = examine(facts(status=None, error=error))[0]
     assert found.level == "FAIL" and f"does not answer: {error}" in found.what
     assert todo in found.todo
+
+
+# ---- Several servers
+
+
+def server(
+    url: str, first: int, capacity: int, slice_: str | None = None, registry: str = "", **more: Any
+) -> Facts:
+    pool = {"first": first, "capacity": capacity}
+    more = {"registry": registry or url, "host": f"host-of-{url}", "slice": slice_, **more}
+    return facts({"pool": pool, **more}, url=url)
+
+
+A, B = server("a:1", 100, 50, "0/2"), server("b:1", 150, 50, "1/2")
+WHOLE = server("w:1", 100, 100)
+OLD = facts({"pool": {"first": 180, "capacity": 5}, "registry": "old"}, url="old:1")
+AWAY = facts(status=None, error="no answer", url="away:1")
+APART = ("ok", "the pools of 2 servers do not overlap")
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [
+        ([A, B], [APART]),
+        ([A, server("c:1", 2**62, 2**24, "random")], [APART]),
+        ([A, OLD], [APART]),
+        ([A, AWAY], [("note", "did not answer: 1; their pools are not compared")]),
+        ([AWAY, AWAY], [("note", "did not answer: 2")]),
+        (
+            [A, B, server("a:2", 100, 50, "0/2")],
+            [("FAIL", "a:1 and a:2 have one slice, 0/2: they issue the same IDs")],
+        ),
+        (
+            [A, server("x:1", 100, 50, "0/2", "a:1", host="host-of-a:1")],
+            [("FAIL", "a:1 and x:1 answer with one registry, a:1 (host: host-of-a:1): they are")],
+        ),
+        (
+            [A, B, server("x:1", 100, 50, "0/2", "a:1")],
+            [("FAIL", "answer with one registry, a:1 (host: host-of-a:1, host-of-x:1)"), APART],
+        ),
+        ([A, B, WHOLE], [("warn", "the pools of a:1, w:1 and b:1 overlap. This matters as soon")]),
+        ([WHOLE, server("v:1", 100, 100)], [("warn", "the pools of w:1 and v:1 overlap")]),
+        (
+            [B, server("in:1", 110, 5), WHOLE],
+            [("warn", "the pools of w:1, in:1 and b:1 overlap")],
+        ),
+        ([B, OLD], [("warn", "the pools of b:1 and old:1 overlap")]),
+        (
+            [A, server("c:1", 1000, 50, "0/4")],
+            [APART, ("warn", "a:1 and c:1 have slices of one number, 0/2 and 0/4: a proxy")],
+        ),
+        (
+            [server(f"{n}:1", 100, 100) for n in range(64)],
+            [("warn", "62:1 and 63:1 overlap")],
+        ),
+    ],
+)
+def test_several_servers(seen: list[Facts], expected: list[tuple[str, str]]) -> None:
+    found = compare(seen)
+    assert [each.level for each in found] == [level for level, _ in expected], found
+    for each, (level, words) in zip(found, expected, strict=True):
+        assert words in each.what
+        assert bool(each.todo) is (level in ("warn", "FAIL"))
+
+
+@pytest.mark.parametrize(
+    ("seen", "level", "words", "todo"),
+    [
+        (
+            facts({"slice": "3/64", "host": "triton-3"}),
+            "ok",
+            "slice 3/64, on the host triton-3",
+            "",
+        ),
+        (facts({"issues_in_s": 610.0}), "note", "issues no ID for another 10 min 10 s", ""),
+        (
+            facts({"pool": {"first": 2**62, "capacity": 2**24}, "slice": "random", "host": "a"}),
+            "warn",
+            "read numbers above 2^53 as doubles",
+            "choose a fixed slice",
+        ),
+        (
+            facts(
+                {"pool": {"first": 2**62, "capacity": 2**24}, "slice": "random", "host": "a"},
+                targets={"asr": NARROW},
+            ),
+            "FAIL",
+            "asr takes IDs up to 2147483647, but the pool ends at",
+            "the manager's settings first and slice",
+        ),
+    ],
+)
+def test_a_finding_about_a_slice(seen: Facts, level: str, words: str, todo: str) -> None:
+    (found,) = (each for each in examine(seen) if words in each.what)
+    assert found.level == level and todo in found.todo
+
+
+def test_what_is_printed_about_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {each.url: each for each in (A, B, WHOLE)}
+    monkeypatch.setattr("cidalloc.cli.doctor._gather", lambda manager, *_: answers[manager.url])
+    words = CliRunner().invoke(doctor, [*answers]).output.splitlines()
+    heads = [each for each in words if not each.startswith((" ", "ok", "note", "warn", "FAIL"))]
+    assert heads == ["a:1", "b:1", "w:1", "All servers together"]
+    found = json.loads(CliRunner().invoke(doctor, [*answers, "--json"]).output)
+    assert {each["url"] for each in found} == {"a:1", "b:1", "w:1", None}
+    (last,) = (each for each in found if each["url"] is None)
+    assert last["level"] == "warn"
+    alone = CliRunner().invoke(doctor, ["a:1", "a:1"]).output
+    assert "All servers" not in alone, "it is one"
+
+
+def test_a_name_stands_for_all_its_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolve(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
+        if host != "triton.test":
+            raise socket.gaierror("no such name")
+        found = [f"127.0.0.{n}" for n in (2, 3, 2)]
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, port)) for each in found]
+
+    asked: list[Manager] = []
+
+    def gather(manager: Manager, *_: Any) -> Facts:
+        asked.append(manager)
+        return AWAY
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr("cidalloc.cli.doctor._gather", gather)
+    CliRunner().invoke(doctor, ["dns:http://triton.test:8000"])
+    assert [each.url for each in asked] == ["http://127.0.0.2:8000", "http://127.0.0.3:8000"]
+    done = CliRunner().invoke(doctor, ["dns:none.test:8001"])
+    assert isinstance(done.exception, Unavailable)
+    assert "none.test:8001 cannot be resolved: no such name" in str(done.exception)

@@ -34,6 +34,7 @@ jumps = st.sampled_from([2**21 - 1, 2**21, 2**21 + 129, 90_000_000, 2**38])
 choices = st.fixed_dictionaries(
     {
         "first": st.sampled_from([1, 1000, 2**30]),
+        "slice": st.sampled_from(["", "", "0/1"]),
         "capacity": st.one_of(st.integers(1, 130), st.integers(1, 9), st.just(LARGE)),
         "cooldown_ms": st.sampled_from([0, 50, 5_000]),
         "unended_cooldown_ms": st.sampled_from([0, 700, 120_000]),
@@ -93,9 +94,7 @@ class Histories(RuleBasedStateMachine):
         self.marked, self.marked_until = 0, 0  # so many IDs from the start on are not issued before
         self.most = self.peak = self.expired = self.expired_in_use = 0
         self.generations: set[int] = set()
-        if not self.limits.fresh and self.limits.capacity < LARGE:
-            self.marked = self.limits.capacity
-            self.marked_until = now + self.limits.max_ttl_ms + self.limits.grace_ms
+        self.issues_from = self.begins() if self.waits() else 0
         self.shape = self.registry.store.shape
         self.open(TOKENS[0], ttl=5_000, cooldown=None)
 
@@ -104,6 +103,13 @@ class Histories(RuleBasedStateMachine):
             return Registry(self.limits, self.now)
         boot = bytes([1 + self.boots]) * 16
         return Registry.in_file(self.folder / "registry", self.limits, self.now, boot)
+
+    def waits(self) -> bool:
+        """Whether a registry without a past waits before it issues IDs."""
+        return not self.limits.fresh and bool(self.limits.slice or self.limits.capacity < LARGE)
+
+    def begins(self) -> int:
+        return self.now + self.limits.max_ttl_ms + self.limits.grace_ms
 
     def teardown(self) -> None:
         if hasattr(self, "registry"):
@@ -360,6 +366,11 @@ class Histories(RuleBasedStateMachine):
 
     def taken(self, count: int, call: Any) -> set[int]:
         """What the call got: just as many as there are."""
+        if self.now < self.issues_from:
+            with pytest.raises(errors.Exhausted, match="this registry is new"):
+                call()
+            return set()
+        self.issues_from = 0
         if count > self.free():
             with pytest.raises(errors.Exhausted):
                 call()
@@ -487,6 +498,7 @@ class Histories(RuleBasedStateMachine):
         store.close()
         self.boots += 1
         self.now, self.marked_until = now, now + horizon
+        self.issues_from = self.begins() if self.issues_from else 0
         self.due = dict.fromkeys(self.ever - set(self.anonymous), self.marked_until)
         self.sessions.clear()
         self.anonymous = dict.fromkeys(self.anonymous, now)
@@ -522,6 +534,8 @@ class Histories(RuleBasedStateMachine):
         if not self.marked:
             assert len(self.ever) <= self.most, "B: more IDs than were ever in use at once"
         status = status_of(registry, self.now)
+        left_ms = max(self.issues_from - self.now, 0)
+        assert status["issues_in_s"] * 1000 == pytest.approx(left_ms)
         assert status["held"] == len(self.held)
         assert status["cooling"] == self.cooling()
         assert status["free"] == self.free()

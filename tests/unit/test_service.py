@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from typing import Any
 from uuid import UUID
 
@@ -134,13 +135,13 @@ def status(service: Service) -> dict[str, Any]:
 
 
 def test_the_life_of_a_session(service: Service) -> None:
-    protocol, generation, ttl, high, low, *cooldowns = open_session(service, label="one")
+    protocol, generation, ttl, high, low, *rest = open_session(service, label="one")
     assert (protocol, generation, ttl) == (1, 1, 10_000)
-    assert cooldowns == [5_000, 120_000]
+    assert rest == [5_000, 120_000, 0, 0]
     assert str(UUID(int=high << 64 | low)) == status(service)["registry"]
     assert open_session(service, ttl_ms=2_000) == [
         *(protocol, generation, ttl, high, low),
-        *cooldowns,
+        *rest,
     ]
     assert ask(service, Operation.RENEW, session=TOKEN.upper())[:2] == [1, 10_000], (
         "digits are digits"
@@ -312,6 +313,8 @@ def test_a_status(service: Service, clock: Clock) -> None:
     assert UUID(found.pop("registry")).version == 4
     assert found == {
         "version": __version__,
+        "host": socket.gethostname(),
+        "slice": None,
         "pool": {"first": 10, "capacity": 5, "block": 1},
         "held": 2,
         "used": 1,
@@ -320,6 +323,7 @@ def test_a_status(service: Service, clock: Clock) -> None:
         "inactive": 1,
         "peak": 3,
         "high_water": 3,
+        "issues_in_s": 0.0,
         "draining": False,
         "anonymous": 1,
         "waiting": 0,

@@ -31,6 +31,8 @@ HOUR_MS = 3_600_000
 # Programs read these: names may be added, and none may change.
 FIELDS: dict[str, Any] = {
     "version": str,
+    "host": str,
+    "slice": str,
     "pool": {"first": int, "capacity": int, "block": int},
     "held": int,
     "used": int,
@@ -39,6 +41,7 @@ FIELDS: dict[str, Any] = {
     "inactive": int,
     "peak": int,
     "high_water": int,
+    "issues_in_s": float,
     "draining": bool,
     "dead": int,
     "anonymous": int,
@@ -294,7 +297,9 @@ def shape_of(value: Any) -> Any:
 def test_the_fields_are_stable(tmp_path: Path) -> None:
     now = 1_000_000
     service = Service(
-        Settings(first=1, capacity=9, fresh=True, state=str(tmp_path)), lambda: now, "it"
+        Settings(first=1, capacity=9, slice="0/1", fresh=True, state=str(tmp_path)),
+        lambda: now,
+        "it",
     )
 
     def ask(code: Operation, **parameters: Any) -> Any:

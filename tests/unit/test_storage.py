@@ -575,15 +575,6 @@ def test_a_disk_too_full_for_a_new_file(disk: Disk, kib: int) -> None:
     assert opened(path).acquire(1, 0).tolist() == [10]
 
 
-def test_a_disk_too_full_for_a_pool_that_waits(disk: Disk) -> None:
-    path = disk.folder / "registry"
-    with pytest.raises(Unavailable, match="make room") as caught:
-        opened(path, Settings(first=1, capacity=200_000))
-    assert str(path) in str(caught.value)
-    assert ".registry" not in str(caught.value), "not the draft's name"
-    assert os.listdir(disk.folder) == []
-
-
 def test_a_drain_on_a_full_disk(disk: Disk) -> None:
     """Its words have had their place since the file was made."""
     path = disk.folder / "registry"

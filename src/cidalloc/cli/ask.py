@@ -6,9 +6,10 @@ import contextlib
 import functools
 import json
 import os
+import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import click
@@ -16,7 +17,7 @@ import click
 from ..client.core.transport import DAY_S, parse_url
 from ..client.sync.transport import connect
 from ..codes import Operation
-from ..errors import Exhausted, InvalidArgument, ProtocolError
+from ..errors import Exhausted, InvalidArgument, ProtocolError, Unavailable
 from ..protocol import MODEL, IDs, Parameter, Request, as_ids
 
 __all__ = [
@@ -100,7 +101,10 @@ def with_manager(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def with_managers(command: Callable[..., None]) -> Callable[..., None]:
-    """Add one or more URLs and the options. The command gets a `Manager` for each URL."""
+    """Add one or more URLs and the options. The command gets a `Manager` for each server.
+
+    A URL with ``dns:`` before it stands for the servers at all addresses of its name.
+    """
 
     @functools.wraps(command)
     def connected(url: tuple[str, ...], **rest: Any) -> None:
@@ -108,11 +112,27 @@ def with_managers(command: Callable[..., None]) -> Callable[..., None]:
         with contextlib.ExitStack() as stack:
             managers = [
                 stack.enter_context(Manager(each, **_connection(each, **options)))
-                for each in dict.fromkeys(url)
+                for each in dict.fromkeys(_resolved(url))
             ]
             command(managers=managers, **rest)
 
     return _options(click.argument("url", envvar=URL_VARIABLE, nargs=-1, required=True)(connected))
+
+
+def _resolved(urls: Iterable[str]) -> Iterator[str]:
+    for url in urls:
+        if not url.startswith("dns:") or url.startswith("dns://"):  # gRPC's own names
+            yield url
+            continue
+        from ..client.core.fleet import urls_at
+
+        address = parse_url(url.removeprefix("dns:"))
+        host, _, port = address.target.rpartition(":")
+        try:
+            found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise Unavailable(f"{address.target} cannot be resolved: {error}") from None
+        yield from urls_at(address, found)
 
 
 def _taken(options: dict[str, Any]) -> dict[str, Any]:

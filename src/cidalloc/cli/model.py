@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import socket
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,8 +13,12 @@ from typing import Any, NamedTuple, TypeVar
 import click
 from click.core import ParameterSource
 
-from ..errors import InvalidArgument
+from ..errors import CidError, InvalidArgument, RegistryMismatch
+from ..manager.recovery import shape_for, waiting_for
 from ..manager.settings import Settings
+from ..manager.slices import RANDOM
+from ..manager.storage.file import Storage
+from ..manager.storage.file_format import NEW_FILE
 from ..triton_model import default_state_folder, export, settings_from
 from .rules import EXACT, INEXACT
 
@@ -47,6 +53,13 @@ def written(milliseconds: int) -> str:
 _OPTIONS = (
     ("--first", "first", "Lowest ID of the pool."),
     ("--capacity", "capacity", "Number of IDs in the pool."),
+    (
+        "--slice",
+        "slice",
+        "Part of the pool for this server, if there are several: 3/64 (the fourth of 64 parts),"
+        " auto/64 (by the ordinal of a StatefulSet), or random (a pool of its own, for models with"
+        " a 64-bit CORRID).",
+    ),
     ("--min-ttl", "min_ttl_ms", "Minimum session TTL that a client may request."),
     ("--max-ttl", "max_ttl_ms", "Maximum session TTL that a client may request."),
     ("--grace", "grace_ms", "Time after the TTL before a silent session expires."),
@@ -77,9 +90,9 @@ def _settings_options(command: Command) -> Command:
         command = click.option(
             option,
             name,
-            type=duration if timed else int,
+            type=duration if timed else type(default),
             default=written(default) if timed else default,
-            show_default=True,
+            show_default="all of the pool" if name == "slice" else True,
             help=words,
         )(command)
     return command
@@ -178,6 +191,11 @@ def model(
             "--python needs --vendor: it checks the Python version of the copy that --vendor makes"
         )
     _check_folder(values.state, repository)
+    replaced = before
+    if there and reset:
+        with contextlib.suppress(InvalidArgument):  # --reset also replaces a damaged one
+            replaced = _read(repository / name)
+    _warn_of_file(values, name, replaced)
     place = export(
         repository,
         values,
@@ -203,10 +221,39 @@ def _check_folder(state: str, repository: Path) -> None:
         )
 
 
+def _warn_of_file(values: Settings, name: str, before: _Before | None) -> None:
+    """Say what will happen to a file that has another pool."""
+    if not values.state:
+        return
+    file = Path(values.state) / f"{name}.cidalloc"
+    try:
+        Storage.expect(file, shape_for(values.on_host(socket.gethostname())))
+    except RegistryMismatch as error:
+        click.echo(f"warning: the manager will refuse its file, and not load. {error}.", err=True)
+    except (CidError, OSError):  # the file is on another machine, or is to be read by another user
+        if before and _pool(before.settings) != _pool(values):
+            click.echo(
+                f"warning: the pool changes. If the server has the file {file}, the manager will"
+                f" refuse it, and not load: {NEW_FILE.format(file)}.",
+                err=True,
+            )
+
+
+def _pool(values: Settings) -> tuple[int, int, str]:
+    return values.first, values.capacity, values.slice
+
+
 def _tell_next(values: Settings, name: str, vendor: bool) -> None:
     """Print what the operator has to know and to do next."""
-    if (last := values.first + values.capacity - 1) > EXACT:
+    if values.slice == RANDOM:
+        click.echo(f"warning: a random slice is above 2^62: {INEXACT}.", err=True)
+    elif (last := values.first + values.capacity - 1) > EXACT:
         click.echo(f"warning: the pool ends at {last}: {INEXACT}.", err=True)
+    if waiting_ms := waiting_for(values):
+        click.echo(
+            f"A manager without a file issues no ID for {written(waiting_ms)} (--max-ttl and"
+            " --grace), since clients may use IDs from before it."
+        )
     if values.state:
         click.echo(f"The manager will store held IDs in {Path(values.state) / name}.cidalloc.")
         if not Path(values.state).is_dir():

@@ -104,7 +104,8 @@ def check(file: Path) -> None:
 def grow(file: Path, capacity: int) -> None:
     """Enlarge the pool in FILE. Stop the manager first.
 
-    Held IDs stay held. The file is changed in place, in one step.
+    Held IDs stay held. The file is changed in place, in one step. Do not enlarge a slice: its
+    manager would refuse the file.
     """
     shape = enlarge(file, capacity)
     click.echo(f"{file} now has a pool of {shape.capacity:,} IDs from {shape.first} on.")

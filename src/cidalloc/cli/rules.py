@@ -9,6 +9,7 @@ from typing import Any
 
 from ..client.core.model_info import ModelInfo, check_text_ids
 from ..errors import InvalidArgument
+from ..manager.slices import RANDOM
 from .screen import duration
 
 __all__ = ["EXACT", "INEXACT", "Facts", "Finding", "examine"]
@@ -29,6 +30,7 @@ class Facts:
 
     Attributes:
         manager: name of the manager model.
+        url: address of the server.
         reachable: whether the server answers.
         error: the error, if the manager does not answer.
         status: the manager's answer to STATUS.
@@ -44,6 +46,7 @@ class Facts:
     """
 
     manager: str
+    url: str = ""
     reachable: bool = True
     error: str = ""
     status: Mapping[str, Any] | None = None
@@ -100,6 +103,12 @@ def _manager(facts: Facts) -> Iterator[Finding]:
         level = "ok" if took < _SLOW_MS else "warn"
         todo = "" if level == "ok" else "find out what keeps the server's CPUs busy"
         yield Finding(level, f"{facts.manager} {version} answers ({took:.0f} ms)", todo)
+        if waits_s := facts.status.get("issues_in_s"):
+            yield Finding(
+                "note",
+                f"the manager issues no ID for another {duration(waits_s)}: its registry is new,"
+                " and clients may use IDs from before it",
+            )
         if facts.status.get("draining"):
             yield Finding(
                 "warn",
@@ -122,6 +131,11 @@ def _memory(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def _slice(facts: Facts) -> Iterator[Finding]:
+    if facts.status is not None and (part := facts.status.get("slice")):
+        yield Finding("ok", f"the manager has the slice {part}, on the host {facts.status['host']}")
+
+
 def _pool(facts: Facts) -> Iterator[Finding]:
     if facts.status is None:
         return
@@ -132,12 +146,11 @@ def _pool(facts: Facts) -> Iterator[Finding]:
     if used < _NEARLY:
         yield Finding("ok", what)
     else:
-        yield Finding(
-            "warn" if used < _ALMOST else "FAIL",
-            what,
-            "enlarge the pool ('cidalloc registry upgrade --capacity N FILE'), or find the clients"
-            " that hold the IDs ('cidalloc top URL')",
-        )
+        larger = "enlarge the pool ('cidalloc registry upgrade --capacity N FILE')"
+        if status.get("slice"):
+            larger = "choose larger slices for all servers ('cidalloc model -o --slice K/N DIR')"
+        todo = f"{larger}, or find the clients that hold the IDs ('cidalloc top URL')"
+        yield Finding("warn" if used < _ALMOST else "FAIL", what, todo)
         # An earlier manager does not count them, and an earlier client does not say.
         in_use = status.get("used")
         if in_use is not None and not status["sessions_silent"] and 2 * in_use < status["held"]:
@@ -176,9 +189,10 @@ def _digits(facts: Facts) -> Iterator[Finding]:
     pool = facts.status["pool"]
     last = pool["first"] + pool["capacity"] - 1
     if last > EXACT:
-        yield Finding(
-            "warn", f"the pool ends at {last}: {INEXACT}", "choose lower IDs for the pool"
-        )
+        todo = "choose lower IDs for the pool"
+        if facts.status.get("slice") == RANDOM:
+            todo = "choose a fixed slice, such as --slice auto/64, if there are such programs"
+        yield Finding("warn", f"the pool ends at {last}: {INEXACT}", todo)
 
 
 def _manager_config(facts: Facts) -> Iterator[Finding]:
@@ -301,7 +315,8 @@ def _target(facts: Facts, name: str, config: Mapping[str, Any]) -> Iterator[Find
                 "FAIL",
                 f"{name} takes IDs up to {target.highest_cid}, but the pool ends at {last}: Triton"
                 " silently truncates higher IDs, so two sequences can share one state",
-                "choose a pool that fits, or give the model a 64-bit CORRID",
+                "choose a pool that fits (the manager's settings first and slice), or give the"
+                " model a 64-bit CORRID",
             )
             return
     unended_s = _setting(facts, "unended_cooldown_ms", 120_000) / 1000
@@ -334,6 +349,7 @@ def _setting(facts: Facts, name: str, default: int) -> int:
 _RULES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     _manager,
     _memory,
+    _slice,
     _pool,
     _expired,
     _digits,

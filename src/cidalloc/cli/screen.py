@@ -86,11 +86,14 @@ def _facts(status: Mapping[str, Any]) -> Table:
     def row(name: str, text: str) -> None:
         table.add_row(name, Text(text))
 
-    row("pool", f"{pool['first']} to {last}, {capacity:,} IDs")
+    part = f", the slice {status['slice']}" if status.get("slice") else ""
+    row("pool", f"{pool['first']} to {last}, {capacity:,} IDs{part}")
     anonymous = status["anonymous"]
     more = f"; {anonymous:,} of them without a session" if anonymous else ""
     if status.get("draining"):  # earlier managers cannot
         row("draining", "the manager issues no more IDs; 'cidalloc drain --undo FILE' ends this")
+    if waits_s := status.get("issues_in_s"):
+        row("new", f"the manager issues its first ID in {duration(waits_s)}")
     row("held", f"{held:,}, including the ID caches of clients{more}")
     if "used" in status:  # earlier managers do not count them
         silent = status["sessions_silent"]
@@ -109,6 +112,8 @@ def _facts(status: Mapping[str, Any]) -> Table:
     errors = ", ".join(f"{count:,} {name}" for name, count in sorted(status["errors"].items()))
     row("errors", errors or "none")
     row("up for", f"{duration(status['uptime_s'])}, version {status['version']}")
+    if "host" in status:
+        row("host", status["host"])
     row("file", status["file"] or "none: a restart forgets all IDs")
     return table
 

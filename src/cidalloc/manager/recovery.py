@@ -11,10 +11,11 @@ import secrets
 from .._alloc import Allocator
 from ..errors import RegistryCorrupt
 from ..protocol import MAX_COOLDOWN_MS
+from . import slices
 from .sessions import Session, Sessions
 from .settings import Settings
 from .storage.file import Storage
-from .storage.file_format import Part, Shape, Word
+from .storage.file_format import Shape, Word
 
 __all__ = ["recover", "shape_for", "storage_in_memory", "waiting_for"]
 
@@ -22,29 +23,32 @@ _SMALL = 2**24  # with fewer IDs, a random place to begin at is likely to meet I
 
 
 def shape_for(settings: Settings) -> Shape:
-    """Return the pool for the settings. Without a known past it begins at a random place."""
-    if settings.fresh or settings.capacity < _SMALL:
-        return Shape(settings.first, settings.capacity)
-    offset = secrets.randbelow(settings.capacity)
-    return Shape(settings.first, settings.capacity, offset=offset)
+    """Return the pool for the settings. Without a known past it begins at a random place.
+
+    Args:
+        settings: those on this host; see `Settings.on_host`.
+    """
+    first, capacity = slices.pool(settings.slice, settings.first, settings.capacity)
+    offset = 0 if settings.fresh or capacity < _SMALL else secrets.randbelow(capacity)
+    return Shape(first, capacity, offset=offset, slice=settings.slice)
 
 
 def waiting_for(settings: Settings) -> int:
-    """Return for how many milliseconds a new registry issues nothing."""
-    if settings.fresh or settings.capacity >= _SMALL:
+    """Return for how many milliseconds a new registry issues nothing.
+
+    A slice may have had another registry before. A random one that was just drawn has not.
+    """
+    fixed = settings.slice not in ("", slices.RANDOM)
+    if settings.fresh or not (fixed or settings.capacity < _SMALL):
         return 0
     return settings.max_ttl_ms + settings.grace_ms
 
 
-def storage_in_memory(settings: Settings, boot: bytes) -> Storage:
-    """Return a new storage in memory. If its IDs may be in use, all of them cool first."""
+def storage_in_memory(settings: Settings, now: int, boot: bytes) -> Storage:
+    """Return a new storage in memory."""
     store = Storage.memory(shape_for(settings))
-    if waiting := waiting_for(settings):
-        # As after a power cut: the storage is of no boot.
-        store.grow(Part.RECORDS, store.shape.capacity)
-        store.header[Word.HORIZON] = waiting
-    else:
-        store.boot = boot
+    store.boot = boot
+    store.header[Word.ISSUES_FROM] = now + waiting_for(settings)
     return store
 
 
@@ -86,6 +90,8 @@ def recover(
     except RegistryCorrupt as error:
         raise RegistryCorrupt(f"{store.path}: {shape.with_id(error)}") from None
     store.header[Word.GENERATION] = generation
+    if after_power_loss and store.header[Word.ISSUES_FROM]:
+        store.header[Word.ISSUES_FROM] = now + waiting_for(settings)
     sessions = Sessions(store, pool)
     store.sign()
     ending = sessions.recover(owners, now, settings.grace_ms)

@@ -94,11 +94,12 @@ class Registry:
         self.dead = DeadIds()
         self.released: Counter[str] = Counter()
         self.acquired = 0
-        self.store = store or storage_in_memory(settings, boot)
+        self.store = store or storage_in_memory(settings, now, boot)
         self.pool, self.sessions, ending = recover(self.store, settings, now, boot, live_snapshot)
         self.waiting = WaitingList(self.pool)
         self.uuid: UUID = self.store.uuid  # a forked child has no header to read it from
         self._horizon: int = self.store.header[Word.HORIZON]
+        self._issues_from: int = self.store.header[Word.ISSUES_FROM]
         self._secret = self.store.secret
         self.now = self.opened_at = now
         for session in ending:
@@ -111,7 +112,8 @@ class Registry:
 
         Raises what `Storage.open` does.
         """
-        store = Storage.open(path, shape_for(settings), boot=boot, waiting_ms=waiting_for(settings))
+        issues_from = now + waiting_for(settings)
+        store = Storage.open(path, shape_for(settings), boot=boot, issues_from=issues_from)
         try:
             return cls(settings, now, store, boot)
         except BaseException:
@@ -360,6 +362,11 @@ class Registry:
         return self.pool
 
     @property
+    def issues_in_ms(self) -> int:
+        """For how many milliseconds it issues nothing yet, since it has no past."""
+        return max(self._issues_from - self.now, 0)
+
+    @property
     def anonymous(self) -> int:
         """How many IDs are held without a session."""
         return sum(self.pool.held_count(number) for number in self.sessions.anonymous)
@@ -454,6 +461,13 @@ class Registry:
         If the session ``waits``, it uses its place among those that wait.
         """
         pool, full = self.pool, None
+        if waits_ms := self.issues_in_ms:
+            raise Exhausted(
+                f"cannot issue {count} of {pool.capacity} IDs: this registry is new, and clients"
+                f" may still use IDs from before it; the next is due in {waits_ms / 1e3:.12g} s"
+            )
+        if self._issues_from:
+            self._issues_from = self.store.header[Word.ISSUES_FROM] = 0
         if self.waiting.places:  # else nobody waits
             self.waiting.check(session if waits else None, count, self.now)
         if pool.opened + count > pool.ready < pool.capacity:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import threading
 import time
 from collections import Counter
@@ -20,7 +21,8 @@ import numpy.typing as npt
 from .. import __version__
 from ..codes import Operation
 from ..errors import CidError, Draining, InternalError, InvalidArgument, RegistryMismatch
-from ..protocol import DRAINING, MODEL, PROTOCOL, IDs, Request
+from ..protocol import DRAINING, MODEL, PROTOCOL, ROUTE_HEADER, IDs, Request
+from . import slices
 from .inspection import SHOWN, status_of
 from .registry import Registry
 from .settings import Settings
@@ -48,7 +50,7 @@ class Service:
         clock: returns the time in milliseconds.
         name: the manager's; its file is named by it.
 
-    Raises what `RegistryHolder` does.
+    Raises what `RegistryHolder` and `Settings.on_host` do.
     """
 
     def __init__(
@@ -56,7 +58,8 @@ class Service:
     ) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._holder = RegistryHolder(settings, name, clock)
+        self._host = socket.gethostname()
+        self._holder = RegistryHolder(settings.on_host(self._host), name, clock)
         self._operations: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
         self._stopped = threading.Event()
@@ -132,7 +135,8 @@ class Service:
         if wanted is not None and wanted != str(registry.uuid):
             raise RegistryMismatch(
                 f"this is the registry {registry.uuid}, not {wanted}: is there a load balancer"
-                " between client and server? A session belongs to one manager"
+                f" between client and server, or a proxy that drops the header {ROUTE_HEADER}? A"
+                " session belongs to one manager"
             )
         now = self._clock()
         if request.operation is Operation.STATUS:
@@ -147,6 +151,8 @@ class Service:
     def _status(self, registry: Registry, now: int, sessions: int) -> dict[str, Any]:
         return {
             "version": __version__,
+            "host": self._host,
+            "slice": registry.settings.slice or None,
             **status_of(registry, now, sessions),
             "operations": dict(self._operations),
             "errors": dict(self._errors),
@@ -218,7 +224,8 @@ def _open(registry: Registry, request: Request, now: int) -> list[int]:
     )
     high, low = divmod(registry.uuid.int, 2**64)
     times = (registry.settings.cooldown_ms, registry.settings.unended_cooldown_ms)
-    return [PROTOCOL, grant.generation, grant.ttl_ms, high, low, *times]
+    of_pool = slices.numbers(registry.settings.slice)
+    return [PROTOCOL, grant.generation, grant.ttl_ms, high, low, *times, *of_pool]
 
 
 def _renew(registry: Registry, request: Request, now: int) -> list[int]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import InvalidArgument, LimitExceeded
 from ..protocol import MAX_COOLDOWN_MS
+from . import slices
 
 __all__ = ["Settings"]
 
@@ -21,6 +22,10 @@ class Settings:
         first: the lowest ID of the pool. The default pool, 2³⁰ … 2³¹-1, fits every data type of
             CORRID, and has none of the small numbers that clients without a manager choose.
         capacity: the number of IDs in the pool.
+        slice: the part of the pool that this registry has, so that several servers share no ID;
+            empty for all of it. "3/64" is the fourth of 64 equal parts, "auto/64" the one that the
+            host name's ordinal says, as in a StatefulSet (see `on_host`). "random" is one of 2³⁸
+            pools of 2²⁴ IDs from 2⁶² on, drawn when the file is made.
         cooldown_ms: the shortest time between the release of an ID and its next use. Late and
             duplicated packets of its former user must have died out.
         unended_cooldown_ms: the same for an ID that is released without ``ended`` and without a
@@ -39,8 +44,8 @@ class Settings:
             with its process.
         fresh: no ID of this pool was ever issued, so issuing begins at ``first``. Otherwise a new
             registry does not know which IDs are in use. It begins at a random place of its pool, or
-            waits for as long as a session may live, if the pool is small. With an existing file,
-            which knows its past, this setting has no effect.
+            waits for as long as a session may live, if the pool is small or a slice. With an
+            existing file, which knows its past, this setting has no effect.
 
     Raises:
         InvalidArgument: a value is out of its bounds; the message names it.
@@ -48,6 +53,7 @@ class Settings:
 
     first: int = 2**30
     capacity: int = 2**30
+    slice: str = ""
     cooldown_ms: int = 5_000
     unended_cooldown_ms: int = 120_000
     max_cooldown_ms: int = MAX_COOLDOWN_MS
@@ -88,6 +94,12 @@ class Settings:
                 f"first={self.first} and capacity={self.capacity} reach beyond 2**63-1, the"
                 " highest ID that gRPC carries"
             )
+        slices.check(self.slice, self.capacity)
+        if self.slice == slices.RANDOM and (self.first, self.capacity) != (2**30, 2**30):
+            raise InvalidArgument(
+                f"slice=random has a pool of its own: first={self.first} and"
+                f" capacity={self.capacity} must have their defaults, {2**30} and {2**30}"
+            )
         if self.min_ttl_ms > self.max_ttl_ms:
             raise InvalidArgument(
                 f"min_ttl_ms={self.min_ttl_ms} is more than max_ttl_ms={self.max_ttl_ms}"
@@ -100,6 +112,14 @@ class Settings:
                 )
         if type(self.state) is not str or (self.state and not Path(self.state).is_absolute()):
             raise InvalidArgument(f"state={self.state!r} is not the absolute path of a folder")
+
+    def on_host(self, host: str) -> Settings:
+        """Return the settings on the host of this name, where ``auto/N`` becomes ``K/N``.
+
+        Raises:
+            InvalidArgument: the name has no ordinal below N.
+        """
+        return replace(self, slice=slices.on_host(self.slice, host))
 
     def cooldown(self, asked_ms: int | None) -> int:
         """Return for how long an ID cools if a client asks for ``asked_ms``; None asks for nothing.

@@ -71,7 +71,7 @@ class RegistryHolder:
     """The registry, while this process has it.
 
     Args:
-        settings: what the operator chose; ``state`` is the folder of the file.
+        settings: those on this host; ``state`` is the folder of the file.
         name: the file's name in that folder, without its suffix.
         clock: returns the time in milliseconds.
         server: the `process_id` of our server; of the parent process if it is left out.
@@ -202,8 +202,9 @@ class RegistryHolder:
         how = "took over" if self.waits or self._let_go_at is not None else "opened"
         table, pool = registry.sessions, registry.pool
         _log.info(
-            "cidalloc %s %s the registry %s: pool %d to %d, %s, sessions: %d, IDs held: %d",
+            "cidalloc %s %s the registry %s: pool %d to %d%s, %s, sessions: %d, IDs held: %d",
             *(__version__, how, registry.uuid, pool.first, pool.first + pool.capacity - 1),
+            f", slice {self._settings.slice}" if self._settings.slice else "",
             f"file {self._path}" if self._path else "no file",
             *(len(table.named), pool.active),
         )

@@ -45,11 +45,13 @@ def top(managers: Sequence[Manager], interval: float, once: bool, web: str | Non
     status stays on the screen, with the reason. If input or output is not a terminal, or TERM is
     dumb, the status is printed once. The exit status is then 1 if a manager did not answer.
 
-    The web page shows what the screen shows: labels, numbers, the path of the registry's file, but
-    no tokens. It has no login: everybody who reaches HOST and PORT can read it.
+    The web page shows what the screen shows: labels, numbers, the host name, the path of the
+    registry's file, but no tokens. It has no login: everybody who reaches HOST and PORT can read
+    it.
 
     A URL is host:port, or starts with grpc://, grpcs://, http:// or https://. If it is left out,
-    the environment variable CIDALLOC_URL is used; it may contain several, separated by spaces.
+    the environment variable CIDALLOC_URL is used; it may contain several, separated by spaces. With
+    dns: before it, such as dns:triton:8001, the servers at all addresses of the name are watched.
     """
     # A process that serves one page of --web has no terminal, but Textual's driver for the web.
     served = "TEXTUAL_DRIVER" in os.environ

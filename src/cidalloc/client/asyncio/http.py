@@ -65,11 +65,13 @@ class AsyncHttpTransport(HttpBase):
 
     async def model_config(self, model: str, timeout: float) -> Mapping[str, Any]:
         with translating(model, self.url):
-            return (await self._send(self._config_request(model), timeout)).json()
+            call = self._config_request(model)
+            return (await self._send(call, timeout)).json(call)
 
     async def server_version(self, timeout: float) -> str:
         with translating("", self.url):
-            found = (await self._send(self._version_request(), timeout)).json()
+            call = self._version_request()
+            found = (await self._send(call, timeout)).json(call)
         return str(found.get("version", ""))
 
     def submit(

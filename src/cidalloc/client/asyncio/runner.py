@@ -28,8 +28,14 @@ class AsyncRunner(RunnerBase):
     the runner, which go on when a task that waits for them is cancelled.
     """
 
-    def __init__(self, session: Session, transport: Transport, model: str) -> None:
-        super().__init__(session, transport, model)
+    def __init__(
+        self,
+        session: Session,
+        manager: Transport,
+        model: str,
+        servers: Transport | None = None,
+    ) -> None:
+        super().__init__(session, manager, model, servers)
         self.tasks = Tasks()
         self._waiting: set[asyncio.Future[None]] = set()
         self._heartbeat: asyncio.Task[None] | None = None
@@ -56,8 +62,7 @@ class AsyncRunner(RunnerBase):
             self._loop = loop
         if self._loop is not loop:
             raise InvalidArgument(
-                f"the client of {self.transport.url} is used in another event loop: make one in"
-                " each"
+                f"the client of {self.manager.url} is used in another event loop: make one in each"
             )
 
     async def run(self, flow: Flow[T]) -> T:
@@ -134,7 +139,8 @@ class AsyncRunner(RunnerBase):
         await self.run(self.session.close(self.now() + patience))
         # Requests on their way end by themselves; if the event loop ends before, it cancels them.
         await self.tasks.wait(HURRY_S)
-        await self.transport.close()
+        for transport in self.transports:
+            await transport.close()
 
     def _soon(self, call: Callable[[], object]) -> None:
         if self._loop is not None:
@@ -174,7 +180,7 @@ class AsyncRunner(RunnerBase):
                 return Reply(config=config)
             if isinstance(effect, ServerVersion):
                 return Reply(detail=await self.transport.server_version(effect.timeout))
-            output, detail = await self.transport.call(self.model, effect.request, effect.timeout)
+            output, detail = await self.manager.call(self.model, effect.request, effect.timeout)
             return Reply(output, detail)
         except CidError as error:
             return Reply(error=error)

@@ -11,6 +11,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from ...errors import InvalidArgument, LimitExceeded
+from ...protocol import ROUTE_HEADER
 from .model_info import HIGHEST_CID
 from .tensors import ON_STREAMS, Library
 
@@ -71,6 +72,8 @@ def check_headers(headers: Mapping[str, Any] | None) -> dict[str, Any]:
     for name, value in found.items():
         if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
             raise InvalidArgument(f"{name!r} is not a valid name of a header")
+        if name.lower() == ROUTE_HEADER:
+            raise InvalidArgument(f"the header {name} is set by the client, as the manager says")
         binary = isinstance(value, bytes) and name.lower().endswith("-bin")  # gRPC encodes these
         if not binary and not (isinstance(value, str) and value.isascii() and value.isprintable()):
             raise InvalidArgument(f"the value of header {name!r} is not printable ASCII text")

@@ -60,6 +60,7 @@ class Base(ForkGuard):
         ahead: int = MAX_AHEAD,
         fallback: Fallback = None,
         tidy: Mapping[str, Inputs] | None = None,
+        servers: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -75,9 +76,17 @@ class Base(ForkGuard):
         ttl = seconds("ttl", ttl, _MAX_TTL_S, low=0.001)
         link = Link(self._timeout, ttl, self._rng, self._transport.now)
         self._session = Session(link, _label(label), _ahead(ahead))
-        self._runner = self._new_runner(self._session, self._transport, model)
+        self._transport.route = self._session.route
+        beside = None if servers is None else self._connect(servers, headers, options)
+        self._central = beside is not None
+        self._runner = self._new_runner(self._session, self._transport, model, beside)
         self._tidy = dict(tidy or {})
         if self._tidy:
+            if beside is not None:
+                raise InvalidArgument(
+                    "tidy goes without servers=: what the manager names and END for it must reach"
+                    f" one server, and {beside.url} may be several"
+                )
             if not self._transport.streams:
                 raise InvalidArgument(f"tidy needs gRPC, and {self._transport.url} is HTTP")
             if len(self._tidy) > MAX_MODELS:
@@ -202,8 +211,8 @@ class Base(ForkGuard):
                 if pool[-1] > target.highest_cid:
                     raise InvalidArgument(
                         f"model {model} takes correlation IDs up to {target.highest_cid}, and"
-                        f" {pool[-1]} would be cut: give the manager a lower pool, or the model a"
-                        " wider CORRID"
+                        f" {pool[-1]} would be cut: give the manager a lower pool (its settings"
+                        " first and slice), or the model a wider CORRID"
                     )
             if not session.line:  # else others come first
                 session.lease.take_ready(1, need, taken)
@@ -224,9 +233,13 @@ class Base(ForkGuard):
         In a fleet that is so after each `_HEARD_S` without an answer, and one try has to be enough.
         """
         session, alone = self._session, self._connect_s is None
-        session.suspected = session.suspected or self._transport.broke()
+        broke = not self._central and self._transport.broke()
+        session.suspected = session.suspected or broke
         unheard = not alone and session.now() >= session.link.heard_at + _HEARD_S
-        if unheard or (session.suspected and session.lease.opened):
+        lease = session.lease
+        # A proxy finds no other server before a lease that ran out is given up.
+        ran_out = lease.slice is not None and session.now() >= lease.deadline
+        if unheard or ran_out or (session.suspected and lease.opened):
             yield from session.confirm(deadline, alone)
 
     def _random_plan(self, target: ModelInfo, timeout: float, check: bool) -> Plan:

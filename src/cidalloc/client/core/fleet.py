@@ -31,7 +31,7 @@ from .lease import Lease
 from .sequence import SequenceCore
 from .transport import DAY_S, Address, boottime, parse_url
 
-__all__ = ["RESOLVE_WAIT_S", "FleetBase", "FleetServer", "ServerUrl"]
+__all__ = ["RESOLVE_WAIT_S", "FleetBase", "FleetServer", "ServerUrl", "urls_at"]
 
 _log = logging.getLogger("cidalloc.client.fleet")
 
@@ -186,17 +186,9 @@ class FleetBase(ForkGuard):
         return due
 
     def _resolved(self, found: list[tuple[Any, ...]]) -> None:
-        """Note what the name was resolved to; see `socket.getaddrinfo`."""
+        """Note what the name was resolved to; see `urls_at`."""
         assert self._name is not None
-        urls, scheme = [], self._name.url.partition("://")[0]
-        host, _, port = self._name.target.rpartition(":")
-        for family, *_, (address, *_) in found:
-            if family == found[0][0]:  # a server may have an address of each family
-                text = f"[{address}]" if family == socket.AF_INET6 else address
-                url = ServerUrl(f"{scheme}://{text}:{port}{self._name.path}")
-                url.name = host
-                urls.append(url)
-        self._set(sorted(set(urls)))
+        self._set(urls_at(self._name, found))
 
     def _unresolved(self, error: OSError) -> None:
         """Note that the name could not be looked up. The servers stay; it is tried again soon."""
@@ -330,6 +322,19 @@ class FleetBase(ForkGuard):
 
 def _sequences(server: FleetServer) -> int:
     return server.sequences
+
+
+def urls_at(name: Address, found: list[tuple[Any, ...]]) -> list[ServerUrl]:
+    """Return the URLs of the servers at a name's addresses, as `socket.getaddrinfo` found them."""
+    urls, scheme = [], name.url.partition("://")[0]
+    host, _, port = name.target.rpartition(":")
+    for family, *_, (address, *_) in found:
+        if family == found[0][0]:  # a server may have an address of each family
+            text = f"[{address}]" if family == socket.AF_INET6 else address
+            url = ServerUrl(f"{scheme}://{text}:{port}{name.path}")
+            url.name = host
+            urls.append(url)
+    return sorted(set(urls))
 
 
 def _checked(servers: Iterable[str]) -> list[str]:

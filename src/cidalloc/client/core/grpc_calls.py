@@ -1,36 +1,30 @@
-"""gRPC: channels, how many requests are on their way over each, messages, and streams.
-
-No request is cancelled here. gRPC cancels requests when a channel is closed and when a deadline is
-over; so a channel is closed after its last request, and no deadline is short.
-"""
+"""gRPC: messages and streams. No request is cancelled here; so no deadline is short."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import re
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import grpc
 import tritonclient.grpc
 from google.protobuf.json_format import MessageToDict
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
 from ... import protocol
-from ...errors import CidError, InvalidArgument, Unavailable
+from ...codes import Operation
+from ...errors import InvalidArgument, Unavailable
 from .arguments import check_headers
+from .grpc_connections import Connections
 from .result import Result
 from .tensors import Library
-from .transport import Address, Receive, boottime, check_options, encode, unreachable
+from .transport import Address, Receive, Route, boottime, check_options, encode
 
 __all__ = [
     "SHORT_S",
     "Calls",
-    "Connection",
-    "Connections",
     "GrpcBase",
     "GrpcResult",
     "StreamBase",
@@ -39,9 +33,6 @@ __all__ = [
 
 SHORT_S = 1.0
 """The shortest deadline: Triton 2.51 was seen to die of requests cancelled within 6 ms."""
-
-_MOST_AT_ONCE = 100
-# Proxies allow about so many requests on one connection; gRPC makes further ones wait.
 
 _DEFAULTS: dict[str, Any] = {
     "grpc.max_send_message_length": 2**31 - 1,
@@ -68,114 +59,6 @@ class GrpcResult(Result, tritonclient.grpc.InferResult):  # type: ignore[misc]
     """A result over gRPC."""
 
 
-class Connection:
-    """A channel, its methods, and the number of requests on their way over it."""
-
-    __slots__ = ("busy", "channel", "config", "infer", "stream", "version", "was_ready")
-
-    def __init__(self, channel: Any) -> None:
-        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        self.channel = channel
-        self.infer, self.stream = stub.ModelInfer, stub.ModelStreamInfer
-        self.config, self.version = stub.ModelConfig, stub.ServerMetadata
-        self.busy = 0
-        self.was_ready = False
-
-
-class Connections:
-    """The channels of a client for one purpose.
-
-    Args:
-        make: makes a channel.
-        shut: closes one.
-        is_ready: whether a channel is connected.
-    """
-
-    def __init__(
-        self,
-        make: Callable[[], Any],
-        shut: Callable[[Any], object],
-        is_ready: Callable[[Any], bool],
-    ) -> None:
-        self._make, self._shut, self._is_ready = make, shut, is_ready
-        self._broke = False
-        self._lock = threading.Lock()
-        self._usable: list[Connection] = []
-        self._closed = False
-
-    def take(self) -> Connection:
-        """Return a connection for one request or stream; the caller releases it afterwards.
-
-        Raises:
-            InvalidArgument: the client is closed.
-        """
-        with self._lock:
-            for connection in self._usable:
-                if connection.busy < _MOST_AT_ONCE:
-                    break
-            else:
-                if self._closed:
-                    raise InvalidArgument("this client is closed")
-                connection = Connection(self._make())
-                self._usable.append(connection)
-            connection.busy += 1
-        return connection
-
-    def broke(self) -> bool:
-        """Return whether a connection has broken since the last call. It takes a microsecond."""
-        for connection in self._usable:
-            ready = self._is_ready(connection.channel)
-            if connection.was_ready and not ready:
-                self._broke = True
-            connection.was_ready = ready
-        broke, self._broke = self._broke, False
-        return broke
-
-    def retire(self, connection: Connection) -> None:
-        """Send nothing more over a connection, since a request on it was not answered."""
-        self._broke = True
-        with self._lock:
-            if connection in self._usable:
-                self._usable.remove(connection)
-
-    def failed(self, connection: Connection, error: Any, url: str) -> InferenceServerException:
-        """Return tritonclient's exception for gRPC's; if no answer came, retire the connection."""
-        found = _explained(error)
-        if unreachable(found, url):
-            self.retire(connection)
-        return found
-
-    def release(self, connection: Connection) -> None:
-        """Note that a request is over; close a retired connection after its last request."""
-        connection.was_ready = True
-        with self._lock:
-            connection.busy -= 1
-            last = not connection.busy and connection not in self._usable
-        if last:
-            self._shut(connection.channel)
-
-    def give_up(self, connection: Connection, error: BaseException) -> None:
-        """Retire a connection on which a request could not begin.
-
-        Raises:
-            Unavailable: the system refuses a thread.
-        """
-        self.retire(connection)
-        if isinstance(error, RuntimeError | MemoryError) and not isinstance(error, CidError):
-            # gRPC would wait for that thread for ever when the channel is closed or collected.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection.channel))
-            raise Unavailable(f"no thread can be started: {error}") from error
-
-    def close(self) -> None:
-        """Close the connections, each after its last request."""
-        with self._lock:
-            self._closed = True
-            idle = [connection for connection in self._usable if not connection.busy]
-            self._usable.clear()
-        for connection in idle:
-            self._shut(connection.channel)
-
-
 class Calls:
     """The messages and channels of the blocking and of the asyncio transport.
 
@@ -194,7 +77,8 @@ class Calls:
         found = check_options(tritonclient.grpc.InferenceServerClient, address, options)
         self.url, self.target = address.url, address.target
         self.verbose = found["verbose"]
-        self.metadata = _metadata(headers)
+        self.headers = _metadata(headers)
+        self.route: Route = lambda: None
         arguments = {**_DEFAULTS, **_keepalive(found["keepalive_options"])}
         if found["channel_args"] is not None:
             arguments = dict(found["channel_args"])
@@ -205,6 +89,15 @@ class Calls:
             if address.tls:
                 self.arguments.append(("grpc.ssl_target_name_override", address.name))
         self.credentials = found["creds"] or (_credentials(found) if address.tls else None)
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """The headers of each request but OPEN."""
+        return self._routed(self.headers)
+
+    def _routed(self, headers: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+        number = self.route()
+        return headers if number is None else (*headers, (protocol.ROUTE_HEADER, str(number)))
 
     def channel(self, library: Any) -> Any:
         """Return a new channel of ``grpc`` or ``grpc.aio``."""
@@ -270,10 +163,8 @@ class Calls:
         if self.verbose and not secret:
             print(request)
         beside: dict[str, Any] = {}
-        if headers is not None:
-            beside["metadata"] = _metadata(headers)
-        elif self.metadata:
-            beside["metadata"] = self.metadata
+        if metadata := self._routed(self.headers if headers is None else _metadata(headers)):
+            beside["metadata"] = metadata
         if compression_algorithm is not None:
             beside["compression"] = _compression(compression_algorithm)
         return request, beside
@@ -281,7 +172,10 @@ class Calls:
     def manager_request(self, model: str, request: protocol.Request) -> tuple[Any, dict[str, Any]]:
         """Return the message and gRPC's arguments for a request to the manager."""
         arguments = encode(LIBRARY, request)
-        return self.request(model, arguments.pop("inputs"), secret=True, **arguments)
+        found = self.request(model, arguments.pop("inputs"), secret=True, **arguments)
+        if request.operation is Operation.OPEN:  # any server may answer it
+            found[1]["metadata"] = self.headers
+        return found
 
     def config_request(self, model: str) -> tuple[Any, dict[str, Any]]:
         """Return the message and gRPC's arguments that ask for a configuration."""
@@ -302,13 +196,6 @@ def read_config(answer: Any) -> Mapping[str, Any]:
     """Return a configuration as JSON."""
     config: Mapping[str, Any] = MessageToDict(answer, preserving_proto_field_name=True)["config"]
     return config
-
-
-def _explained(error: Any) -> InferenceServerException:
-    """Return tritonclient's exception for an exception of gRPC, as tritonclient does."""
-    code = error.code()
-    text = error.details() or ""
-    return InferenceServerException(text, str(code), error.debug_error_string())
 
 
 _NAME = re.compile(r"[0-9a-z_.-]+")  # of gRPC's metadata
@@ -383,6 +270,15 @@ class GrpcBase:
         )
         self.broke = self._sequences.broke
 
+    @property
+    def route(self) -> Route:
+        """See `Transport`."""
+        return self._calls.route
+
+    @route.setter
+    def route(self, route: Route) -> None:
+        self._calls.route = route
+
 
 class StreamBase:
     """A `Stream`, without the thread or task that reads its answers.
@@ -400,6 +296,7 @@ class StreamBase:
         self, connections: Connections, calls: Calls, receive: Receive, queue: Any
     ) -> None:
         self.over = False
+        self._trouble = ""  # why it broke
         self._connections, self._calls, self._receive = connections, calls, receive
         self._queue = queue
         self._connection = connections.take()
@@ -407,7 +304,9 @@ class StreamBase:
     def send(self, model: str, inputs: list[Any], /, **options: Any) -> None:
         request, _ = self._calls.request(model, inputs, **options)
         if self.over:
-            raise Unavailable(f"the stream to {self._calls.url} broke: open a new sequence")
+            raise Unavailable(
+                f"the stream to {self._calls.url} broke{self._trouble}; open a new sequence"
+            )
         self._queue.put_nowait(request)
 
     def end(self) -> None:
@@ -441,7 +340,8 @@ class StreamBase:
             details = getattr(failure, "details", None)
             text = details() if callable(details) else str(failure)
             first = str(text or type(failure).__name__).splitlines()[0]
-            error = Unavailable(f"the stream to {url} broke: {first}")
+            self._trouble = f": {first}"
+            error = Unavailable(f"the stream to {url} broke{self._trouble}")
         self.over = True
         with contextlib.suppress(RuntimeError):  # the event loop is closed
             self._queue.put_nowait(None)  # gRPC's sending thread or task ends

@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 from ...errors import InvalidArgument
+from ...protocol import ROUTE_HEADER
 from .fork_guard import ForkGuard
 from .sequence import SequenceCore
 
@@ -67,6 +68,12 @@ class SequenceHandle(ForkGuard):
     def server(self) -> str:
         """The URL of the server that the sequence is on."""
         return str(self._begun.runner.transport.url)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers that your own requests of the sequence need behind a proxy; may be empty."""
+        number = self._begun.runner.transport.route()
+        return {} if number is None else {ROUTE_HEADER: str(number)}
 
     @property
     def state(self) -> str:

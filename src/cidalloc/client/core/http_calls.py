@@ -14,11 +14,22 @@ import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
 from ... import protocol
+from ...codes import Operation
 from ...errors import InvalidArgument, ProtocolError
+from ...protocol import ROUTE_HEADER
 from .arguments import check_headers
 from .result import Result
 from .tensors import Library
-from .transport import STRANGE, Address, Receive, Stream, boottime, encode
+from .transport import (
+    STRANGE,
+    Address,
+    Receive,
+    Route,
+    Stream,
+    boottime,
+    encode,
+    without_tags,
+)
 
 __all__ = ["IDLE_S", "HttpAnswer", "HttpBase", "HttpCall", "HttpResult"]
 
@@ -38,12 +49,18 @@ class HttpCall(NamedTuple):
     """A request to send.
 
     Attributes:
+        url: the server.
         data: the whole request, head and body.
         shown: print the answer.
     """
 
+    url: str
     data: bytes
     shown: bool = False
+
+    def unlike(self, what: object) -> ProtocolError:
+        """Return the error for an answer that is not Triton's, for example a page of a proxy."""
+        return ProtocolError(f"{self.url} answers unlike Triton: {without_tags(str(what))}")
 
 
 class HttpAnswer:
@@ -131,18 +148,19 @@ class HttpAnswer:
                 content_encoding=None if encoding is None else encoding.decode("latin-1"),
             )
         except STRANGE as error:
-            raise ProtocolError(f"an answer unlike Triton's: {error!r}") from error
+            page = body[:200].decode(errors="replace")
+            raise call.unlike(page if "<" in page else repr(error)) from error
         return result
 
-    def json(self) -> dict[str, Any]:
+    def json(self, call: HttpCall) -> dict[str, Any]:
         """Return a JSON object; raises what `result` does."""
         body = self._checked()
         try:
             found = json.loads(body)
         except STRANGE as error:
-            raise ProtocolError(f"an answer unlike Triton's: {error!r}") from error
+            raise call.unlike(body[:200].decode(errors="replace")) from error
         if not isinstance(found, dict):
-            raise ProtocolError("an answer unlike Triton's: it is not a JSON object")
+            raise call.unlike("not with a JSON object")
         return found
 
 
@@ -171,6 +189,7 @@ class HttpBase:
         self._target = f"{address.name}:{port}" if address.name else address.target
         self._root = f"{address.path}/v2"
         self._headers = self._checked(headers)
+        self.route: Route = lambda: None
         self._verbose = verbose
         self._broke = False
 
@@ -207,9 +226,13 @@ class HttpBase:
         request_compression_algorithm: str | None = None,
         response_compression_algorithm: str | None = None,
         secret: bool = False,
+        anywhere: bool = False,
         **options: Any,
     ) -> HttpCall:
-        """Return the request for the arguments of tritonclient's ``infer``."""
+        """Return the request for the arguments of tritonclient's ``infer``.
+
+        A ``secret`` request is never printed. One that may go ``anywhere`` carries no route.
+        """
         body, size = _BODY(inputs, **options)
         shown = self._verbose and not secret
         if shown:
@@ -225,22 +248,30 @@ class HttpBase:
         version = f"/versions/{quote(model_version)}" if model_version else ""
         query = f"?{urlencode(query_params, doseq=True)}" if query_params else ""
         path = f"/models/{quote(model)}{version}/infer{query}"
-        return HttpCall(self._message("POST", path, sent, body), shown)
+        return HttpCall(self.url, self._message("POST", path, sent, body, anywhere), shown)
 
     def _manager_request(self, model: str, request: protocol.Request) -> HttpCall:
         arguments = encode(self.library, request)
-        # It is not printed, since it has secrets.
+        arguments["anywhere"] = request.operation is Operation.OPEN
         return self._request(model, arguments.pop("inputs"), secret=True, **arguments)
 
     def _config_request(self, model: str) -> HttpCall:
-        return HttpCall(self._message("GET", f"/models/{quote(model)}/config", self._headers))
+        path = f"/models/{quote(model)}/config"
+        return HttpCall(self.url, self._message("GET", path, self._headers))
 
     def _version_request(self) -> HttpCall:
-        return HttpCall(self._message("GET", "", self._headers))
+        return HttpCall(self.url, self._message("GET", "", self._headers))
 
     def _message(
-        self, method: str, path: str, headers: Mapping[str, Any], body: bytes = b""
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, Any],
+        body: bytes = b"",
+        anywhere: bool = False,
     ) -> bytes:
+        if (number := self.route()) is not None and not anywhere:
+            headers = {**headers, ROUTE_HEADER: number}
         if not any(name.lower() == "host" for name in headers):
             headers = {"Host": self._target, **headers}
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())

@@ -73,6 +73,8 @@ class Lease:
         lost_why: why the lease has ended; empty while it has not.
         pool: the manager's pool, once it is known.
         registry: the UUID of the manager's registry, once OPEN was answered.
+        slice: the number of the manager's slice, which proxies find its server by; None while it is
+            not known, once the lease was lost, and if the manager has no fixed slice.
         starved: why calls that wait for IDs have none. The cached IDs are reserved for them.
     """
 
@@ -91,6 +93,7 @@ class Lease:
         self.starved: Exhausted | None = None
         self.label, self._link, self._lost = label, link, lost
         self.registry = ""  # its UUID
+        self.slice: int | None = None
         self._sequences = self._seq = 0
         self._announcing_ms = 0  # announced by a NEW that is not answered yet
         self._most = _MOST_AT_ONCE
@@ -231,9 +234,11 @@ class Lease:
         answer = reply.output.tolist()
         if len(answer) < 5 or answer[0] != PROTOCOL:
             raise ProtocolError(f"OPEN was answered with {answer}: a manager of another version?")
-        _, generation, _, high, low, *times = answer
+        _, generation, _, high, low, *more = answer
         self.registry = str(UUID(int=high << 64 | low))
-        cooldown_ms, self.default_ms = times[:2] if len(times) >= 2 else _TIMES_MS
+        cooldown_ms, self.default_ms = more[:2] if len(more) >= 2 else _TIMES_MS
+        own_slice, slices = more[2:4] if len(more) >= 4 else (0, 0)
+        self.slice = own_slice if slices else None
         self.cache.cooldown = cooldown_ms / 1000
         # The first OPEN of this token that arrived began the session; later ones renew nothing.
         self._renewed(self.first_sent)
@@ -278,7 +283,7 @@ class Lease:
             _log.warning("%r: lost, since %s", self, why)
         self._lost.update(dict.fromkeys(self.cache.used, why))
         self.end(why)
-        self.generation = 0
+        self.generation, self.slice = 0, None
 
     @property
     def to_renew(self) -> bool:

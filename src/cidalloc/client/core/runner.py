@@ -24,20 +24,29 @@ class RunnerBase:
 
     Args:
         session: the client's session.
-        transport: the way to the server.
+        manager: the way to the manager.
         model: the name of the manager model.
+        servers: the way to the servers of the sequences; None: they are on the manager's server.
 
     Attributes:
+        transport: the way of sequences, and of the configurations of their models.
         sequences: the sequences that hold an ID.
         lock: held during each step of a flow, and while a sequence changes.
         tidier: ends sequences of dead clients; None if nobody asked for that.
     """
 
-    def __init__(self, session: Session, transport: Transport, model: str) -> None:
+    def __init__(
+        self,
+        session: Session,
+        manager: Transport,
+        model: str,
+        servers: Transport | None = None,
+    ) -> None:
         self.session = session
-        self.transport = transport
+        self.manager = manager
+        self.transport = manager if servers is None else servers
         self.model = model
-        self.now: Callable[[], float] = transport.now
+        self.now: Callable[[], float] = manager.now
         self.lock = threading.Lock()
         self.sequences: dict[SequenceCore, None] = {}
         self.tidier: Tidier | None = None
@@ -48,8 +57,18 @@ class RunnerBase:
         raise NotImplementedError
 
     def unsure(self) -> bool:
-        """Whether requests have to wait until it is known which server is there."""
-        return self.session.confirming or self.session.unsure(self.transport.broke())
+        """Whether requests have to wait until it is known which server is there.
+
+        With ``servers`` they never wait: no manager is there to ask.
+        """
+        if self.transport is not self.manager:
+            return False
+        return self.session.confirming or self.session.unsure(self.manager.broke())
+
+    @property
+    def transports(self) -> list[Transport]:
+        """All ways to servers, each once."""
+        return [self.manager] if self.transport is self.manager else [self.transport, self.manager]
 
     def drop(self, core: SequenceCore) -> None:
         """End a sequence whose handle was collected as garbage."""

@@ -167,7 +167,8 @@ class SequenceState:
     def why_forgotten(self) -> str:
         """Why Triton has forgotten the sequence, once Triton has said so."""
         return self._late or (
-            "the server was restarted or its model reloaded, or something else used this ID"
+            "the server was restarted or its model reloaded, another server got the request, or"
+            " something else used this ID"
         )
 
     def drop(self, now: float) -> None:

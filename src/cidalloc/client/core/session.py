@@ -88,6 +88,10 @@ class Session:
         """The state in a word or two."""
         return "closed" if self.closed else self.lease.state
 
+    def route(self) -> int | None:
+        """Return the slice by which proxies find the server of the current lease, if it has one."""
+        return self.lease.slice
+
     def check_open(self) -> None:
         """Raise `InvalidArgument` if the client is closed."""
         if self.closed:
@@ -471,10 +475,25 @@ class Session:
             try:
                 yield from lease.renew(deadline)
             except Unavailable as error:
-                raise SessionExpired(f"{lease.expired()}; {error}") from error
+                expired = SessionExpired(f"{lease.expired()}; {error}")
+                if lease.slice is None:
+                    raise expired from error
+                lease = yield from self._move(expired, deadline)
         if self.now() >= lease.deadline:
             slow = Unavailable("the manager takes longer to answer than the lease lasts")
             raise SessionExpired(f"{lease.expired()}; {slow}") from slow
+
+    def _move(self, expired: SessionExpired, deadline: float) -> Flow[Lease]:
+        """Open a session on whichever server a proxy chooses, and give up the one that expired."""
+        lease = self._new_lease()
+        try:
+            yield from lease.open(deadline)
+        except CidError as error:
+            raise expired from error
+        self.lease.lose(f"{expired}; a new session was opened")
+        self.lease = lease
+        self.version += 1
+        return lease
 
     def _recover(self, error: CidError, tries: int, deadline: float) -> Flow[None]:
         """Return when another try may help; raise the error if no try can help in time."""

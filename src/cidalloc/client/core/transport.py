@@ -46,6 +46,7 @@ __all__ = [
     "Address",
     "Done",
     "Receive",
+    "Route",
     "Stream",
     "Transport",
     "boottime",
@@ -57,6 +58,7 @@ __all__ = [
     "translate",
     "translating",
     "unreachable",
+    "without_tags",
 ]
 
 # Without an answer, or when tritonclient cannot read what another server than Triton answers.
@@ -87,6 +89,9 @@ Receive = Callable[[str, bool, Any, BaseException | None], None]
 the error. Without an ID, an error is for all requests that are unanswered."""
 
 
+Route = Callable[[], int | None]
+
+
 class Transport(Protocol):
     """What a client needs of a server.
 
@@ -98,7 +103,11 @@ class Transport(Protocol):
         url: the server, as errors name it.
         library: what tritonclient has for its protocol.
         streams: whether it has streams: it is gRPC.
+        route: returns the number that each request but OPEN carries in `protocol.ROUTE_HEADER`;
+            None: they carry no such header. A client sets it.
     """
+
+    route: Route
 
     @property
     def streams(self) -> bool: ...
@@ -303,13 +312,18 @@ def unreachable(error: BaseException, url: str) -> Unavailable | None:
     """Return our error if ``error`` means that no answer came; None if Triton answered it."""
     if isinstance(error, InferenceServerException):
         text, status = error.message() or "", error.status()
-        away = status in _NO_ANSWER_STATUS or "RST_STREAM" in text
+        away = status in _NO_ANSWER_STATUS or _GRPC_CUT.search(text) is not None
         away = away or (status == "StatusCode.UNAVAILABLE" and _GRPC_AWAY.search(text) is not None)
         away = away or (status == "503" and _NOT_TRITON.search(text) is not None)
-        return Unavailable(f"no answer from {url}: {text}") if away else None
+        return Unavailable(f"no answer from {url}: {without_tags(text)}") if away else None
     if isinstance(error, _NO_ANSWER) and not foreign(error):
         return Unavailable(f"no answer from {url}: {error or type(error).__name__}")
     return None
+
+
+def without_tags(text: str) -> str:
+    """Return the words of a page of HTML."""
+    return " ".join(re.sub("<[^>]*>", " ", text).split())
 
 
 _NO_ANSWER = (OSError, http.client.HTTPException, asyncio.TimeoutError, ssl.SSLError)
@@ -318,10 +332,14 @@ _NO_ANSWER_STATUS = {"StatusCode.DEADLINE_EXCEEDED", "StatusCode.CANCELLED"}
 _NO_ANSWER_STATUS |= {"408", "429", "502", "504"}
 # Texts of gRPC itself, and not of the server, with the status UNAVAILABLE.
 _GRPC_AWAY = re.compile(
-    "failed to connect|connection|socket|GOAWAY|keepalive|DNS|name resolution|Broken pipe", re.I
+    "failed to connect|connection|socket|GOAWAY|keepalive|DNS|name resolution|Broken pipe"
+    f"|http2 header|{protocol.ROUTE_HEADER}",  # the last two: of proxies
+    re.I,
 )
+# The same with any status.
+_GRPC_CUT = re.compile("RST_STREAM|Stream removed")
 # A proxy's page, and the error of tritonclient's asyncio client for it.
-_NOT_TRITON = re.compile("<html|while decoding the response", re.I)
+_NOT_TRITON = re.compile(f"<html|while decoding the response|{protocol.ROUTE_HEADER}", re.I)
 
 
 def translate(error: Exception, model: str, url: str) -> CidError:
@@ -344,7 +362,7 @@ def translate(error: Exception, model: str, url: str) -> CidError:
     if kind is Unavailable:
         return Unavailable(f"no answer from {url}: {text}")
     if kind is ProtocolError:
-        return ProtocolError(f"unexpected answer from {url}: {error}")
+        return ProtocolError(f"unexpected answer from {url}: {without_tags(str(error))}")
     return kind(text)
 
 

@@ -48,6 +48,9 @@ class Client(Base):
         tidy: for each model named, inputs of END. While its session is open, the client sends END
             for sequences on these models whose clients have died, in the background and over gRPC.
             These inputs are also the default of ``end_inputs`` of `sequence`.
+        servers: URL of the models' servers, if ``url`` is only the manager's. Sequences go there,
+            and the configurations of their models are read there, with the same headers and
+            options. Through a load balancer use ``streaming=True``. Not together with ``tidy``.
         options: further arguments of tritonclient's ``InferenceServerClient``, such as TLS options.
 
     Raises:

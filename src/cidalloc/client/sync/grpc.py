@@ -13,13 +13,12 @@ from ... import protocol
 from ..core.grpc_calls import (
     SHORT_S,
     Calls,
-    Connection,
-    Connections,
     GrpcBase,
     GrpcResult,
     StreamBase,
     read_config,
 )
+from ..core.grpc_connections import Connection, Connections
 from ..core.transport import (
     Address,
     Done,

@@ -61,11 +61,13 @@ class HttpTransport(HttpBase):
 
     def model_config(self, model: str, timeout: float) -> Mapping[str, Any]:
         with translating(model, self.url):
-            return self._send(self._config_request(model), timeout).json()
+            call = self._config_request(model)
+            return self._send(call, timeout).json(call)
 
     def server_version(self, timeout: float) -> str:
         with translating("", self.url):
-            return str(self._send(self._version_request(), timeout).json().get("version", ""))
+            call = self._version_request()
+            return str(self._send(call, timeout).json(call).get("version", ""))
 
     def submit(
         self, limit: float, model: str, inputs: list[Any], done: Done, /, **options: Any
@@ -122,7 +124,7 @@ class HttpTransport(HttpBase):
         return connected
 
     def _closed_by_server(self) -> bool:
-        return any(connection.poll.poll(0) for connection in tuple(self._idle))
+        return any(connection.is_over() for connection in tuple(self._idle))
 
     def _take(self) -> _Connection | None:
         """Return an idle connection that the server has not closed."""
@@ -134,7 +136,7 @@ class HttpTransport(HttpBase):
                 old.append(self._idle.pop(0))
             while found is None and self._idle:
                 connection = self._idle.pop()
-                if connection.poll.poll(0):  # there is something to read: its end
+                if connection.is_over():
                     old.append(connection)
                 else:
                     found = connection
@@ -157,8 +159,16 @@ class _Connection:
     def __init__(self, connected: socket.socket) -> None:
         self.socket = connected
         self.idle_since = 0.0
-        self.poll = select.poll()
-        self.poll.register(connected, select.POLLIN)
+        self._poll = select.poll()
+        self._poll.register(connected, select.POLLIN)
+
+    def is_over(self) -> bool:
+        """Whether there is something to read while no request is on its way: its end."""
+        while True:
+            try:
+                return bool(self._poll.poll(0))
+            except RuntimeError:  # another thread looks at the same moment
+                continue
 
     def exchange(self, data: bytes, answer: HttpAnswer, until: float) -> None:
         """Send a request and read its answer; raises what `HttpTransport._send` does."""

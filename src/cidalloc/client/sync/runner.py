@@ -35,8 +35,14 @@ class Runner(RunnerBase):
 
     future: Callable[[], Future[Any]] = Future
 
-    def __init__(self, session: Session, transport: Transport, model: str) -> None:
-        super().__init__(session, transport, model)
+    def __init__(
+        self,
+        session: Session,
+        manager: Transport,
+        model: str,
+        servers: Transport | None = None,
+    ) -> None:
+        super().__init__(session, manager, model, servers)
         self._changed = threading.Condition(self.lock)
         self._heartbeat: threading.Thread | None = None
         self._tidying: threading.Thread | None = None
@@ -138,7 +144,8 @@ class Runner(RunnerBase):
                 heartbeat = self._heartbeat
                 if heartbeat is not None and heartbeat is not threading.current_thread():
                     heartbeat.join(HURRY_S)
-                self.transport.close()
+                for transport in self.transports:
+                    transport.close()
 
     def _keep(self) -> None:
         self.run(self.session.heartbeat())
@@ -188,7 +195,7 @@ class Runner(RunnerBase):
                 return Reply(config=config)
             if isinstance(effect, ServerVersion):
                 return Reply(detail=self.transport.server_version(effect.timeout))
-            output, detail = self.transport.call(self.model, effect.request, effect.timeout)
+            output, detail = self.manager.call(self.model, effect.request, effect.timeout)
             return Reply(output, detail)
         except CidError as error:
             return Reply(error=error)

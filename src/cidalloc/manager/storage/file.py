@@ -21,7 +21,6 @@ from ...errors import (
     InvalidArgument,
     RegistryCorrupt,
     RegistryLocked,
-    RegistryMismatch,
     Unavailable,
 )
 from ._mapping import Mapping
@@ -36,6 +35,7 @@ from .file_format import (
     Word,
     checked,
     fill_header,
+    mismatch,
     read_checked,
     shape_of,
 )
@@ -80,15 +80,15 @@ class Storage:
         return cls(header, shape, -1, None)
 
     @classmethod
-    def open(cls, path: Path, shape: Shape | None, *, boot: bytes, waiting_ms: int = 0) -> Storage:
+    def open(cls, path: Path, shape: Shape | None, *, boot: bytes, issues_from: int = 0) -> Storage:
         """Return the storage in the file at `path`; make the file if it does not exist.
 
         Args:
             path: the file; its folder is made, too, for this user alone.
-            shape: the pool. An existing file must have the same IDs; their order may differ. With
-                None any pool will do, and no file is made.
+            shape: the pool. An existing file must fit it, see `Shape.fits`. With None any pool
+                will do, and no file is made.
             boot: 16 bytes that identify this boot of the machine.
-            waiting_ms: if the file is made: milliseconds during which no ID may be issued.
+            issues_from: if the file is made: the time before which no ID may be issued.
 
         Raises:
             RegistryLocked: another process writes the file.
@@ -103,7 +103,7 @@ class Storage:
             except FileNotFoundError:
                 if shape is None:
                     raise InvalidArgument(f"there is no registry at {path}") from None
-                _create(path, shape, boot, waiting_ms)
+                _create(path, shape, boot, issues_from)
                 continue
             except OSError as error:
                 raise _unusable(path, error) from None
@@ -141,7 +141,7 @@ class Storage:
 
     @staticmethod
     def expect(path: Path, shape: Shape) -> None:
-        """Check that the file at `path` has this pool. The file is only read.
+        """Check that the file at `path` fits this pool. The file is only read.
 
         Raises:
             RegistryCorrupt, RegistryMismatch: as `open`.
@@ -287,12 +287,12 @@ def enlarge(path: Path, capacity: int) -> Shape:
         store.close()
 
 
-def _create(path: Path, shape: Shape, boot: bytes, waiting_ms: int) -> None:
+def _create(path: Path, shape: Shape, boot: bytes, issues_from: int) -> None:
     """Make the file, unless another process is faster. It appears at `path` when it is complete."""
     _make_folder(path.parent)
     draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        _fill(draft, shape, path, boot, waiting_ms)
+        _fill(draft, shape, path, boot, issues_from)
         with suppress(FileExistsError):
             os.link(draft, path)
         if path.is_symlink() and not path.exists():
@@ -304,7 +304,7 @@ def _create(path: Path, shape: Shape, boot: bytes, waiting_ms: int) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _fill(draft: Path, shape: Shape, path: Path, boot: bytes, waiting_ms: int) -> None:
+def _fill(draft: Path, shape: Shape, path: Path, boot: bytes, issues_from: int) -> None:
     fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.posix_fallocate(fd, 0, GRANULE)
@@ -315,12 +315,8 @@ def _fill(draft: Path, shape: Shape, path: Path, boot: bytes, waiting_ms: int) -
         os.close(fd)
         raise
     try:
-        if waiting_ms:
-            # As after a power cut: all IDs that may have been issued cool first.
-            store.header[Word.HORIZON] = waiting_ms
-            store._grow_to(Part.RECORDS, shape.granules)
-        else:
-            store.boot = boot
+        store.header[Word.ISSUES_FROM] = issues_from
+        store.boot = boot
         store.sync()
     finally:
         store.close()
@@ -354,12 +350,8 @@ def _check(
         raise RegistryCorrupt(f"{path} is too short for a registry: {status.st_size} bytes")
     header = memoryview(bytearray(os.pread(fd, HEADER_BYTES, 0))).cast("Q")
     shape = shape_of(header, path)
-    if wanted is not None and (wanted.first, wanted.capacity) != (shape.first, shape.capacity):
-        raise RegistryMismatch(
-            f"{path} holds a pool with first={shape.first}, capacity={shape.capacity}, and not"
-            f" first={wanted.first}, capacity={wanted.capacity}: change the settings back, or"
-            f" enlarge the pool with 'cidalloc registry upgrade --capacity N {path}'"
-        )
+    if wanted is not None and not wanted.fits(shape):
+        raise mismatch(path, shape, wanted)
     rows, records = (part.place + (read_checked(header, part) or 0) * GRANULE for part in Part)
     if status.st_size < records:
         raise RegistryCorrupt(

@@ -11,7 +11,7 @@ import secrets
 import struct
 import uuid
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from ...errors import CidError, RegistryCorrupt, RegistryMismatch
 from ...protocol import IDs
+from .. import slices
 
 __all__ = [
     "FORMAT",
@@ -26,6 +27,7 @@ __all__ = [
     "HEADER_BYTES",
     "MAX_CAPACITY",
     "MAX_ROWS",
+    "NEW_FILE",
     "RECORD",
     "ROW",
     "Part",
@@ -33,6 +35,7 @@ __all__ = [
     "Word",
     "checked",
     "fill_header",
+    "mismatch",
     "read_checked",
     "shape_of",
 ]
@@ -49,6 +52,12 @@ MAX_ROWS = 1 << 20
 """Rows that the file has room for."""
 MAX_CAPACITY = 1 << 38
 """The most IDs in a pool."""
+
+NEW_FILE = (
+    "let the manager make a new file: drain the server ('cidalloc drain {0} --wait 10m'), stop it,"
+    " move its file away ('mv {0} {0}.old'), and start it with the new settings"
+)
+"""How to change the pool of a manager with the file at a path."""
 
 _MAGIC = int.from_bytes(b"CIDALLOC", "little")
 _ETERNITY_MS = 2**50  # no time in the header is as long
@@ -79,7 +88,8 @@ class Word(IntEnum):
     REQUESTER = 20  # the same of the process that waits for the file
     DRAIN = 21  # by the command `cidalloc drain`: which server is being drained, see drain.py
     DRAIN_SEEN = 22  # the writer's answer: the same, or 0 if it is not being drained
-    END = 23
+    ISSUES_FROM = 23  # a registry without a past waits until then; 0 once it has issued IDs
+    END = 24
 
 
 HEADER_BYTES = Word.END * 8
@@ -114,15 +124,23 @@ class Shape:
         first, capacity: the pool.
         modulus: the capacity that the pool was made with; the same as ``capacity`` by default.
         offset: less than ``modulus``.
+        slice: the setting that this pool is for; a file does not tell it.
     """
 
     first: int
     capacity: int
     modulus: int = 0
     offset: int = 0
+    slice: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modulus", self.modulus or self.capacity)
+
+    def fits(self, found: Shape) -> bool:
+        """Tell whether the pool of a file has these IDs, in any order; or is any random slice."""
+        if self.slice == slices.RANDOM:
+            return slices.is_random(found.first, found.capacity)
+        return (self.first, self.capacity) == (found.first, found.capacity)
 
     def ids(self, numbers: IDs) -> IDs:
         """Return the IDs that the allocator has under these numbers of its own."""
@@ -216,3 +234,20 @@ def shape_of(header: memoryview, path: Path) -> Shape:
     if not sound or capacity is None:
         raise RegistryCorrupt(f"{path}: its header is damaged")
     return Shape(first, capacity, modulus, offset)
+
+
+def mismatch(path: Path, found: Shape, wanted: Shape) -> RegistryMismatch:
+    """Return the error that the file at a path does not fit the pool that is wanted."""
+    pool, way = f"first={wanted.first}, capacity={wanted.capacity}", NEW_FILE.format(path)
+    if wanted.slice:
+        pool = (
+            "a random slice"
+            if wanted.slice == slices.RANDOM
+            else f"{pool}, the slice {wanted.slice}"
+        )
+    elif wanted.first == found.first and wanted.capacity > found.capacity:
+        way = f"enlarge the pool with 'cidalloc registry upgrade --capacity N {path}'"
+    return RegistryMismatch(
+        f"{path} holds a pool with first={found.first}, capacity={found.capacity}, and not {pool}:"
+        f" change the settings back, or {way}"
+    )
