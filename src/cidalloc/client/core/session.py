@@ -58,7 +58,8 @@ class Session:
         abandoned: the client was collected as garbage.
         suspected: a connection broke, and another server may have its address since then.
         confirming: therefore the heartbeat renews the lease, and requests of sequences wait.
-        trouble: why that failed.
+        doubts: how many times that began.
+        trouble: why it failed the last time.
         on_confirmed: is called when it is over.
     """
 
@@ -70,6 +71,7 @@ class Session:
         self.closed = False
         self.abandoned = False
         self.suspected = self.confirming = False
+        self.doubts = 0
         self.trouble: CidError | None = None
         self.on_confirmed: Callable[[], object] = lambda: None
         self._new_lease = partial(Lease, link, label, ahead, lost={})
@@ -280,6 +282,7 @@ class Session:
                 if lease.to_renew or confirming:
                     yield from lease.renew(deadline)
                     self._confirmed(confirming, None)
+                    confirming = False  # whatever fails now
                     yield from self._check_models(deadline)
                 else:
                     yield from self._in_turn(self._maintain(deadline), deadline)
@@ -305,6 +308,7 @@ class Session:
         self.suspected = self.suspected or broke
         if self.suspected and self.lease.opened and not self.confirming:
             self.confirming, self.trouble = True, None
+            self.doubts += 1
             self.lease.retry_at = NEVER
         return self.confirming
 
