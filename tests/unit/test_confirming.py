@@ -131,7 +131,7 @@ def test_what_fails_after_the_renewal_is_no_doubt() -> None:
     session = world.session()
     world.acquire(session)
     session.models.to_check["model"] = 60.0
-    world.idle["model"] = 50.0  # which has to be announced
+    world.idle["model"] = 500.0  # which has to be announced
     assert session.unsure(True)
     heartbeat = session.heartbeat()
     effect = next(heartbeat)

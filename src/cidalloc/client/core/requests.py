@@ -289,7 +289,7 @@ class Requests:
                 with self.runner.lock:
                     now = self.check_lease()
                     if (trouble := self._refusal(request)) is not None:
-                        raise trouble
+                        raise type(trouble)(str(trouble)) from trouble  # each its own
                     self.state.goes_out(now)
                     self._allow(now, request.timeout)
             limit = max(request.until - self.runner.now(), 0.001) + SLACK_S
