@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 import time
 from concurrent.futures import wait
 from types import SimpleNamespace
@@ -11,12 +13,16 @@ import grpc
 import pytest
 from loopback import Loopback
 from simulation import World
+from test_http_faults import server
 from test_sequence_faults import SETTINGS, Model
 
 from cidalloc.client import Client
+from cidalloc.client.asyncio.http import AsyncHttpTransport
 from cidalloc.client.core.effects import Idle, Reply, Send
 from cidalloc.client.core.grpc_calls import Connections
+from cidalloc.client.core.transport import boottime, parse_url
 from cidalloc.client.sync import grpc as sync_grpc
+from cidalloc.client.sync.http import HttpTransport, _Connection
 from cidalloc.codes import Operation
 from cidalloc.errors import Unavailable
 from cidalloc.manager.settings import Settings
@@ -55,6 +61,7 @@ def test_a_request_that_waits_for_its_turn_when_a_connection_breaks() -> None:
     model = Breaking()
     with Client(transport=model) as cids, cids.sequence("model", timeout=5) as sequence:
         sequence.infer([])
+        cids._runner.run(cids._session.lease.renew(cids._deadline()))  # its model is announced
         model.hold = True
         first, second = sequence.async_infer([]), sequence.async_infer([])
         model.notes.clear()
@@ -62,7 +69,7 @@ def test_a_request_that_waits_for_its_turn_when_a_connection_breaks() -> None:
         model.held.pop(0)(None, ConnectionError("reset"))
         assert isinstance(first.exception(1.0), Unavailable)
         second.result(3.0)
-        assert model.notes[:2] == ["RENEW", "infer"]
+        assert "RENEW" in model.notes[: model.notes.index("infer")], "it was sent at once"
 
 
 def test_a_failure_counts_for_the_requests_that_waited_for_it() -> None:
@@ -165,3 +172,63 @@ def test_a_name_that_no_model_can_have_does_not_end_the_session() -> None:
         cids.sequence("", check=False, cooldown=1.0).close()
         time.sleep(0.7)
         cids._runner.run(cids._session.lease.renew(cids._deadline()))
+
+
+def keep_alive(found: socket.socket) -> None:
+    """Answer until a request says to close the connection a while later."""
+    while data := found.recv(2**16):
+        found.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        if b"/last/" in data:
+            return
+
+
+def test_a_closed_connection_is_noticed_once() -> None:
+    """And not again with each request while another connection is in use."""
+    with server(keep_alive) as url:
+        transport = HttpTransport(parse_url(url), None, {})
+        first, second = transport._connect(boottime() + 5), transport._connect(boottime() + 5)
+        for each in (first, second):
+            transport._give_back(_Connection(each), True)
+        first.sendall(b"GET /last/ HTTP/1.1\r\n\r\n")
+        first.recv(2**16)
+        assert first.recv(1, socket.MSG_PEEK) == b"", "the server has closed it"
+        assert transport.broke()
+        assert not transport.broke()
+        transport.server_version(5.0)
+        assert not transport.broke()
+        transport.close()
+
+
+def test_a_closed_connection_is_noticed_once_in_asyncio() -> None:
+    async def main(url: str) -> None:
+        transport = AsyncHttpTransport(parse_url(url), None, {})
+        both = [await transport._connect() for _ in range(2)]
+        for each in both:
+            each.idle_since = boottime()
+        transport._idle += both
+        await both[0].exchange(b"GET /last/ HTTP/1.1\r\n\r\n", 5.0)
+        while not both[0].over:
+            await asyncio.sleep(0.01)
+        assert transport.broke()
+        assert not transport.broke()
+        await transport.server_version(5.0)
+        assert not transport.broke()
+        await transport.close()
+
+    with server(keep_alive) as url:
+        asyncio.run(main(url))
+
+
+def test_a_connection_that_breaks_while_others_are_looked_at() -> None:
+    """Looking releases the interpreter's lock, so another thread's request may fail just then."""
+
+    class Meanwhile(HttpTransport):
+        def _closed_by_server(self) -> bool:
+            if self._idle:
+                self._idle.clear()
+                self._broke = True
+            return False
+
+    transport = Meanwhile(parse_url("http://127.0.0.1:1"), None, {})
+    transport._idle.append(None)  # type: ignore[arg-type]
+    assert transport.broke() or transport.broke()
