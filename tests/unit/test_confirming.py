@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import time
 from concurrent.futures import wait
@@ -156,6 +157,22 @@ def test_what_fails_after_the_renewal_is_no_doubt() -> None:
     heartbeat.send(world.perform(effect))
     assert not session.confirming and not session.suspected
     heartbeat.close()
+
+
+@pytest.mark.parametrize("heartbeat", [False, True])
+def test_a_connection_that_breaks_during_the_renewal(heartbeat: bool) -> None:
+    """Another server may have the address since then."""
+    world = World(SETTINGS)
+    session = world.session()
+    world.acquire(session)
+    session.unsure(True)
+    flow = session.heartbeat() if heartbeat else session.confirm(world.now + 5.0, True)
+    effect = next(flow)
+    session.suspect(True)
+    with contextlib.suppress(StopIteration):
+        flow.send(world.perform(effect))  # type: ignore[arg-type]
+    assert session.suspected
+    flow.close()
 
 
 def test_a_channel_that_another_thread_has_just_closed() -> None:

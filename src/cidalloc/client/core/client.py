@@ -229,7 +229,7 @@ class Base(ForkGuard):
         In a fleet that is so after each `_HEARD_S` without an answer, and one try has to be enough.
         """
         session, alone = self._session, self._connect_s is None
-        session.suspected = session.suspected or self._transport.broke()
+        session.suspect(self._transport.broke())
         unheard = not alone and session.now() >= session.link.heard_at + _HEARD_S
         if unheard or (session.suspected and session.lease.opened):
             yield from session.confirm(deadline, alone)

@@ -175,7 +175,7 @@ class FleetBase(ForkGuard):
         if self._subset is not None:
             urls = sorted(urls, key=self._rank)[: self._subset]
         with self._lock:
-            known = {each.url: each for each in (*self._leaving, *self._servers.values())}
+            known = {str(each.url): each for each in (*self._leaving, *self._servers.values())}
             left = self._servers.keys() - urls
             self._servers = {url: known.pop(url, None) or FleetServer(url) for url in urls}
             self._leaving = list(known.values())
