@@ -104,6 +104,48 @@ def test_all_that_wait_fail_together() -> None:
         assert "infer" not in model.notes[:-1]
 
 
+@pytest.mark.parametrize("away", [False, True])
+def test_a_new_stream_for_the_end(away: bool) -> None:
+    """The first one broke: START and END must not reach a sequence of another server."""
+
+    class Stream:
+        over = False
+
+        def __init__(self, receive: Any) -> None:
+            self._receive = receive
+
+        def send(self, _: str, __: Any, /, request_id: str = "", **options: Any) -> None:
+            model.sent.append(options)
+            self._receive(request_id, True, SimpleNamespace(get_response=dict), None)
+
+        def end(self) -> None:
+            self.over = True
+
+        cut = end
+
+    class Streaming(Breaking):
+        def open_stream(self, receive: Any, /) -> Any:
+            self.notes.append("stream")
+            self.streams.append(Stream(receive))
+            return self.streams[-1]
+
+    model = Streaming()
+    model.streams = []  # type: ignore[attr-defined]
+    with Client(transport=model) as cids:
+        sequence = cids.sequence("model", streaming=True, timeout=5, end_inputs=[])
+        sequence.infer([])
+        sequence._core.state.lose()  # Triton has forgotten it
+        model.streams[0].over = True  # type: ignore[attr-defined]
+        model.is_broken, model.away = True, away
+        model.notes.clear()
+        model.sent.clear()
+        sequence.close()
+        assert len(model.sent) == (not away)
+        found = model.notes
+        assert "RENEW" in found[: found.index("stream")] if not away else "stream" not in found
+        model.away = False
+
+
 def test_a_random_id_needs_no_manager() -> None:
     model = Breaking()
     with Client(transport=model, fallback="random", timeout=0.2) as cids:

@@ -155,6 +155,12 @@ def test_a_task_that_is_cancelled_during_the_last_check(fake: FakeTriton) -> Non
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("kind", [Fleet, AsyncFleet])
+def test_no_random_ids_on_servers_that_do_not_answer(kind: Any) -> None:
+    with pytest.raises(InvalidArgument, match="fallback"):
+        kind(["a:1"], fallback="random")
+
+
 def test_options_of_http_with_a_name() -> None:
     Fleet("dns:https://triton.test", concurrency=2).close()
 

@@ -137,7 +137,7 @@ class FleetBase(ForkGuard):
         self._choose, self._options = choose, options
         self._rng = random.SystemRandom()
         self._id = str(options.get("label") or uuid.uuid4())
-        self._servers: dict[str, FleetServer] = {}
+        self._servers: dict[ServerUrl, FleetServer] = {}
         self._leaving: list[FleetServer] = []  # not in the fleet any more, but may be in use
         self._resolved_at = NEVER
         self._name: Address | None = None
@@ -175,12 +175,12 @@ class FleetBase(ForkGuard):
         if self._subset is not None:
             urls = sorted(urls, key=self._rank)[: self._subset]
         with self._lock:
-            known = {str(each.url): each for each in (*self._leaving, *self._servers.values())}
-            left = self._servers.keys() - urls
-            self._servers = {url: known.pop(url, None) or FleetServer(url) for url in urls}
-            self._leaving = list(known.values())
-            for url in left:
-                known[url].left_at = self.now()
+            before = (*self._leaving, *self._servers.values())
+            known = {each.url: each for each in before}
+            for url in self._servers.keys() - urls:
+                self._servers[url].left_at = self.now()
+            self._servers = {url: known.get(url) or FleetServer(url) for url in urls}
+            self._leaving = [each for each in before if each.url not in self._servers]
 
     def _rank(self, url: str) -> bytes:
         """Return the place of a server for this client: others have another order."""
