@@ -116,7 +116,8 @@ def test_a_new_stream_for_the_end(away: bool) -> None:
 
         def send(self, _: str, __: Any, /, request_id: str = "", **options: Any) -> None:
             model.sent.append(options)
-            self._receive(request_id, True, SimpleNamespace(get_response=dict), None)
+            found = SimpleNamespace(id=request_id, model_version="1")
+            self._receive(request_id, True, SimpleNamespace(get_response=lambda: found), None)
 
         def end(self) -> None:
             self.over = True
@@ -134,6 +135,7 @@ def test_a_new_stream_for_the_end(away: bool) -> None:
     with Client(transport=model) as cids:
         sequence = cids.sequence("model", streaming=True, timeout=5, end_inputs=[])
         sequence.infer([])
+        cids._runner.run(cids._session.lease.renew(cids._deadline()))  # its model is announced
         sequence._core.state.lose()  # Triton has forgotten it
         model.streams[0].over = True  # type: ignore[attr-defined]
         model.is_broken, model.away = True, away

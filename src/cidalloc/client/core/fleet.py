@@ -132,6 +132,8 @@ class FleetBase(ForkGuard):
         self._opened_at = caller()
         if "transport" in options:
             raise InvalidArgument("transport= is for one server: a fleet makes one for each")
+        if options.get("fallback") is not None:
+            raise InvalidArgument("fallback= is for one server: a fleet has others")
         self._connect_s = seconds("connect", connect, DAY_S)
         self._subset = None if subset is None else whole("subset", subset)
         self._choose, self._options = choose, options
