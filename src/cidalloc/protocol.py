@@ -46,6 +46,7 @@ __all__ = [
     "Request",
     "as_ids",
     "error_text",
+    "is_name",
     "parse_error",
 ]
 
@@ -187,19 +188,20 @@ def _check_parameters(parameters: Mapping[str, Any]) -> None:
         raise InvalidArgument(
             f"session is not {2 * TOKEN_BYTES} hexadecimal digits: make them at random"
         )
-    if not _is_name(parameters.get("model", MODEL)):
+    if not is_name(parameters.get("model", MODEL)):
         raise InvalidArgument(f"model is not a name of 1 to {_NAME_BYTES} bytes")
     try:
         names = json.loads(parameters.get("models", "[]"))
     except (ValueError, RecursionError):
         names = None
-    if not isinstance(names, list) or len(names) > MAX_MODELS or not all(map(_is_name, names)):
+    if not isinstance(names, list) or len(names) > MAX_MODELS or not all(map(is_name, names)):
         raise InvalidArgument(
             f"models is not a JSON list of at most {MAX_MODELS} names of 1 to {_NAME_BYTES} bytes"
         )
 
 
-def _is_name(name: object) -> bool:
+def is_name(name: object) -> bool:
+    """Whether requests may name a model so."""
     return isinstance(name, str) and 0 < len(name.encode(errors="replace")) <= _NAME_BYTES
 
 

@@ -432,6 +432,9 @@ def test_a_name_that_is_resolved_anew(
             running.close()
             left = fleet._leaving[0].client
             one(fleet)
+            assert not left._session.closed, "a sequence might just begin there"
+            now += 30.0
+            one(fleet)
             soon(lambda: left._session.closed, 5.0)
             hosts.clear()
             now += 30.0

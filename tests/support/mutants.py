@@ -65,8 +65,8 @@ MUTANTS = [
     Mutant(
         "expiry without the announced cooldown",
         "manager/registry.py",
-        "self._end(session, self._silence(session.cooldown, named))",
-        "self._end(session, self._silence(0, named))",
+        "self._end(session, self._silence(session.cooldown, bool(models)))",
+        "self._end(session, self._silence(0, bool(models)))",
         "F",
     ),
     Mutant(

@@ -87,7 +87,9 @@ class DeadIds:
         shares = np.searchsorted(_SHARES_AT_MS, now - rows["since"], side="right")
         place = list(askers).index(asker)
         mine = (rows["cid"] + shares.astype(np.uint64)) % np.uint64(len(askers)) == place
-        chosen = np.flatnonzero(mine & (shares > rows["named"]))[:count]
+        chosen = np.flatnonzero(mine & (shares > rows["named"]))
+        # Those first that were named least: there may be no time for all.
+        chosen = chosen[np.argsort(rows["named"][chosen], kind="stable")][:count]
         rows["named"][chosen] = shares[chosen]
         ids: IDs = rows["cid"][chosen]
         return ids

@@ -31,6 +31,7 @@ class AsyncFleet(FleetBase):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._tasks = Tasks()
+        self._resolving: asyncio.Task[None] | None = None
 
     def sequence(self, model: str, *, wait: float | None = None, **options: Any) -> AsyncSequence:
         """Return a sequence, which acquires an ID on one of the servers when it is entered.
@@ -49,7 +50,11 @@ class AsyncFleet(FleetBase):
                 except CidError as error:
                     self._passes(server, error)
                     continue
-                await self._check_twin(server, core)
+                try:
+                    await self._check_twin(server, core)
+                except BaseException:
+                    core.finish()
+                    raise
                 self._begins(server, core, until)
                 return core
             raise self._nobody()
@@ -71,9 +76,7 @@ class AsyncFleet(FleetBase):
     async def close(self) -> None:
         """Close the clients of all servers; see `AsyncClient.close`."""
         self._check_home()
-        self.closed = True
-        clients = [server.client for server in (*self.servers, *self._leaving) if server.client]
-        await asyncio.gather(*map(_close, clients))
+        await asyncio.gather(*map(_close, self._close()))
 
     async def __aenter__(self) -> AsyncFleet:
         self._check_open()
@@ -90,8 +93,11 @@ class AsyncFleet(FleetBase):
     async def _look_up(self) -> None:
         """Look the name up if it is time to; the first time this waits until it is done."""
         if self._resolves():
-            resolving = self._tasks.start(self._resolve())
-            await asyncio.wait({resolving}, timeout=RESOLVE_WAIT_S if self._servers else None)
+            self._resolving = self._tasks.start(self._resolve())
+            if self._servers:
+                await asyncio.wait({self._resolving}, timeout=RESOLVE_WAIT_S)
+        if not self._servers and self._resolving is not None:
+            await asyncio.wait({self._resolving})
         for client in self._left():
             self._tasks.start(_close(client))
 
@@ -101,7 +107,7 @@ class AsyncFleet(FleetBase):
         look_up = asyncio.get_running_loop().getaddrinfo
         try:
             found = await look_up(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             self._unresolved(error)
         else:
             self._resolved(list(found))
@@ -111,11 +117,12 @@ class AsyncFleet(FleetBase):
         twin = self._twin(server)
         if twin is None:
             return
-        with contextlib.suppress(CidError):  # it may have moved from there to here
+        try:
             session = twin.client._session
             await twin.client._runner.run(session.confirm(self.now() + self._connect_s, False))
+        except CidError as error:
+            twin.fails(error, self.now(), self._rng)
         if self._twin(server) is twin:
-            core.finish()
             raise self._same(server, twin)
 
 

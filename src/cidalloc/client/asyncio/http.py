@@ -122,7 +122,9 @@ class AsyncHttpTransport(HttpBase):
         return connection
 
     def _closed_by_server(self) -> bool:
-        return any(connection.over for connection in self._idle)
+        before = len(self._idle)
+        self._idle = [connection for connection in self._idle if not connection.over]
+        return len(self._idle) < before
 
     def _take(self) -> _Connection | None:
         """Return an idle connection that the server has not closed."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
-from ...errors import InvalidArgument, SessionExpired, Unavailable
+from ...errors import CidError, InvalidArgument, SessionExpired, Unavailable
 from ...protocol import MAX_COOLDOWN_MS, MAX_MODELS, MODEL, IDs, as_ids
 from .arguments import seconds
 from .effects import Flow
@@ -177,11 +177,14 @@ class Base(ForkGuard):
         until = self._until("wait", wait)
         longest = max(timeout, wait or 0.0)  # that a request may take
         patience = self._connect_s or self._timeout
+        away: CidError | None = None
         try:
-            yield from self._confirm(session.now() + patience)
-        except (Unavailable, SessionExpired):
+            most = patience if self._fallback is None else min(patience, _FALLBACK_S)
+            yield from self._confirm(session.now() + most)
+        except (Unavailable, SessionExpired) as error:
             if self._fallback is None:
                 raise
+            away = error
         if cooldown is not None:
             cooldown = seconds("cooldown", cooldown, _MAX_COOLDOWN_S, low=0.0)
         if check:
@@ -202,7 +205,9 @@ class Base(ForkGuard):
             )
         alone = self._fallback == "random" and target.highest_cid == HIGHEST_CID
         now = session.now()
-        if alone and session.lease.deadline <= now < session.link.away_until:
+        if away is not None and not alone:
+            raise away
+        if away or (alone and session.lease.deadline <= now < session.link.away_until):
             return self._random_plan(target, timeout, check)
         deadline = now + (min(patience, _FALLBACK_S) if alone else patience)
         try:
@@ -233,8 +238,7 @@ class Base(ForkGuard):
         In a fleet that is so after each `_HEARD_S` without an answer, and one try has to be enough.
         """
         session, alone = self._session, self._connect_s is None
-        broke = not self._central and self._transport.broke()
-        session.suspected = session.suspected or broke
+        session.suspect(not self._central and self._transport.broke())
         unheard = not alone and session.now() >= session.link.heard_at + _HEARD_S
         lease = session.lease
         # A proxy finds no other server before a lease that ran out is given up.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
+import re
 import socket
 import threading
 import uuid
@@ -22,6 +23,7 @@ from ...errors import (
     InvalidArgument,
     RegistryMismatch,
     RequestError,
+    SessionExpired,
     Unavailable,
 )
 from .arguments import seconds, whole
@@ -38,6 +40,8 @@ _log = logging.getLogger("cidalloc.client.fleet")
 _BACK_OFF_S = (0.2, 10.0)  # the first and the longest pause; each is twice as long as before
 _WAIT_S = 1.0  # for an ID on one server, before the others are tried again
 _RESOLVE_S = 30.0  # between two looks at a name
+_NO_ANSWER = (Unavailable, SessionExpired)
+_HOST = re.compile(r"([^:/]+|\[.+\]):\d+")
 
 RESOLVE_WAIT_S = 0.05
 """A new sequence waits so long for a look at a name, if older addresses are known: a client that
@@ -60,6 +64,7 @@ class FleetServer:
         client: the fleet's client of it; None until the first sequence goes there.
         trouble: why it was passed over when it was tried last; None if it worked.
         unique: a lease whose registry no other server had.
+        left_at: when it left the fleet, if it did.
     """
 
     def __init__(self, url: ServerUrl) -> None:
@@ -67,6 +72,7 @@ class FleetServer:
         self.client: Any = None
         self.trouble: CidError | None = None
         self.unique: Lease | None = None
+        self.left_at = NEVER
         self._failed_at = self._retry_at = NEVER
         self._tries = 0
 
@@ -84,16 +90,21 @@ class FleetServer:
         lease = None if self.client is None else self.client._session.lease
         return lease.registry if lease is not None and lease.opened else ""
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether it did not answer when it was tried last, nor since."""
+        failed = isinstance(self.trouble, _NO_ANSWER)
+        return failed and bool(self.client._session.link.heard_at <= self._failed_at)
+
     def is_usable(self, now: float) -> bool:
         """Whether it worked when it was tried last, or is to be tried again."""
         if self.trouble is None:
             return self.client is None or not self.client._session.lease.cache.draining
         if self.registry:
-            session = self.client._session
-            if session.lease.cache.draining:
+            if self.client._session.lease.cache.draining:
                 return False
-            if isinstance(self.trouble, Unavailable):  # the heartbeat finds out when it answers
-                return bool(session.link.heard_at > self._failed_at)
+            if isinstance(self.trouble, _NO_ANSWER):  # the heartbeat finds out when it answers
+                return not self.is_silent
         return now >= self._retry_at
 
     def works(self) -> None:
@@ -107,7 +118,7 @@ class FleetServer:
             pause = min(error.due_s, pause)
         self.trouble, self._failed_at, self._tries = error, now, self._tries + 1
         self._retry_at = now + pause * rng.uniform(0.5, 1.0)
-        if self.registry:
+        if self.registry and isinstance(error, _NO_ANSWER):
             self.client._session.lease.renew_at = NEVER
             self.client._runner.wake()
 
@@ -130,17 +141,19 @@ class FleetBase(ForkGuard):
         self._opened_at = caller()
         if "transport" in options:
             raise InvalidArgument("transport= is for one server: a fleet makes one for each")
+        if options.get("fallback") is not None:
+            raise InvalidArgument("fallback= is for one server: a fleet has others")
         self._connect_s = seconds("connect", connect, DAY_S)
         self._subset = None if subset is None else whole("subset", subset)
         self._choose, self._options = choose, options
         self._rng = random.SystemRandom()
         self._id = str(options.get("label") or uuid.uuid4())
-        self._servers: dict[str, FleetServer] = {}
-        self._leaving: list[FleetServer] = []  # no longer in the fleet, but with open sequences
+        self._servers: dict[ServerUrl, FleetServer] = {}
+        self._leaving: list[FleetServer] = []  # not in the fleet any more, but may be in use
         self._resolved_at = NEVER
         self._name: Address | None = None
         self._why = ""
-        self._lock = threading.Lock()
+        self._lock, self._looking = threading.Lock(), threading.Lock()
         self.now = boottime
         self.closed = False
         if isinstance(servers, str):
@@ -150,10 +163,12 @@ class FleetBase(ForkGuard):
                     " name has an address for each server"
                 )
             self._name = parse_url(servers.removeprefix("dns:"))
+            if not _HOST.fullmatch(self._name.target):
+                raise InvalidArgument(f"servers={servers!r}: write host:port after 'dns:'")
         else:
             self._set([ServerUrl(url) for url in _checked(servers)])
         # Wrong options are an error now, and not with the first sequence.
-        self._new_client(next(iter(self._servers), "localhost"), **options)
+        self._new_client(self._name.url if self._name else next(iter(self._servers)), **options)
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else ", ".join(self._servers) or "no server yet"
@@ -170,9 +185,13 @@ class FleetBase(ForkGuard):
         """Let these be the servers; with ``subset``, some of them."""
         if self._subset is not None:
             urls = sorted(urls, key=self._rank)[: self._subset]
-        before = self._servers
-        self._servers = {url: before.get(url) or FleetServer(url) for url in urls}
-        self._leaving += [each for url, each in before.items() if url not in self._servers]
+        with self._lock:
+            before = (*self._leaving, *self._servers.values())
+            known = {each.url: each for each in before}
+            for url in self._servers.keys() - urls:
+                self._servers[url].left_at = self.now()
+            self._servers = {url: known.get(url) or FleetServer(url) for url in urls}
+            self._leaving = [each for each in before if each.url not in self._servers]
 
     def _rank(self, url: str) -> bytes:
         """Return the place of a server for this client: others have another order."""
@@ -190,7 +209,7 @@ class FleetBase(ForkGuard):
         assert self._name is not None
         self._set(urls_at(self._name, found))
 
-    def _unresolved(self, error: OSError) -> None:
+    def _unresolved(self, error: OSError | UnicodeError) -> None:
         """Note that the name could not be looked up. The servers stay; it is tried again soon."""
         assert self._name is not None
         self._resolved_at = self.now() - _RESOLVE_S + _BACK_OFF_S[0]
@@ -198,12 +217,24 @@ class FleetBase(ForkGuard):
         _log.warning("%s", self._why)
 
     def _left(self) -> list[Any]:
-        """Return clients to close: of servers that left, and whose sequences have ended."""
+        """Return clients to close: of servers that left, and whose sequences have ended.
+
+        A sequence may just begin on a server that was there a moment ago.
+        """
         if not self._leaving:
             return []
-        gone = [each for each in self._leaving if not each.sequences]
-        self._leaving = [each for each in self._leaving if each.sequences]
+        latest = self.now() - _RESOLVE_S
+        with self._lock:
+            gone = [each for each in self._leaving if each.left_at <= latest and not each.sequences]
+            self._leaving = [each for each in self._leaving if each not in gone]
         return [each.client for each in gone if each.client is not None]
+
+    def _close(self) -> list[Any]:
+        """Close the fleet, and return the clients to close."""
+        with self._lock:
+            self.closed = True
+            servers = (*self._servers.values(), *self._leaving)
+        return [each.client for each in servers if each.client is not None]
 
     # ---- Where a sequence goes
 
@@ -259,6 +290,7 @@ class FleetBase(ForkGuard):
 
     def _with_client(self, server: FleetServer) -> FleetServer:
         with self._lock:
+            self._check_open()
             if server.client is None:
                 client = self._new_client(server.url, **self._options)
                 client._connect_s, client._opened_at = self._connect_s, self._opened_at
@@ -267,7 +299,8 @@ class FleetBase(ForkGuard):
 
     def _passes(self, server: FleetServer, error: CidError) -> None:
         """Note that a server takes no sequence. Raises the error if another one would not help."""
-        if isinstance(error, RequestError | Forked):
+        left = server.client._session.closed and not self.closed
+        if isinstance(error, RequestError | Forked) and not left:
             raise error
         _log.info("%s is passed over: %s", server.url, error)
         server.fails(error, self.now(), self._rng)
@@ -280,12 +313,16 @@ class FleetBase(ForkGuard):
             core.plan = core.plan._replace(wait=max(until - self.now(), 0.0))
 
     def _twin(self, server: FleetServer) -> FleetServer | None:
-        """Return another server with the same registry. It is searched once for each lease."""
+        """Return another server with the same registry; it may have moved from a silent one.
+
+        It is searched once for each lease.
+        """
         lease = server.client._session.lease
         if server.unique is lease:
             return None
         for each in (*self._servers.values(), *self._leaving):
-            if each is not server and each.registry and each.registry == server.registry:
+            same = each.registry and each.registry == server.registry
+            if each is not server and same and not each.is_silent:
                 each.unique = None
                 return each
         server.unique = lease

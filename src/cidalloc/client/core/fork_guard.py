@@ -45,7 +45,13 @@ class ForkGuard:
             raise Forked(f"{self!r} belongs to the parent process: make a new one after the fork")
 
 
-def caller(depth: int = 2) -> tuple[str, int]:
-    """Return the file and the line of the call so many frames above this function."""
-    frame = sys._getframe(depth)
+def caller() -> tuple[str, int]:
+    """Return the file and the line of the application's call."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__")):
+        frame = frame.f_back
     return frame.f_code.co_filename, frame.f_lineno
+
+
+def _is_ours(module: object) -> bool:
+    return isinstance(module, str) and module.startswith("cidalloc.client.")

@@ -203,11 +203,11 @@ class HttpBase:
 
     def broke(self) -> bool:
         """See `Transport`."""
-        broke, self._broke = self._broke or self._closed_by_server(), False
-        return broke
+        broke, self._broke = self._broke, False  # first: a request may fail while this looks
+        return self._closed_by_server() or broke
 
     def _closed_by_server(self) -> bool:
-        """Whether the server has closed a connection that no request uses."""
+        """Drop the connections without a request that the server has closed; return whether any."""
         raise NotImplementedError
 
     def open_stream(self, receive: Receive, /, limit: float | None = None) -> Stream:

@@ -27,7 +27,7 @@ from ...errors import (
     SessionExpired,
     SessionUnknown,
 )
-from ...protocol import MAX_MODELS, PROTOCOL, TOKEN_BYTES, Parameter, Request, as_ids
+from ...protocol import MAX_MODELS, PROTOCOL, TOKEN_BYTES, Parameter, Request, as_ids, is_name
 from .effects import NEVER, Flow, Reply, Send
 from .id_cache import ENDED, IdCache
 from .link import Link
@@ -210,7 +210,8 @@ class Lease:
 
     def begin_sequence(self, cid: int, model: str) -> str:
         """Note a new sequence, and return a name that no other sequence ever has."""
-        if model not in self.models and len(self.models) < MAX_MODELS:
+        known = model in self.models or not is_name(model)  # else each RENEW would be refused
+        if not known and len(self.models) < MAX_MODELS:
             self.models.append(model)
             self.cache.needs_maintenance = True
         # No other session of the registry ever has this generation.

@@ -8,6 +8,7 @@ answer in time.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from functools import partial
@@ -185,7 +186,7 @@ class Requests:
         state = self.state
         try:
             has_turn = self._turn is None and not self._queue and self._stream is None
-            if has_turn and self.runner.unsure():
+            if has_turn and self._is_unsure():
                 has_turn = False
             if has_turn:
                 self._turn = request
@@ -235,8 +236,6 @@ class Requests:
         """Send a request, over the stream or when its turn comes."""
         if self._stream is None:
             self.runner.watch(self)
-            if self.runner.session.confirming:
-                self.runner.wake()
             self._advance(request if has_turn else None)
             return
         request.starts()
@@ -261,10 +260,18 @@ class Requests:
             request = ready
             if request is None:
                 with self.runner.lock:
-                    waits = self._turn is not None or self.runner.session.confirming
-                    if waits or not self._queue:
+                    if self._turn is not None or not self._queue:
                         return
-                    request = self._turn = self._queue.popleft()
+                    waits = self._refusal(self._queue[0]) is None and self._is_unsure()
+                    if waits:
+                        for each in self._queue:
+                            each.doubt = self.runner.session.doubts
+                    else:
+                        request = self._turn = self._queue.popleft()
+                if request is None:
+                    with contextlib.suppress(Unavailable):  # no thread: `look` tries again
+                        self.runner.wake()
+                    return
             error = self._launch(request, request is not ready)
             if error is None:
                 return
@@ -281,8 +288,8 @@ class Requests:
             if has_waited:
                 with self.runner.lock:
                     now = self.check_lease()
-                    if (trouble := self.runner.session.trouble) is not None:
-                        raise trouble
+                    if (trouble := self._refusal(request)) is not None:
+                        raise type(trouble)(str(trouble)) from trouble  # each its own
                     self.state.goes_out(now)
                     self._allow(now, request.timeout)
             limit = max(request.until - self.runner.now(), 0.001) + SLACK_S
@@ -370,6 +377,15 @@ class Requests:
                 self.state.lose()
                 raise
         return now
+
+    def _is_unsure(self) -> bool:
+        """Whether it is not known which server is there. Under the lock."""
+        return self.plan.lease is not None and self.runner.unsure()  # a random ID is of no registry
+
+    def _refusal(self, request: Request) -> CidError | None:
+        """Return why a request is not sent that waited until it was known which server is there."""
+        session = self.runner.session
+        return session.trouble if request.doubt == session.doubts else None
 
     def look(self, now: float) -> bool:
         """End the requests that got no answer in time; return whether to look again."""

@@ -22,6 +22,8 @@ __all__ = ["SequenceCore"]
 
 _log = logging.getLogger("cidalloc.client")
 
+_LOOK_S = 0.05  # between two looks whether it is known which server is there
+
 
 class SequenceCore(Requests):
     """A sequence.
@@ -64,6 +66,9 @@ class SequenceCore(Requests):
             why: object = None
             try:
                 if request.drops and self._stream is not None and self._stream.over:
+                    doubts = self.runner.session.doubts
+                    while not self._knows_server(doubts, until):
+                        yield [self.runner.future()], _LOOK_S
                     self._open_stream()
                 future = self.submit(request)
                 yield [future], max(until - self.runner.now(), 0.0)
@@ -110,6 +115,22 @@ class SequenceCore(Requests):
         if request.drops:
             self.end_inputs = None  # never twice
         return request
+
+    def _knows_server(self, doubts: int, until: float) -> bool:
+        """Whether a new stream reaches the server of the sequence; else the heartbeat finds out.
+
+        Raises `CidError` if it cannot, or if the ID may not be used any more.
+        """
+        session = self.runner.session
+        with self.runner.lock:
+            now = self.check_lease()
+            failed = session.doubts > doubts and session.trouble is not None
+            if session.suspected and (failed or now >= until):
+                raise Unavailable(f"another server may be there: {session.trouble or 'no answer'}")
+            known = not self._is_unsure()
+        if not known:
+            self.runner.wake()
+        return known
 
     def _unanswered(self) -> tuple[list[Any], bool]:
         """Return the futures of all requests on their way, and whether the callers cancelled all.

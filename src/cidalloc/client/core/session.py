@@ -58,7 +58,8 @@ class Session:
         abandoned: the client was collected as garbage.
         suspected: a connection broke, and another server may have its address since then.
         confirming: therefore the heartbeat renews the lease, and requests of sequences wait.
-        trouble: why that failed.
+        doubts: how many times that began.
+        trouble: why it failed the last time.
         on_confirmed: is called when it is over.
     """
 
@@ -70,6 +71,7 @@ class Session:
         self.closed = False
         self.abandoned = False
         self.suspected = self.confirming = False
+        self.doubts = self._breaks = 0
         self.trouble: CidError | None = None
         self.on_confirmed: Callable[[], object] = lambda: None
         self._new_lease = partial(Lease, link, label, ahead, lost={})
@@ -273,7 +275,7 @@ class Session:
         while not (self.closed or self.abandoned):
             lease = self.lease
             lease.cache.needs_maintenance = False
-            confirming = self.confirming
+            confirming, breaks = self.confirming, self._breaks
             due = NEVER if confirming else lease.due()
             if due > self.now():
                 yield Idle(due)
@@ -283,7 +285,8 @@ class Session:
             try:
                 if lease.to_renew or confirming:
                     yield from lease.renew(deadline)
-                    self._confirmed(confirming, None)
+                    self._confirmed(confirming, breaks, None)
+                    confirming = False  # whatever fails now
                     yield from self._check_models(deadline)
                 else:
                     yield from self._in_turn(self._maintain(deadline), deadline)
@@ -298,7 +301,7 @@ class Session:
                 if isinstance(error, RegistryMismatch):
                     with contextlib.suppress(RegistryMismatch):
                         yield from self._probe(error, deadline)
-                self._confirmed(confirming, error)
+                self._confirmed(confirming, breaks, error)
 
     def unsure(self, broke: bool) -> bool:
         """Return whether a request has to wait until the heartbeat knows which server is there.
@@ -306,11 +309,17 @@ class Session:
         Args:
             broke: a connection has broken since the last call.
         """
-        self.suspected = self.suspected or broke
+        self.suspect(broke)
         if self.suspected and self.lease.opened and not self.confirming:
             self.confirming, self.trouble = True, None
+            self.doubts += 1
             self.lease.retry_at = NEVER
         return self.confirming
+
+    def suspect(self, broke: bool) -> None:
+        """Note whether a connection has broken since the last call."""
+        self._breaks += broke
+        self.suspected = self.suspected or broke
 
     def confirm(self, deadline: float, retry: bool) -> Flow[None]:
         """Renew the lease, or open a session: then the manager is still at its address.
@@ -319,24 +328,25 @@ class Session:
         """
         tries, done = 0, False
         while not done:
-            suspected = self.suspected
+            breaks = self._breaks
             try:
                 if self.now() < self.lease.deadline:
                     yield from self.lease.renew(deadline)
                 else:
                     yield from self.establish(deadline)
                 done = True
-                self.suspected = self.suspected and not suspected
+                self.suspected = self._breaks > breaks
             except CidError as error:
                 tries += 1
                 if not retry and isinstance(error, Unavailable | SessionExpired):
                     raise
                 yield from self._recover(error, tries, deadline)
 
-    def _confirmed(self, confirming: bool, error: CidError | None) -> None:
+    def _confirmed(self, confirming: bool, breaks: int, error: CidError | None) -> None:
         """Note the result of a renewal; it counts if it began after the connection broke."""
         if confirming:
-            self.confirming, self.trouble, self.suspected = False, error, error is not None
+            self.confirming, self.trouble = False, error
+            self.suspected = error is not None or self._breaks > breaks
             self.on_confirmed()
 
     def _maintain(self, deadline: float) -> Flow[None]:

@@ -34,12 +34,13 @@ class Request:
         answers: the queue for answers before the last one; None if nothing reads them.
         left: its caller does not read its answers any more.
         until: the time at which the request ends without an answer.
+        doubt: the last `Session.doubts` for which it waited.
         number: its ID on a stream.
     """
 
     __slots__ = (
         *("answers", "drops", "end", "future", "inputs", "left", "many", "number", "options"),
-        *("timeout", "until", "waiter"),
+        *("doubt", "timeout", "until", "waiter"),
     )
 
     def __init__(
@@ -51,7 +52,7 @@ class Request:
         self.waiter: Waiter | None = None
         self.answers: Any = None
         self.drops = self.left = False
-        self.until = 0.0
+        self.until, self.doubt = 0.0, 0
         self.number = ""
 
     @property

@@ -82,6 +82,10 @@ class Tidier:
     def _over(self) -> bool:
         return self._session.closed or self._session.abandoned
 
+    def _goes_on(self, until: float) -> bool:
+        # What is sent must end before the stream does: then the server cancels it.
+        return not self._over and bool(self._session.now() < until - HURRY_S)
+
     def _prepare(self, model: str) -> Flow[tuple[ModelInfo, list[Any]]]:
         """Return a model as it is now, and tritonclient's inputs of END."""
         session = self._session
@@ -119,7 +123,7 @@ class Tidier:
         """
         session, transport, manager = self._session, self._runner.transport, self._runner.model
         named = _AT_ONCE
-        while named == _AT_ONCE:
+        while named == _AT_ONCE and self._goes_on(until):
             asking = encode(transport.library, session.lease.ask_dead(model, _AT_ONCE))
             asking["secret"] = True
             result, error = yield from self._exchange(stream, manager, until, asking)
@@ -144,8 +148,7 @@ class Tidier:
         """Send END for sequences. Raises `CidError` if the model does not take one."""
         target, inputs = yield from self._prepare(model)
         for cid in cids:
-            # What is sent must end before the stream does: then the server cancels it.
-            if self._over or self._session.now() >= until - HURRY_S:
+            if not self._goes_on(until):
                 return
             ending = {
                 "inputs": inputs,

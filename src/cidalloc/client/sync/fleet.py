@@ -84,11 +84,7 @@ class Fleet(FleetBase):
     def close(self) -> None:
         """Close the clients of all servers; see `Client.close`. A second call does nothing."""
         self._check_home()
-        self.closed = True
-        closing = []
-        for server in (*self.servers, *self._leaving):
-            if server.client is not None:
-                closing.append(spawn(_close, server.client, name="cidalloc-fleet"))
+        closing = [spawn(_close, client, name="cidalloc-fleet") for client in self._close()]
         for thread in closing:
             thread.join()
 
@@ -106,11 +102,12 @@ class Fleet(FleetBase):
 
     def _look_up(self) -> None:
         """Look the name up if it is time to; the first time this waits until it is done."""
-        if self._resolves():
-            if self._servers:
-                spawn(self._resolve, name="cidalloc-fleet").join(RESOLVE_WAIT_S)
-            else:
-                self._resolve()
+        if not self._servers:
+            with self._looking:  # others wait for it, too
+                if not self._servers and self._resolves():
+                    self._resolve()
+        elif self._resolves():
+            spawn(self._resolve, name="cidalloc-fleet").join(RESOLVE_WAIT_S)
         for client in self._left():
             spawn(_close, client, name="cidalloc-fleet")
 
@@ -119,7 +116,7 @@ class Fleet(FleetBase):
         host, _, port = self._name.target.rpartition(":")
         try:
             found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             self._unresolved(error)
         else:
             self._resolved(found)
@@ -129,9 +126,11 @@ class Fleet(FleetBase):
         twin = self._twin(server)
         if twin is None:
             return
-        with contextlib.suppress(CidError):  # it may have moved from there to here
+        try:
             session = twin.client._session
             twin.client._runner.run(session.confirm(self.now() + self._connect_s, False))
+        except CidError as error:
+            twin.fails(error, self.now(), self._rng)
         if self._twin(server) is twin:
             sequence.close()
             raise self._same(server, twin)

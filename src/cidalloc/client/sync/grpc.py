@@ -142,7 +142,10 @@ class GrpcTransport(GrpcBase):
 
 def _is_ready(channel: Any) -> bool:
     # gRPC's public way, `subscribe`, needs a thread for each channel.
-    return bool(channel._channel.check_connectivity_state(False) == _READY)
+    try:
+        return bool(channel._channel.check_connectivity_state(False) == _READY)
+    except ValueError:  # another thread has just closed it
+        return False
 
 
 _READY = grpc.ChannelConnectivity.READY.value[0]

@@ -124,7 +124,14 @@ class HttpTransport(HttpBase):
         return connected
 
     def _closed_by_server(self) -> bool:
-        return any(connection.is_over() for connection in tuple(self._idle))
+        if not any(connection.is_over() for connection in tuple(self._idle)):
+            return False
+        with self._lock:  # another thread may have used one meanwhile
+            closed = [connection for connection in self._idle if connection.is_over()]
+            self._idle = [connection for connection in self._idle if connection not in closed]
+        for connection in closed:
+            connection.socket.close()
+        return bool(closed)
 
     def _take(self) -> _Connection | None:
         """Return an idle connection that the server has not closed."""

@@ -1,0 +1,66 @@
+"""Many IDs of dead clients, and models that take their time for END."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from nodes import SimClient
+from simulation import World
+
+from cidalloc import protocol
+from cidalloc.client.core.tidy import Tidier
+from cidalloc.client.core.transport import Receive
+from cidalloc.manager.dead_ids import DeadIds
+from cidalloc.manager.settings import Settings
+
+
+class SlowStream:
+    """The manager names a thousand IDs each time, and an END takes 50 ms."""
+
+    over = False
+
+    def __init__(self, world: World, asked: list[float], receive: Receive, limit: float) -> None:
+        self._world, self._asked, self._receive = world, asked, receive
+
+    def send(self, model: str, inputs: list[Any], /, **options: Any) -> None:
+        outputs = {}
+        if "sequence_id" not in options:
+            self._asked.append(self._world.now)
+            ids = np.arange(1000, dtype=np.uint64).reshape(1, -1)
+            outputs = {protocol.OUTPUT: ids, protocol.DETAIL: np.array([[b""]], object)}
+        self._world.now += 0.05
+        self._receive("", True, SimpleNamespace(as_numpy=outputs.get), None)
+
+    def end(self) -> None:
+        self.over = True
+
+    def cut(self) -> None:
+        self.over = True
+
+
+def test_no_ids_are_asked_for_when_no_time_is_left() -> None:
+    """They would count as named, and nobody would send END for them."""
+    world = World(Settings(first=1, capacity=10, fresh=True))
+    world.idle["model"] = 1.0
+    asked: list[float] = []
+    client = SimClient(
+        random.Random(1),
+        lambda: world.now,
+        lambda *arguments: SlowStream(world, asked, *arguments),  # type: ignore[arg-type, return-value]
+    )
+    tidier = Tidier(client, {"model": []})  # type: ignore[arg-type]
+    world.run(client.session, tidier._round())
+    assert tidier.ended["model"] > 500
+    assert len(asked) == 1, f"{len(asked)} times, within {asked[-1] - asked[0]:.1f} s"
+
+
+def test_ids_that_were_never_named_come_first() -> None:
+    """Else the same ones are ended three times, and others not at all."""
+    dead = DeadIds()
+    dead.name("asr", 1, 10, 0)
+    dead.add(np.arange(1, 31, dtype=np.uint64), ["asr"], since=1_000, now=0)
+    named = [int(cid) for now in (1_000, 16_000, 46_000) for cid in dead.name("asr", 1, 10, now)]
+    assert sorted(named) == list(range(1, 31))
