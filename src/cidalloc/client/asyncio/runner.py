@@ -42,7 +42,8 @@ class AsyncRunner(RunnerBase):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing: asyncio.Task[None] | None = None
         self._ticking = False
-        session.on_confirmed = self._look
+        # Not in the heartbeat's task: a transport of the application may raise errors.
+        session.on_confirmed = lambda: self._soon(self._look)
 
     def future(self) -> asyncio.Future[Any]:
         """Return a new future."""
