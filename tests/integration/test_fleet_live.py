@@ -177,6 +177,24 @@ def test_sequences_go_to_all_and_stay(fleet: Fleet, places: list[Place], kind: s
     assert len({found[url]["registry"] for url in urls}) == 3  # type: ignore[index]
 
 
+def test_streams(places: list[Place]) -> None:
+    """A sequence over a stream, with END by ``end_inputs``, on each of the servers."""
+    with Fleet([place.url("grpc") for place in places]) as fleet, ExitStack() as stack:
+        open_ = [
+            stack.enter_context(
+                fleet.sequence(MODEL, streaming=True, end_inputs={"INPUT": [[0]]}, timeout=5.0)
+            )
+            for _ in range(12)
+        ]
+        assert len({each.server for each in open_}) == 3
+        futures = [each.async_infer({"INPUT": [[n]]}) for n, each in enumerate(open_)]
+        futures += [each.async_infer({"INPUT": [[1]]}) for each in open_]
+        found = [each.result(10)["OUTPUT"][0, 0] for each in futures]
+        assert found == [*range(12), *range(1, 13)]
+        stack.close()
+        assert all(each.state == "closed, recycled" for each in open_)
+
+
 def test_a_server_that_died(fleet: Fleet, places: list[Place], kind: str) -> None:
     spread(fleet)
     places[0].stop()

@@ -16,7 +16,7 @@ from fake_triton import FakeTriton
 
 from cidalloc.client import AsyncFleet, Fleet
 from cidalloc.client.core.fleet import FleetServer, ServerUrl
-from cidalloc.errors import Exhausted, InvalidArgument, Unavailable
+from cidalloc.errors import Exhausted, InvalidArgument, RegistryMismatch, Unavailable
 from cidalloc.manager.service import Service
 from cidalloc.manager.settings import Settings
 
@@ -214,3 +214,18 @@ def test_no_client_is_made_after_the_fleet_was_closed(fake: FakeTriton) -> None:
     with pytest.raises(InvalidArgument, match="this fleet is closed"):
         fleet.sequence(**MODEL)
     assert fleet.servers[0].client is None
+
+
+def test_two_servers_with_one_slice() -> None:
+    """Each issues IDs of the other, and proxies could not tell them apart."""
+    values = Settings(first=1, capacity=1024, max_sessions=100, fresh=True, slice="1/2")
+    with FakeTriton(values) as fake, FakeTriton(values) as other:
+        with Fleet([fake.url, other.url], choose=first) as fleet:
+            held = [fleet.sequence(**MODEL)]
+            fleet._choose = lambda servers: max(servers, key=lambda each: each.url)
+            with pytest.raises(
+                RegistryMismatch, match="have one slice, 1: give each manager"
+            ) as error:
+                fleet.sequence(**MODEL)
+            assert fake.url in str(error.value) and other.url in str(error.value)
+            held[0].close()

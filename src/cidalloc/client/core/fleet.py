@@ -91,6 +91,12 @@ class FleetServer:
         return lease.registry if lease is not None and lease.opened else ""
 
     @property
+    def slice(self) -> int | None:
+        """The number of its manager's slice, if it has a fixed one and a session is open there."""
+        found: int | None = self.client._session.lease.slice if self.registry else None
+        return found
+
+    @property
     def is_silent(self) -> bool:
         """Whether it did not answer when it was tried last, nor since."""
         failed = isinstance(self.trouble, _NO_ANSWER)
@@ -313,7 +319,9 @@ class FleetBase(ForkGuard):
             core.plan = core.plan._replace(wait=max(until - self.now(), 0.0))
 
     def _twin(self, server: FleetServer) -> FleetServer | None:
-        """Return another server with the same registry; it may have moved from a silent one.
+        """Return another server with the same registry or slice, unless it is silent.
+
+        A silent one may have moved to the address of the other one.
 
         It is searched once for each lease.
         """
@@ -321,17 +329,23 @@ class FleetBase(ForkGuard):
         if server.unique is lease:
             return None
         for each in (*self._servers.values(), *self._leaving):
-            same = each.registry and each.registry == server.registry
-            if each is not server and same and not each.is_silent:
+            if each is server or not each.registry or each.is_silent:
+                continue
+            if each.registry == server.registry or each.slice == server.slice is not None:
                 each.unique = None
                 return each
         server.unique = lease
         return None
 
     def _same(self, server: FleetServer, twin: FleetServer) -> RegistryMismatch:
+        both = f"{server.url} and {twin.url}"
+        if server.registry != twin.registry:
+            return RegistryMismatch(
+                f"{both} have one slice, {server.slice}: give each manager another one"
+            )
         return RegistryMismatch(
-            f"{server.url} and {twin.url} answer with one registry, {server.registry}: they are one"
-            " server, or the file of one is a copy of the other's"
+            f"{both} answer with one registry, {server.registry}: they are one server, or the file"
+            " of one is a copy of the other's"
         )
 
     def _nobody(self) -> CidError:
