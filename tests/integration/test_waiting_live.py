@@ -176,6 +176,11 @@ def test_a_signal_while_it_waits(holder: Client, url: str) -> None:
         pass
 
     def handler(number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_name == "__del__":  # Python drops what a destructor raises
+                signal.setitimer(signal.ITIMER_REAL, 0.01)
+                return
+            frame = frame.f_back
         raise Alarm
 
     before = signal.signal(signal.SIGALRM, handler)
