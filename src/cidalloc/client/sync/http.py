@@ -32,6 +32,7 @@ __all__ = ["HttpTransport"]
 
 
 _READ = 2**16
+_LOOKED_AT = 2  # of the idle connections before each request
 
 
 class HttpTransport(HttpBase):
@@ -124,7 +125,8 @@ class HttpTransport(HttpBase):
         return connected
 
     def _closed_by_server(self) -> bool:
-        if not any(connection.is_over() for connection in tuple(self._idle)):
+        # Those that come next are enough: a server that has gone has closed all.
+        if not any(connection.is_over() for connection in self._idle[-_LOOKED_AT:]):
             return False
         with self._lock:  # another thread may have used one meanwhile
             closed = [connection for connection in self._idle if connection.is_over()]
