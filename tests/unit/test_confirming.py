@@ -250,9 +250,10 @@ def test_a_closed_connection_is_noticed_once() -> None:
         first, second = transport._connect(boottime() + 5), transport._connect(boottime() + 5)
         for each in (first, second):
             transport._give_back(_Connection(each), True)
-        first.sendall(b"GET /last/ HTTP/1.1\r\n\r\n")
-        first.recv(2**16)
-        assert first.recv(1, socket.MSG_PEEK) == b"", "the server has closed it"
+        second.sendall(b"GET /last/ HTTP/1.1\r\n\r\n")
+        second.recv(2**16)
+        assert second.recv(1, socket.MSG_PEEK) == b"", "the server has closed it"
+        time.sleep(0.02)  # it was used a moment ago
         assert transport.broke()
         assert not transport.broke()
         transport.server_version(5.0)

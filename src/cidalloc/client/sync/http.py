@@ -32,7 +32,7 @@ __all__ = ["HttpTransport"]
 
 
 _READ = 2**16
-_LOOKED_AT = 2  # of the idle connections before each request
+_REST_S = 0.01  # a connection that was used within this time is taken to be open
 
 
 class HttpTransport(HttpBase):
@@ -125,8 +125,10 @@ class HttpTransport(HttpBase):
         return connected
 
     def _closed_by_server(self) -> bool:
-        # Those that come next are enough: a server that has gone has closed all.
-        if not any(connection.is_over() for connection in self._idle[-_LOOKED_AT:]):
+        # The one that comes next is enough: a server that has gone has closed all. A look releases
+        # the GIL, which costs a lot beside many threads.
+        latest = self._idle[-1:]
+        if not latest or boottime() < latest[0].idle_since + _REST_S or not latest[0].is_over():
             return False
         with self._lock:  # another thread may have used one meanwhile
             closed = [connection for connection in self._idle if connection.is_over()]
