@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_triton import FakeTriton
 
@@ -229,3 +230,17 @@ def test_two_servers_with_one_slice() -> None:
                 fleet.sequence(**MODEL)
             assert fake.url in str(error.value) and other.url in str(error.value)
             held[0].close()
+
+
+@pytest.mark.parametrize("option", ["end_inputs", "farewell"])
+def test_a_sequence_of_a_fleet_has_the_options_of_a_client(fake: FakeTriton, option: str) -> None:
+    """Its former names and the defaults of its client, too."""
+    given = {option: {"X": np.zeros((1, 1), np.int32)}}
+
+    async def main() -> None:
+        async with AsyncFleet([fake.url]) as fleet, fleet.sequence(**MODEL, **given) as sequence:
+            assert sequence._begun.end_inputs
+
+    asyncio.run(main())
+    with Fleet([fake.url]) as fleet, fleet.sequence(**MODEL, **given) as sequence:
+        assert sequence._begun.end_inputs

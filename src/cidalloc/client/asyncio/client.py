@@ -131,12 +131,12 @@ class AsyncClient(Base):
     async def _begin(
         self,
         model: str,
-        streaming: bool = False,
-        timeout: float = SEQUENCE_TIMEOUT_S,
-        cooldown: float | None = None,
-        check: bool = True,
-        end_inputs: Inputs | None = None,
-        wait: float | None = None,
+        streaming: bool,
+        timeout: float,
+        cooldown: float | None,
+        check: bool,
+        end_inputs: Inputs | None,
+        wait: float | None,
     ) -> SequenceCore:
         """Acquire an ID, and begin a sequence with it."""
         self._check_home()

@@ -46,7 +46,8 @@ class AsyncFleet(FleetBase):
             until = self._until(wait)
             for server, patience in self._candidates(until):
                 try:
-                    core: SequenceCore = await server.client._begin(model, wait=patience, **options)
+                    sequence = server.client.sequence(model, wait=patience, **options)
+                    core: SequenceCore = await sequence._beginning()
                 except CidError as error:
                     self._passes(server, error)
                     continue
