@@ -188,10 +188,15 @@ def _check_parameters(parameters: Mapping[str, Any]) -> None:
         raise InvalidArgument(
             f"session is not {2 * TOKEN_BYTES} hexadecimal digits: make them at random"
         )
-    if not is_name(parameters.get("model", MODEL)):
+    if "model" in parameters and not is_name(parameters["model"]):
         raise InvalidArgument(f"model is not a name of 1 to {_NAME_BYTES} bytes")
+    if "models" in parameters:
+        _check_models(parameters["models"])
+
+
+def _check_models(text: str) -> None:
     try:
-        names = json.loads(parameters.get("models", "[]"))
+        names = json.loads(text)
     except (ValueError, RecursionError):
         names = None
     if not isinstance(names, list) or len(names) > MAX_MODELS or not all(map(is_name, names)):
