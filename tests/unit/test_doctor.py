@@ -13,7 +13,7 @@ from cidalloc.cli.ask import Manager
 from cidalloc.cli.compare import compare
 from cidalloc.cli.doctor import doctor
 from cidalloc.cli.rules import Facts, examine
-from cidalloc.errors import Unavailable
+from cidalloc.errors import InvalidArgument, Unavailable
 
 STATUS = {
     "version": "1",
@@ -325,3 +325,8 @@ def test_a_name_stands_for_all_its_addresses(monkeypatch: pytest.MonkeyPatch) ->
     done = CliRunner().invoke(doctor, ["dns:none.test:8001"])
     assert isinstance(done.exception, Unavailable)
     assert "none.test:8001 cannot be resolved: no such name" in str(done.exception)
+    monkeypatch.undo()
+    done = CliRunner().invoke(doctor, [f"dns:{'a' * 70}.test:8001"])
+    assert isinstance(done.exception, Unavailable)
+    done = CliRunner().invoke(doctor, ["dns:unix:/tmp/triton"])
+    assert isinstance(done.exception, InvalidArgument)

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,7 +16,7 @@ import click
 from ..client.core.transport import DAY_S, parse_url
 from ..client.sync.transport import connect
 from ..codes import Operation
-from ..errors import Exhausted, InvalidArgument, ProtocolError, Unavailable
+from ..errors import Exhausted, InvalidArgument, ProtocolError
 from ..protocol import MODEL, IDs, Parameter, Request, as_ids
 
 __all__ = [
@@ -124,15 +123,10 @@ def _resolved(urls: Iterable[str]) -> Iterator[str]:
         if not url.startswith("dns:") or url.startswith("dns://"):  # gRPC's own names
             yield url
             continue
-        from ..client.core.fleet import urls_at
+        from ..client.core.fleet import parse_name
+        from ..client.sync.fleet import resolve
 
-        address = parse_url(url.removeprefix("dns:"))
-        host, _, port = address.target.rpartition(":")
-        try:
-            found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-        except OSError as error:
-            raise Unavailable(f"{address.target} cannot be resolved: {error}") from None
-        yield from urls_at(address, found)
+        yield from resolve(parse_name(url))
 
 
 def _taken(options: dict[str, Any]) -> dict[str, Any]:

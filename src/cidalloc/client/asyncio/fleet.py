@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from ...errors import CidError
-from ..core.fleet import RESOLVE_WAIT_S, FleetBase, FleetServer
+from ..core.fleet import RESOLVE_WAIT_S, FleetBase, FleetServer, unresolved, urls_at
 from ..core.fork_guard import caller
 from ..core.sequence import SequenceCore
 from .client import AsyncClient
@@ -109,9 +109,9 @@ class AsyncFleet(FleetBase):
         try:
             found = await look_up(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
-            self._unresolved(error)
+            self._unresolved(unresolved(self._name, error))
         else:
-            self._resolved(list(found))
+            self._set(urls_at(self._name, list(found)))
 
     async def _check_twin(self, server: FleetServer, core: SequenceCore) -> None:
         """Check that no other server has the registry that the sequence's ID is from."""

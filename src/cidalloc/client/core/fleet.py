@@ -33,7 +33,15 @@ from .lease import Lease
 from .sequence import SequenceCore
 from .transport import DAY_S, Address, boottime, parse_url
 
-__all__ = ["RESOLVE_WAIT_S", "FleetBase", "FleetServer", "ServerUrl", "urls_at"]
+__all__ = [
+    "RESOLVE_WAIT_S",
+    "FleetBase",
+    "FleetServer",
+    "ServerUrl",
+    "parse_name",
+    "unresolved",
+    "urls_at",
+]
 
 _log = logging.getLogger("cidalloc.client.fleet")
 
@@ -168,9 +176,7 @@ class FleetBase(ForkGuard):
                     f"servers={servers!r} is neither a list of URLs nor 'dns:' and one URL, whose"
                     " name has an address for each server"
                 )
-            self._name = parse_url(servers.removeprefix("dns:"))
-            if not _HOST.fullmatch(self._name.target):
-                raise InvalidArgument(f"servers={servers!r}: write host:port after 'dns:'")
+            self._name = parse_name(servers)
         else:
             self._set([ServerUrl(url) for url in _checked(servers)])
         # Wrong options are an error now, and not with the first sequence.
@@ -210,16 +216,10 @@ class FleetBase(ForkGuard):
             self._resolved_at = self.now()
         return due
 
-    def _resolved(self, found: list[tuple[Any, ...]]) -> None:
-        """Note what the name was resolved to; see `urls_at`."""
-        assert self._name is not None
-        self._set(urls_at(self._name, found))
-
-    def _unresolved(self, error: OSError | UnicodeError) -> None:
+    def _unresolved(self, error: Unavailable) -> None:
         """Note that the name could not be looked up. The servers stay; it is tried again soon."""
-        assert self._name is not None
         self._resolved_at = self.now() - _RESOLVE_S + _BACK_OFF_S[0]
-        self._why = f"{self._name.target} cannot be resolved: {error}"
+        self._why = str(error)
         _log.warning("%s", self._why)
 
     def _left(self) -> list[Any]:
@@ -386,6 +386,23 @@ def urls_at(name: Address, found: list[tuple[Any, ...]]) -> list[ServerUrl]:
             url.name = host
             urls.append(url)
     return sorted(set(urls))
+
+
+def parse_name(text: str) -> Address:
+    """Return the address for ``dns:`` and a URL, whose name has an address for each server.
+
+    Raises:
+        InvalidArgument: it is not valid.
+    """
+    name = parse_url(text.removeprefix("dns:"))
+    if not _HOST.fullmatch(name.target):
+        raise InvalidArgument(f"servers={text!r}: write host:port after 'dns:'")
+    return name
+
+
+def unresolved(name: Address, error: Exception) -> Unavailable:
+    """Return the error that a name could not be looked up."""
+    return Unavailable(f"{name.target} cannot be resolved: {error}")
 
 
 def _checked(servers: Iterable[str]) -> list[str]:

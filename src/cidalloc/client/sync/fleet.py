@@ -7,13 +7,14 @@ import socket
 from types import TracebackType
 from typing import Any
 
-from ...errors import CidError
-from ..core.fleet import RESOLVE_WAIT_S, FleetBase, FleetServer
+from ...errors import CidError, Unavailable
+from ..core.fleet import RESOLVE_WAIT_S, FleetBase, FleetServer, ServerUrl, unresolved, urls_at
+from ..core.transport import Address
 from .client import Client
 from .sequence import Sequence
 from .threads import spawn
 
-__all__ = ["Fleet"]
+__all__ = ["Fleet", "resolve"]
 
 
 class Fleet(FleetBase):
@@ -113,13 +114,10 @@ class Fleet(FleetBase):
 
     def _resolve(self) -> None:
         assert self._name is not None
-        host, _, port = self._name.target.rpartition(":")
         try:
-            found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
+            self._set(resolve(self._name))
+        except Unavailable as error:
             self._unresolved(error)
-        else:
-            self._resolved(found)
 
     def _check_twin(self, server: FleetServer, sequence: Sequence) -> None:
         """Check that no other server has the registry that the sequence's ID is from."""
@@ -134,6 +132,20 @@ class Fleet(FleetBase):
         if self._twin(server) is twin:
             sequence.close()
             raise self._same(server, twin)
+
+
+def resolve(name: Address) -> list[ServerUrl]:
+    """Return the URLs of the servers at all addresses of a name.
+
+    Raises:
+        Unavailable: the name cannot be resolved.
+    """
+    host, _, port = name.target.rpartition(":")
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise unresolved(name, error) from None
+    return urls_at(name, list(found))
 
 
 def _close(client: Client) -> None:
