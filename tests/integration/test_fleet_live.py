@@ -63,6 +63,7 @@ class Place:
         self.runs = False
         for proxy in getattr(self, "proxies", {}).values():
             proxy.cut_all()
+        time.sleep(0.05)  # gRPC sees some milliseconds later that a connection was closed
 
     def port(self, kind: str) -> int:
         url = self.server.grpc_url if kind == "grpc" else self.server.http_url

@@ -36,9 +36,9 @@ class Proxy:
         self.url = f"{host}:{self.port}"
 
     def cut_all(self) -> None:
-        """Break all connections, and make none until `mend`."""
+        """Break all connections, and make none until `mend`. They are closed when it returns."""
         self.cut = True
-        self._loop.call_soon_threadsafe(self._break)
+        self._run(self._break())
 
     def silence(self) -> None:
         """Carry nothing more over the connections that are, and leave them open; new ones work.
@@ -62,7 +62,7 @@ class Proxy:
     async def _end(self) -> None:
         self._server.close()
         self._silent.clear()
-        self._break()
+        await self._break()
         others = asyncio.all_tasks() - {asyncio.current_task()}
         if others:
             await asyncio.wait(others, timeout=3)
@@ -70,9 +70,10 @@ class Proxy:
     def _run(self, what: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(what, self._loop).result(5)
 
-    def _break(self) -> None:
+    async def _break(self) -> None:
         for writer in self._writers:
             writer.transport.abort()
+        await asyncio.sleep(0)  # the loop closes the sockets in its next turn
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.cut:

@@ -253,12 +253,43 @@ def test_a_closed_connection_is_noticed_once() -> None:
         second.sendall(b"GET /last/ HTTP/1.1\r\n\r\n")
         second.recv(2**16)
         assert second.recv(1, socket.MSG_PEEK) == b"", "the server has closed it"
-        time.sleep(0.02)  # it was used a moment ago
         assert transport.broke()
         assert not transport.broke()
         transport.server_version(5.0)
         assert not transport.broke()
         transport.close()
+
+
+def test_a_request_that_finds_its_connection_closed_tells_the_next_one() -> None:
+    """It goes over a new connection, which may lead to another server."""
+
+    def blocking(url: str) -> None:
+        transport = HttpTransport(parse_url(url), None, {})
+        connected = transport._connect(boottime() + 5)
+        transport._give_back(_Connection(connected), True)
+        connected.sendall(b"GET /last/ HTTP/1.1\r\n\r\n")
+        connected.recv(2**16)
+        assert connected.recv(1, socket.MSG_PEEK) == b"", "the server has closed it"
+        time.sleep(0.02)  # it was used a moment ago
+        transport.server_version(5.0)
+        assert transport.broke()
+        transport.close()
+
+    async def awaiting(url: str) -> None:
+        transport = AsyncHttpTransport(parse_url(url), None, {})
+        connected = await transport._connect()
+        connected.idle_since = boottime()
+        transport._idle.append(connected)
+        await connected.exchange(b"GET /last/ HTTP/1.1\r\n\r\n", 5.0)
+        while not connected.over:
+            await asyncio.sleep(0.01)
+        await transport.server_version(5.0)
+        assert transport.broke()
+        await transport.close()
+
+    with server(keep_alive) as url:
+        blocking(url)
+        asyncio.run(awaiting(url))
 
 
 def test_a_closed_connection_is_noticed_once_in_asyncio() -> None:

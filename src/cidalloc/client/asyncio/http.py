@@ -135,6 +135,7 @@ class AsyncHttpTransport(HttpBase):
             connection = self._idle.pop()
             if not connection.over:
                 return connection
+            self._broke = True
         return None
 
 

@@ -32,7 +32,9 @@ __all__ = ["HttpTransport"]
 
 
 _READ = 2**16
-_REST_S = 0.01  # a connection that was used within this time is taken to be open
+_LOOK_S = 0.01
+# To look at a connection releases the GIL, which costs a lot beside many threads. So one that was
+# seen open, or used, within so many seconds is sent over without a second look.
 
 
 class HttpTransport(HttpBase):
@@ -125,10 +127,9 @@ class HttpTransport(HttpBase):
         return connected
 
     def _closed_by_server(self) -> bool:
-        # The one that comes next is enough: a server that has gone has closed all. A look releases
-        # the GIL, which costs a lot beside many threads.
+        # The one that comes next is enough: a server that has gone has closed all.
         latest = self._idle[-1:]
-        if not latest or boottime() < latest[0].idle_since + _REST_S or not latest[0].is_over():
+        if not latest or not latest[0].is_over():
             return False
         with self._lock:  # another thread may have used one meanwhile
             closed = [connection for connection in self._idle if connection.is_over()]
@@ -142,13 +143,14 @@ class HttpTransport(HttpBase):
         old: list[_Connection] = []
         found = None
         with self._lock:
-            stale = boottime() - IDLE_S
-            while self._idle and self._idle[0].idle_since < stale:
+            now = boottime()
+            while self._idle and self._idle[0].idle_since < now - IDLE_S:
                 old.append(self._idle.pop(0))
             while found is None and self._idle:
                 connection = self._idle.pop()
-                if connection.is_over():
+                if connection.open_at < now - _LOOK_S and connection.is_over():
                     old.append(connection)
+                    self._broke = True
                 else:
                     found = connection
         for connection in old:
@@ -158,7 +160,7 @@ class HttpTransport(HttpBase):
     def _give_back(self, connection: _Connection, usable: bool) -> None:
         with self._lock:
             if usable and not self._closed:
-                connection.idle_since = boottime()
+                connection.idle_since = connection.open_at = boottime()
                 self._idle.append(connection)
                 return
         connection.socket.close()
@@ -169,17 +171,22 @@ class _Connection:
 
     def __init__(self, connected: socket.socket) -> None:
         self.socket = connected
-        self.idle_since = 0.0
+        self.idle_since = self.open_at = 0.0  # when it was last used, and last seen open
         self._poll = select.poll()
         self._poll.register(connected, select.POLLIN)
 
     def is_over(self) -> bool:
         """Whether there is something to read while no request is on its way: its end."""
+        now = boottime()
         while True:
             try:
-                return bool(self._poll.poll(0))
+                over = bool(self._poll.poll(0))
+                break
             except RuntimeError:  # another thread looks at the same moment
                 continue
+        if not over:
+            self.open_at = now
+        return over
 
     def exchange(self, data: bytes, answer: HttpAnswer, until: float) -> None:
         """Send a request and read its answer; raises what `HttpTransport._send` does."""
