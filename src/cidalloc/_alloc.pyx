@@ -3,21 +3,22 @@
 # cython: autotestdict=False
 """The allocator as a Python class: arguments, exceptions, threads and forks around the C pool."""
 
-from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_CheckBuffer
-from cpython.sequence cimport PySequence_Check
-from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release
+from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 
 import os
 
 import numpy as np
 
 from ._core.acquire cimport see
-from ._core.args cimport (FITS, as_capacity, as_cid, as_int, as_owner, as_shift, as_time, is_zero,
-                          read_int, small_int, view_ids, view_memory)
+from ._core.args cimport (FITS, as_capacity, as_cid, as_int, as_owner, as_shift, as_time, ids_array,
+                          is_zero, read_int, small_int, view_ids, view_memory)
 from ._core.audit cimport audit
 from ._core.guard cimport guard_enter, guard_init, guard_leave, guard_wait
 from ._core.intrinsics cimport unlikely
 from ._core.messages cimport error, exhausted, refusal
+from ._core.owners cimport write_held
+from ._core.past cimport recover
 
 cdef int forks = 0      # between the first process and this one
 
@@ -46,44 +47,30 @@ cdef Pool *pool_of(Allocator self) except NULL:
     return alive(self)
 
 
-cdef int recover(
-    Pool *pool, object holders, int64_t latest, object reuse_at, bint live_snapshot
-) except -1:
-    # Take over the blocks in the pool's memory. Raises `RegistryCorrupt`.
-    cdef const uint8_t[::1] holds = holders
-    cdef uint64_t at = 0
-    cdef Past past
-    past.holds, past.owners, past.latest = NULL, holds.shape[0], latest
-    past.live_snapshot = live_snapshot
-    if past.owners:
-        past.holds = &holds[0]
-    past.after_power_loss = reuse_at is not None
-    past.reuse_at = as_time(reuse_at, "reuse_at") if past.after_power_loss else 0
-    if pool_recover(pool, &past, &at):
-        found = error(REGISTRY_CORRUPT, "the records of IDs are damaged")
-        if at:
-            cid = pool.base + (at << pool.shift)
-            found = error(REGISTRY_CORRUPT, f"the record of ID {cid} is damaged")
-            found.cid = cid
-        raise found
-    return 0
+cdef inline uint64_t count_held(const Pool *pool, int64_t owner) noexcept:
+    return pool.owners[owner].held if owner >= 0 else pool_held(pool)
 
 
-cdef object ids_array(object ids):
-    # Convert any other form of IDs to a uint64 array. A number that does not fit becomes 0, which
-    # is in no pool.
-    if not PyObject_CheckBuffer(ids):
-        if not PySequence_Check(ids):
-            raise error(INVALID_ARGUMENT, "ids must be an array or a sequence of ints, "
-                                          f"not {type(ids).__name__}")
-        return np.array([max(as_cid(cid, i), 0) for i, cid in enumerate(ids)], np.uint64)
-    array = np.asarray(ids)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise error(INVALID_ARGUMENT, "ids must be a one-dimensional array of integers, "
-                                      f"not {array.ndim}-dimensional {array.dtype}")
-    if array.dtype.kind == "i":
-        array = np.where(array < 0, 0, array)
-    return np.require(array, np.uint64, "CA")
+cdef object held_ids(Allocator self, int64_t owner):
+    # Return the IDs of an owner, or all held IDs for -1, as an array.
+    cdef Py_buffer view
+    cdef Pool *pool
+    while True:
+        ids = np.empty(count_held(alive(self), owner), np.uint64)
+        view_ids(ids, &view, PyBUF_WRITABLE)
+        try:
+            pool = alive(self)
+            if count_held(pool, owner) != <uint64_t>view.shape[0]:
+                continue    # another thread used the pool meanwhile
+            if guard_enter(&self.guard, view.shape[0] if owner >= 0 else pool.opened):
+                with nogil:
+                    write_held(pool, owner, <uint64_t *>view.buf)
+                    guard_leave(&self.guard)
+            else:
+                write_held(pool, owner, <uint64_t *>view.buf)
+            return ids
+        finally:
+            PyBuffer_Release(&view)
 
 
 cdef class Allocator:
@@ -306,27 +293,29 @@ cdef class Allocator:
             raise refusal(&self.pool, code, number)
         return owner
 
-    def held_by(self, owner):
-        """Return the IDs of an owner, unordered, as a uint64 array of shape (n,). O(n)."""
-        cdef uint32_t own = as_owner(owner)
-        cdef Py_buffer view
-        cdef Pool *pool
-        while True:
-            ids = np.empty(alive(self).owners[own].held, np.uint64)
-            view_ids(ids, &view, PyBUF_WRITABLE)
-            try:
-                pool = alive(self)
-                if pool.owners[own].held != <uint64_t>view.shape[0]:
-                    continue    # another thread used the pool meanwhile
-                if guard_enter(&self.guard, view.shape[0]):
-                    with nogil:
-                        pool_held_by(pool, own, <uint64_t *>view.buf)
-                        guard_leave(&self.guard)
-                else:
-                    pool_held_by(pool, own, <uint64_t *>view.buf)
-                return ids
-            finally:
-                PyBuffer_Release(&view)
+    def held(self):
+        """Return all held IDs in ascending order, as a uint64 array of shape (n,).
+
+        Linear in the opened blocks.
+
+        >>> pool = Allocator(100)
+        >>> ids = pool.acquire_many(3)
+        >>> pool.held()
+        array([1, 2, 3], dtype=uint64)
+        """
+        return held_ids(self, -1)
+
+    def held_by(self, owner, *, ordered=False):
+        """Return the IDs of an owner as a uint64 array of shape (n,). O(n).
+
+        Args:
+            owner: the owner that holds them.
+            ordered: whether to sort them in ascending order, for O(n log n).
+        """
+        ids = held_ids(self, as_owner(owner))
+        if ordered:
+            ids.sort()
+        return ids
 
     def held_count(self, owner):
         """Return the number of IDs that an owner holds. Constant time."""
@@ -344,6 +333,13 @@ cdef class Allocator:
     def __len__(self):
         """Return the number of held IDs. Constant time."""
         return pool_held(alive(self))
+
+    def __iter__(self):
+        """Iterate over the IDs that are held now, in ascending order, as ints.
+
+        Linear in the opened blocks. The pool may be used and changed meanwhile.
+        """
+        return iter(self.held().tolist())
 
     @property
     def capacity(self):
@@ -385,6 +381,22 @@ cdef class Allocator:
         return pool_count(alive(self)).pinned
 
     @property
+    def free(self):
+        """Number of IDs that any owner can get now, as of the latest `now` seen. Time as `cooling`.
+
+        The IDs that are left in a block with a held ID are not among them: only the owner of that
+        block can get those.
+
+        >>> pool = Allocator(100)
+        >>> pool.release(pool.acquire(), reuse_at=60)
+        >>> pool.free, pool.cooling
+        (99, 1)
+        """
+        cdef Pool *pool = alive(self)
+        cdef Counts n = pool_count(pool)
+        return pool_ids(pool, pool.ready) - pool_held(pool) - n.cooling - n.pinned
+
+    @property
     def peak(self):
         """Highest number of IDs that were held at once."""
         return alive(self).peak
@@ -422,9 +434,8 @@ cdef class Allocator:
     def __repr__(self):
         """Return the arguments of the pool and its number of held IDs."""
         cdef Pool *pool = alive(self)
-        cdef uint64_t held = pool_held(pool)
         return (f"Allocator(capacity={pool.capacity}, first={pool.first}, "
-                f"block={1 << pool.shift}): {held} held")
+                f"block={1 << pool.shift}): {pool_held(pool)} held")
 
     def __reduce__(self):
         """Raise TypeError: a copy would issue the same IDs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,7 @@ def test_an_out_of_another_shape_or_type_is_refused(out: Any) -> None:
         tuple,
         lambda ids: np.array(ids),
         lambda ids: np.array(ids, np.uint8),
+        *(partial(np.array, dtype=size) for size in "bBhHiIlLqQ"),
         lambda ids: np.array(ids, ">i2"),
         lambda ids: np.array(ids, np.uint64),
         lambda ids: np.repeat(np.array(ids, np.uint64), 2)[::2],
@@ -74,6 +76,14 @@ def test_ids_in_many_forms(make: Callable[[list[int]], Any]) -> None:
     pool.release_many(make([5, 99, 1, 2, 3, 4, 17]))
     assert len(pool) == 93
     pool._check()
+
+
+@pytest.mark.parametrize("ids", [range(1, 100, 3), range(99, 0, -2), range(7, 8)])
+def test_ids_in_a_range(ids: range) -> None:
+    pool = Allocator(block=8)
+    pool.acquire_many(100)
+    pool.release_many(ids)
+    assert sorted({*range(1, 101)} - {*ids}) == list(pool)
 
 
 def test_no_ids_are_fine() -> None:

@@ -317,10 +317,13 @@ class Histories(RuleBasedStateMachine):
         assert pool.peak == model.peak
         assert pool.cooling == model.cooling()
         assert pool.pinned == model.pinned()
+        assert pool.free == model.available(99)
+        assert list(pool) == pool.held().tolist() == sorted(model.holder)
         assert pool.next_due == (model.queue[0][0] if model.queue else None)
         for owner in range(6):
             held = sorted(c for c, o in model.holder.items() if o == owner)
             assert sorted(pool.held_by(owner).tolist()) == held
+            assert pool.held_by(owner, ordered=True).tolist() == held
             assert pool.held_count(owner) == len(held)
         for cid in list(model.issued)[:10]:
             assert (cid in pool) == (cid in model.holder)

@@ -1,9 +1,10 @@
 # Read Python arguments as C values. A wrong type or value raises `InvalidArgument`.
 
 from cpython.buffer cimport (PyBUF_FORMAT, PyBUF_ND, PyBUF_WRITABLE, PyBuffer_Release,
-                             PyObject_GetBuffer)
+                             PyObject_CheckBuffer, PyObject_GetBuffer)
 from cpython.long cimport PyLong_CheckExact
 from cpython.number cimport PyNumber_Index
+from cpython.sequence cimport PySequence_Check
 from libc.stdint cimport INT64_MAX, INT64_MIN, int64_t, uint32_t, uint64_t, uintptr_t
 
 from .intrinsics cimport high_bit, likely
@@ -97,6 +98,24 @@ cdef inline int64_t as_cid(object x, object position=None) except? 0:
         raise error(INVALID_ARGUMENT, f"a correlation ID must be an int, not {type(x).__name__}"
                                       f"{at_position(position)}")
     return value if kind == FITS else 0
+
+
+cdef inline object ids_array(object ids):
+    # Convert any other form of IDs to a uint64 array. A number that does not fit becomes 0, which
+    # is in no pool.
+    import numpy as np
+    if not PyObject_CheckBuffer(ids):
+        if not PySequence_Check(ids):
+            raise error(INVALID_ARGUMENT, "ids must be an array or a sequence of ints, "
+                                          f"not {type(ids).__name__}")
+        return np.array([max(as_cid(cid, i), 0) for i, cid in enumerate(ids)], np.uint64)
+    array = np.asarray(ids)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise error(INVALID_ARGUMENT, "ids must be a one-dimensional array of integers, "
+                                      f"not {array.ndim}-dimensional {array.dtype}")
+    if array.dtype.kind == "i":
+        array = np.where(array < 0, 0, array)
+    return np.require(array, np.uint64, "CA")
 
 
 cdef inline bint view_ids(object array, Py_buffer *view, int flags) except -1:
