@@ -12,13 +12,14 @@ import numpy as np
 
 from ._core.acquire cimport see
 from ._core.args cimport (FITS, as_capacity, as_cid, as_int, as_owner, as_shift, as_time, ids_array,
-                          is_zero, read_int, small_int, view_ids, view_memory)
+                          is_zero, read_int, small_int, sorted_ids, view_ids, view_memory)
 from ._core.audit cimport audit
 from ._core.guard cimport guard_enter, guard_init, guard_leave, guard_wait
 from ._core.intrinsics cimport unlikely
-from ._core.messages cimport error, exhausted, refusal
+from ._core.messages cimport error, exhausted, refusal, unreservable
 from ._core.owners cimport write_held
 from ._core.past cimport recover
+from ._core.reserve cimport pool_can_reserve, pool_clear, pool_reserve
 
 cdef int forks = 0      # between the first process and this one
 
@@ -74,42 +75,7 @@ cdef object held_ids(Allocator self, int64_t owner):
 
 
 cdef class Allocator:
-    """A pool of integer IDs, each held by one owner at a time and reused after its cooldown.
-
-    IDs are grouped in blocks. A block serves one owner at a time. It is reused when all of its IDs
-    are free and the latest of their `reuse_at` has come. The free block that is due first is reused
-    first; a new block is opened only if none is due. Wide blocks are fast and small. Blocks of one
-    ID waste none, and every single ID is reused in the exact order.
-
-    Times are integers of any unit and origin. Owners are integers below 2**24; 0, the default, is
-    an owner like any other. Methods may be called from several threads: a call for thousands of IDs
-    releases the GIL, and other calls on the same pool wait for it. After a fork, methods raise
-    `Forked` in the child. A wrong type or value raises `InvalidArgument`.
-
-    Args:
-        capacity: number of IDs, 1 to 2**38. The memory is only reserved: 32 bytes are used for each
-            opened block, and 32 for each owner.
-        first: the lowest ID, at least 1; the highest must be below 2**63.
-        block: IDs in a block: 1, 2, 4, 8, 16, 32 or 64. The default is 1 for fewer than 2**16 IDs,
-            so that all of them can be held, and 64 otherwise.
-        buffer: memory for the blocks, such as a bytearray or an mmap: writable, contiguous, 8-byte
-            aligned, at least `buffer_size(capacity, block)` bytes, all zero. The pool keeps a
-            reference to it; only the pool may write to it.
-        ready: number of blocks that may be opened so far, see the attribute; by default all.
-        holders: take over the blocks that an earlier pool of the same shape left in `buffer`; its
-            process may have died at any instruction. Bytes, one for each owner: not 0 if that
-            owner may hold IDs.
-        latest: with `holders`: a block with a later `reuse_at` is damaged.
-        reuse_at: with `holders`: the last stores may be missing, as after a power cut. IDs of the
-            owners in `holders` stay held; every other ID of the ready blocks cools until this time.
-        live_snapshot: with `holders`: `buffer` is a copy, taken while the earlier pool was in use.
-            Without this, a held ID is damage if its owner is not in `holders`; with it, such an ID
-            is free.
-
-    Raises `InvalidArgument`, also for a buffer that is not zero; `RegistryCorrupt`, before anything
-    is written, for a buffer that no pool leaves behind; `MemoryError` without address space.
-    Constant time; with `holders` linear in the ready blocks.
-    """
+    """The core of `cidalloc.Allocator`, which describes its arguments and rules."""
 
     def __cinit__(self, capacity=(1 << 30) - 1, first=1, block=None, *, buffer=None, ready=None,
                   holders=None, latest=INT64_MAX, reuse_at=None, live_snapshot=False):
@@ -284,6 +250,26 @@ cdef class Allocator:
             guard_leave(&self.guard)
         return n
 
+    def _clear(self, reuse_at):
+        cdef int64_t tick = as_time(reuse_at, "reuse_at")
+        return pool_clear(alive(self), tick)
+
+    def _reserve(self, ids, owner):
+        cdef uint32_t own = as_owner(owner)
+        cdef uint64_t at = 0
+        array, ascending, distinct = sorted_ids(ids)
+        cdef const uint64_t[::1] given = array
+        cdef const uint64_t[::1] cids = ascending
+        cdef uint64_t n = given.shape[0], first_ones = distinct
+        if not n:
+            return
+        cdef Pool *pool = alive(self)
+        cdef int code = pool_can_reserve(pool, &given[0], first_ones, own, &at)
+        if code or first_ones < n:
+            raise unreservable(pool, code or DUPLICATE, given[at], at)
+        if pool_reserve(pool, &cids[0], n, own):
+            raise MemoryError("not enough memory to reserve the IDs")
+
     def owner_of(self, cid):
         """Return the owner of an ID. Raises `OutOfRange`, `NotHeld`. Constant time."""
         cdef int64_t number = as_cid(cid)
@@ -297,11 +283,6 @@ cdef class Allocator:
         """Return all held IDs in ascending order, as a uint64 array of shape (n,).
 
         Linear in the opened blocks.
-
-        >>> pool = Allocator(100)
-        >>> ids = pool.acquire_many(3)
-        >>> pool.held()
-        array([1, 2, 3], dtype=uint64)
         """
         return held_ids(self, -1)
 
@@ -384,13 +365,7 @@ cdef class Allocator:
     def free(self):
         """Number of IDs that any owner can get now, as of the latest `now` seen. Time as `cooling`.
 
-        The IDs that are left in a block with a held ID are not among them: only the owner of that
-        block can get those.
-
-        >>> pool = Allocator(100)
-        >>> pool.release(pool.acquire(), reuse_at=60)
-        >>> pool.free, pool.cooling
-        (99, 1)
+        The owner of a block with a held ID can also get the IDs that are left in this block.
         """
         cdef Pool *pool = alive(self)
         cdef Counts n = pool_count(pool)

@@ -75,6 +75,8 @@ def test_ids_in_many_forms(make: Callable[[list[int]], Any]) -> None:
     pool.acquire_many(100)
     pool.release_many(make([5, 99, 1, 2, 3, 4, 17]))
     assert len(pool) == 93
+    pool.reserve(make([5, 99, 1, 2, 3, 4, 17]))
+    assert list(pool) == list(range(1, 101))
     pool._check()
 
 
@@ -120,9 +122,10 @@ def test_no_ids_are_fine() -> None:
 def test_ids_of_another_type_are_refused(ids: Any) -> None:
     pool = Allocator()
     pool.acquire()
-    with pytest.raises(errors.InvalidArgument):
-        pool.release_many(ids)
-    assert 1 in pool
+    for call in (pool.release_many, pool.reserve):
+        with pytest.raises(errors.InvalidArgument):
+            call(ids)
+    assert list(pool) == [1]
 
 
 @pytest.mark.parametrize(
@@ -138,8 +141,9 @@ def test_ids_of_another_type_are_refused(ids: Any) -> None:
 def test_negative_and_huge_ids_are_out_of_range(ids: Any) -> None:
     pool = Allocator()
     pool.acquire()
-    with pytest.raises(errors.OutOfRange, match="position 1"):
-        pool.release_many(ids)
+    for call in (pool.release_many, Allocator().reserve):
+        with pytest.raises(errors.OutOfRange, match="position 1"):
+            call(ids)
     assert 1 in pool
 
 
@@ -176,6 +180,10 @@ def test_an_argument_of_another_type_is_refused(wrong: Any) -> None:
         lambda: pool.release_owner(0, wrong),
         lambda: pool.owner_of(wrong),
         lambda: pool.held_by(wrong),
+        lambda: pool.clear(wrong),
+        lambda: pool.reserve([7], wrong),
+        lambda: pool.reserve([wrong]),
+        lambda: pool.lease(wrong).__enter__(),
         lambda: pool.held_count(wrong),
         lambda: Allocator(wrong),
         lambda: Allocator(1, wrong),

@@ -154,6 +154,53 @@ class Model:
             self.enqueue(block)
         return released
 
+    def clear(self, reuse_at: int) -> int:
+        return sum(
+            self.release_owner(block.owner, reuse_at)
+            for _, block in sorted(self.blocks.items())
+            if block.number in self.lists[block.owner]
+        )
+
+    def refused(self, ids: list[int], owner: int) -> tuple[int, type[errors.CidError]] | None:
+        """The first ID that cannot be reserved, and why."""
+        for i, cid in enumerate(ids):
+            if not self.first <= cid < self.first + self.capacity:
+                return i, errors.OutOfRange
+            if cid in self.holder or cid in ids[:i]:
+                return i, errors.Duplicate
+            block = self.blocks.get((cid - self.first) // self.width)
+            if block and block.held and block.owner != owner:
+                return i, errors.NotOwner
+        return None
+
+    def reserve(self, ids: list[int], owner: int) -> None:
+        wanted = sorted({(cid - self.first) // self.width for cid in ids})
+        for number in range(len(self.blocks), wanted[-1] + 1):
+            block = self.blocks[number] = self.block_of(number)
+            self.fresh -= len(block.ids)
+            block.reuse_at = self.last
+            self.order += 1
+            heapq.heappush(self.queue, (block.reuse_at, self.order, block))
+        room = self.current.get(owner)
+        for number in wanted:
+            block = self.blocks[number]
+            if not block.held and block.number in self.lists[block.owner]:
+                room = None if room is block else room
+                self.enqueue(block)
+            if not block.held:
+                block.owner = owner
+                self.lists[owner][number] = self.current[owner] = block
+            block.bump = len(block.ids)
+            self.issued.update(block.ids)
+        for cid in ids:
+            self.blocks[(cid - self.first) // self.width].held.add(cid)
+            self.holder[cid] = owner
+        self.queue = [each for each in self.queue if not each[2].held]
+        heapq.heapify(self.queue)
+        if room:
+            self.current[owner] = room
+        self.peak = max(self.peak, len(self.holder))
+
     def cooling(self) -> int:
         return sum(len(block.ids) for key, _, block in self.queue if key > self.now) + sum(
             block.bump
@@ -262,6 +309,26 @@ class Histories(RuleBasedStateMachine):
     def release_owner(self, owner: int, delay: int) -> None:
         released = self.pool.release_owner(owner, self.at(delay))
         assert released == self.model.release_owner(owner, self.at(delay))
+
+    @rule(delay=delays)
+    def clear(self, delay: int) -> None:
+        assert self.pool.clear(self.at(delay)) == self.model.clear(self.at(delay))
+
+    @rule(data=st.data(), owner=owners)
+    def reserve(self, data: st.DataObject, owner: int) -> None:
+        low, high = self.model.first - 1, self.model.first + min(self.model.capacity, 200)
+        ids = data.draw(st.lists(st.integers(low, min(high, HIGHEST)), max_size=20), "ids")
+        if data.draw(st.booleans(), "only good ones"):
+            ids = [c for i, c in enumerate(ids) if not self.model.refused([c], owner)]
+            ids = list(dict.fromkeys(ids))
+        if refused := self.model.refused(ids, owner):
+            with pytest.raises(refused[1], match=f"position {refused[0]}\\b") as caught:
+                self.pool.reserve(ids, owner)
+            assert type(caught.value) is refused[1]
+        else:
+            self.pool.reserve(ids, owner)
+            if ids:
+                self.model.reserve(ids, owner)
 
     @rule(owner=owners, delay=delays)
     def take_and_give_back(self, owner: int, delay: int) -> None:

@@ -131,6 +131,22 @@ cdef inline bint view_ids(object array, Py_buffer *view, int flags) except -1:
     return False
 
 
+cdef inline tuple sorted_ids(object ids):
+    # Return a copy of the IDs, the same in ascending order, and how many come before the first that
+    # is given twice: uint64 arrays, which no other thread changes.
+    import numpy as np
+    cdef Py_buffer view
+    if view_ids(ids, &view, 0):
+        PyBuffer_Release(&view)
+    else:
+        ids = ids_array(ids)
+    array = np.array(ids, np.uint64)
+    order = np.argsort(array, kind="stable")
+    ascending = array[order]
+    twice = order[1:][ascending[1:] == ascending[:-1]]
+    return array, ascending, twice.min() if twice.size else array.size
+
+
 cdef inline int view_memory(object buffer, Py_buffer *view, uint64_t size) except -1:
     # Open a view of memory for blocks.
     try:

@@ -1,0 +1,124 @@
+"""The allocator as most programs use it: the core and what is built on it, at no cost for the core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, SupportsIndex, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _alloc
+
+IDs: TypeAlias = npt.NDArray[np.integer[Any]] | Sequence[SupportsIndex]
+
+
+class Allocator(_alloc.Allocator):
+    """A pool of integer IDs, each held by one owner at a time and reused after its cooldown.
+
+    IDs are grouped in blocks. A block serves one owner at a time. It is reused when all of its IDs
+    are free and the latest of their `reuse_at` has come. The free block that is due first is reused
+    first; a new block is opened only if none is due. Wide blocks are fast and small. Blocks of one
+    ID waste none, and every single ID is reused in the exact order.
+
+    Times are integers of any unit and origin. Owners are integers below 2**24; 0, the default, is
+    an owner like any other. Methods may be called from several threads: a call for thousands of IDs
+    releases the GIL, and other calls on the same pool wait for it. After a fork, methods raise
+    `Forked` in the child. A wrong type or value raises `InvalidArgument`.
+
+    Args:
+        capacity: number of IDs, 1 to 2**38. The memory is only reserved: 32 bytes are used for each
+            opened block, and 32 for each owner.
+        first: the lowest ID, at least 1; the highest must be below 2**63.
+        block: IDs in a block: 1, 2, 4, 8, 16, 32 or 64. The default is 1 for fewer than 2**16 IDs,
+            so that all of them can be held, and 64 otherwise.
+        buffer: memory for the blocks, such as a bytearray or an mmap: writable, contiguous, 8-byte
+            aligned, at least `buffer_size(capacity, block)` bytes, all zero. The pool keeps a
+            reference to it; only the pool may write to it.
+        ready: number of blocks that may be opened so far, see the attribute; by default all.
+        holders: take over the blocks that an earlier pool of the same shape left in `buffer`; its
+            process may have died at any instruction. Bytes, one for each owner: not 0 if that
+            owner may hold IDs.
+        latest: with `holders`: a block with a later `reuse_at` is damaged.
+        reuse_at: with `holders`: the last stores may be missing, as after a power cut. IDs of the
+            owners in `holders` stay held; every other ID of the ready blocks cools until this time.
+        live_snapshot: with `holders`: `buffer` is a copy, taken while the earlier pool was in use.
+            Without this, a held ID is damage if its owner is not in `holders`; with it, such an ID
+            is free.
+
+    Raises `InvalidArgument`, also for a buffer that is not zero; `RegistryCorrupt`, before anything
+    is written, for a buffer that no pool leaves behind; `MemoryError` without address space.
+    Constant time; with `holders` linear in the ready blocks.
+    """
+
+    __slots__ = ()
+
+    @contextmanager
+    def lease(
+        self,
+        owner: SupportsIndex = 0,
+        now: SupportsIndex = 0,
+        reuse_at: SupportsIndex | Callable[[], int] = 0,
+    ) -> Iterator[int]:
+        """Issue one ID for a `with` block, which releases it at its end, also after an error.
+
+        Args:
+            owner: the owner that holds it.
+            now: the time, in ticks.
+            reuse_at: the time, in ticks, from which it may be issued again; or a function that
+                returns this time, called at the end.
+
+        Raises `Exhausted`; at the end `NotHeld` if the ID was released within. Constant time.
+
+        >>> pool = Allocator(100)
+        >>> with pool.lease() as cid:
+        ...     print(cid, cid in pool)
+        1 True
+        >>> cid in pool
+        False
+        """
+        cid = self.acquire(owner, now)
+        try:
+            yield cid
+        finally:
+            self.release(cid, owner, reuse_at() if callable(reuse_at) else reuse_at)
+
+    def clear(self, reuse_at: SupportsIndex = 0) -> int:
+        """Release all IDs of all owners; return their number.
+
+        Args:
+            reuse_at: the time, in ticks, from which they may be issued again.
+
+        Linear in the opened blocks.
+
+        >>> pool = Allocator(100)
+        >>> ids = pool.acquire_many(3)
+        >>> pool.clear(), len(pool)
+        (3, 0)
+        """
+        return self._clear(reuse_at)
+
+    def reserve(self, ids: IDs, owner: SupportsIndex = 0) -> None:
+        """Mark given free IDs as held, all or none, also those that are cooling.
+
+        This loads what exists: IDs that are in use already, or that must not be issued. A block
+        with a reserved ID issues no others until all of its held IDs are released; a block of one
+        ID has no others. All blocks below the highest ID are opened: 32 bytes of memory each.
+
+        Args:
+            ids: a one-dimensional array of any integer type, or a sequence of ints, in any order.
+            owner: the owner that will hold them.
+
+        Raises `OutOfRange`; `Duplicate` for an ID that is held, or is given twice; `NotOwner` for
+        one in a block with IDs of another owner; `Exhausted` for one in a block that is not ready,
+        or is more than 2**26 blocks above the opened ones. `position` is the index of the first
+        wrong ID. Raises `MemoryError` without memory for a log of the call. O(n log n), and linear
+        in the opened blocks.
+
+        >>> pool = Allocator(100)
+        >>> pool.reserve([3, 1])
+        >>> pool.acquire_many(3)
+        array([2, 4, 5], dtype=uint64)
+        """
+        self._reserve(ids, owner)
