@@ -15,11 +15,13 @@ from ._core.args cimport (FITS, as_capacity, as_cid, as_int, as_owner, as_shift,
                           is_zero, read_int, small_int, sorted_ids, view_ids, view_memory)
 from ._core.audit cimport audit
 from ._core.guard cimport guard_enter, guard_init, guard_leave, guard_wait
+from ._core.held cimport ALL, held_ids
 from ._core.intrinsics cimport unlikely
 from ._core.messages cimport error, exhausted, refusal, unreservable
-from ._core.owners cimport write_held
 from ._core.past cimport recover
 from ._core.reserve cimport pool_can_reserve, pool_clear, pool_reserve
+
+from .waiting_line import WaitingLine
 
 cdef int forks = 0      # between the first process and this one
 
@@ -44,34 +46,32 @@ cdef inline Pool *alive(Allocator self) except NULL:
     return &self.pool
 
 
+cdef int serve_first(Allocator self, int64_t now) except -1:
+    # Let the callers that wait for an ID be first to get those that are due now.
+    wait(self)
+    if self.guard.queued:
+        see(&self.pool, now)
+        self._line.serve(self)
+        wait(self)
+    return 0
+
+
+cdef inline Pool *in_turn(Allocator self, int64_t now) except NULL:
+    # As alive(), for a call that issues IDs.
+    if unlikely(self.guard.forks != forks):
+        serve_first(self, now)
+    return &self.pool
+
+
+cdef inline int freed(Allocator self) except -1:
+    # Handle a change after which more IDs may be issued.
+    if unlikely(self.guard.queued):
+        self._line.serve(self)
+    return 0
+
+
 cdef Pool *pool_of(Allocator self) except NULL:
     return alive(self)
-
-
-cdef inline uint64_t count_held(const Pool *pool, int64_t owner) noexcept:
-    return pool.owners[owner].held if owner >= 0 else pool_held(pool)
-
-
-cdef object held_ids(Allocator self, int64_t owner):
-    # Return the IDs of an owner, or all held IDs for -1, as an array.
-    cdef Py_buffer view
-    cdef Pool *pool
-    while True:
-        ids = np.empty(count_held(alive(self), owner), np.uint64)
-        view_ids(ids, &view, PyBUF_WRITABLE)
-        try:
-            pool = alive(self)
-            if count_held(pool, owner) != <uint64_t>view.shape[0]:
-                continue    # another thread used the pool meanwhile
-            if guard_enter(&self.guard, view.shape[0] if owner >= 0 else pool.opened):
-                with nogil:
-                    write_held(pool, owner, <uint64_t *>view.buf)
-                    guard_leave(&self.guard)
-            else:
-                write_held(pool, owner, <uint64_t *>view.buf)
-            return ids
-        finally:
-            PyBuffer_Release(&view)
 
 
 cdef class Allocator:
@@ -97,6 +97,7 @@ cdef class Allocator:
         if used:
             recover(&self.pool, holders, as_time(latest, "latest"), reuse_at, live_snapshot)
         guard_init(&self.guard, forks)
+        self._line = WaitingLine()
 
     def __dealloc__(self):
         pool_free(&self.pool)
@@ -108,25 +109,32 @@ cdef class Allocator:
         cdef int64_t n = as_capacity(capacity)
         return pool_size(n, as_shift(block, n))
 
-    def acquire(self, owner=0, now=0):
+    def acquire(self, owner=0, now=0, timeout=None):
         """Issue one ID, an int.
 
         Args:
             owner: the owner that will hold it.
             now: the time, in ticks. A time before the latest one seen counts as the latest.
+            timeout: seconds to wait if no ID can be issued, at least 0, or `inf`. Other threads or
+                tasks end the wait when they release IDs, or make calls with a later `now`. Those
+                that wait get IDs in the order in which they came.
 
-        Raises `Exhausted`. Amortised constant time.
+        Raises `Exhausted`, after the timeout if there is one. Amortised constant time.
         """
         cdef uint32_t own
         cdef int64_t tick
         cdef uint64_t cid = 0
         cdef int code
+        if unlikely(timeout is not None):
+            self._line.check(timeout)
         if is_zero(owner) and is_zero(now):
-            code = pool_acquire(alive(self), 0, 0, &cid)
+            code = pool_acquire(in_turn(self, 0), 0, 0, &cid)
         else:
             own, tick = as_owner(owner), as_time(now, "now")
-            code = pool_acquire(alive(self), own, tick, &cid)
+            code = pool_acquire(in_turn(self, tick), own, tick, &cid)
         if unlikely(code):
+            if timeout is not None:
+                return self._line.wait(self, owner, now, timeout)
             raise exhausted(&self.pool, "an ID")
         return <int64_t>cid
 
@@ -157,7 +165,7 @@ cdef class Allocator:
         try:
             if <uint64_t>view.shape[0] != many:
                 raise error(INVALID_ARGUMENT, f"out has {view.shape[0]} elements, but n is {many}")
-            alive(self)
+            in_turn(self, tick)
             if guard_enter(&self.guard, many):
                 with nogil:
                     code = pool_acquire_many(pool, many, own, tick, <uint64_t *>view.buf)
@@ -193,6 +201,7 @@ cdef class Allocator:
             code = pool_release(alive(self), number, own, tick)
         if unlikely(code):
             raise refusal(&self.pool, code, number)
+        freed(self)
 
     def release_many(self, ids, owner=0, reuse_at=0):
         """Release IDs, all or none.
@@ -229,6 +238,7 @@ cdef class Allocator:
                 raise refusal(pool, code, cids[at], at)
         finally:
             PyBuffer_Release(&view)
+        freed(self)
 
     def release_owner(self, owner, reuse_at=0):
         """Release all IDs of an owner; return their number.
@@ -243,16 +253,20 @@ cdef class Allocator:
         cdef int64_t tick = as_time(reuse_at, "reuse_at")
         cdef uint64_t n
         cdef Pool *pool = alive(self)
-        if not guard_enter(&self.guard, pool.owners[own].held >> pool.shift):
-            return pool_release_owner(pool, own, tick)
-        with nogil:
+        if guard_enter(&self.guard, pool.owners[own].held >> pool.shift):
+            with nogil:
+                n = pool_release_owner(pool, own, tick)
+                guard_leave(&self.guard)
+        else:
             n = pool_release_owner(pool, own, tick)
-            guard_leave(&self.guard)
+        freed(self)
         return n
 
     def _clear(self, reuse_at):
         cdef int64_t tick = as_time(reuse_at, "reuse_at")
-        return pool_clear(alive(self), tick)
+        cdef uint64_t n = pool_clear(alive(self), tick)
+        freed(self)
+        return n
 
     def _reserve(self, ids, owner):
         cdef uint32_t own = as_owner(owner)
@@ -279,24 +293,12 @@ cdef class Allocator:
             raise refusal(&self.pool, code, number)
         return owner
 
-    def held(self):
-        """Return all held IDs in ascending order, as a uint64 array of shape (n,).
+    def held_by(self, owner):
+        """Return the IDs of an owner, unordered, as a uint64 array of shape (n,). O(n)."""
+        return held_ids(&self.pool, &self.guard, &forks, as_owner(owner))
 
-        Linear in the opened blocks.
-        """
-        return held_ids(self, -1)
-
-    def held_by(self, owner, *, ordered=False):
-        """Return the IDs of an owner as a uint64 array of shape (n,). O(n).
-
-        Args:
-            owner: the owner that holds them.
-            ordered: whether to sort them in ascending order, for O(n log n).
-        """
-        ids = held_ids(self, as_owner(owner))
-        if ordered:
-            ids.sort()
-        return ids
+    def _held(self):
+        return held_ids(&self.pool, &self.guard, &forks, ALL)
 
     def held_count(self, owner):
         """Return the number of IDs that an owner holds. Constant time."""
@@ -314,13 +316,6 @@ cdef class Allocator:
     def __len__(self):
         """Return the number of held IDs. Constant time."""
         return pool_held(alive(self))
-
-    def __iter__(self):
-        """Iterate over the IDs that are held now, in ascending order, as ints.
-
-        Linear in the opened blocks. The pool may be used and changed meanwhile.
-        """
-        return iter(self.held().tolist())
 
     @property
     def capacity(self):
@@ -362,16 +357,6 @@ cdef class Allocator:
         return pool_count(alive(self)).pinned
 
     @property
-    def free(self):
-        """Number of IDs that any owner can get now, as of the latest `now` seen. Time as `cooling`.
-
-        The owner of a block with a held ID can also get the IDs that are left in this block.
-        """
-        cdef Pool *pool = alive(self)
-        cdef Counts n = pool_count(pool)
-        return pool_ids(pool, pool.ready) - pool_held(pool) - n.cooling - n.pinned
-
-    @property
     def peak(self):
         """Highest number of IDs that were held at once."""
         return alive(self).peak
@@ -399,6 +384,7 @@ cdef class Allocator:
     def ready(self, blocks):
         cdef int64_t value = as_int(blocks, alive(self).ready, alive(self).count, "ready")
         alive(self).ready = value
+        freed(self)
 
     @property
     def next_due(self):
@@ -415,6 +401,21 @@ cdef class Allocator:
     def __reduce__(self):
         """Raise TypeError: a copy would issue the same IDs."""
         raise TypeError("an Allocator cannot be pickled or copied: both would issue the same IDs")
+
+    def _take(self, owner):
+        # Issue an ID without regard to those that wait; return 0 if there is none.
+        cdef uint32_t own = as_owner(owner)
+        cdef uint64_t cid = 0
+        cdef Pool *pool = alive(self)
+        pool_acquire(pool, own, pool.now, &cid)
+        return cid
+
+    def _set_queued(self, queued):
+        # Tell whether other callers wait for an ID.
+        cdef bint value = queued
+        alive(self)
+        self.guard.queued = value
+        self.guard.forks = ~forks if value else forks
 
     def _check(self):
         """Check every invariant; raises AssertionError. Linear in the opened blocks.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, SupportsIndex, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from . import _alloc
+from .errors import Exhausted
 
 IDs: TypeAlias = npt.NDArray[np.integer[Any]] | Sequence[SupportsIndex]
 
@@ -54,12 +56,95 @@ class Allocator(_alloc.Allocator):
 
     __slots__ = ()
 
+    def held(self) -> npt.NDArray[np.uint64]:
+        """Return all held IDs in ascending order, as a uint64 array of shape (n,).
+
+        Linear in the opened blocks.
+
+        >>> pool = Allocator(100)
+        >>> ids = pool.acquire_many(3)
+        >>> pool.held()
+        array([1, 2, 3], dtype=uint64)
+        """
+        return self._held()
+
+    def held_by(self, owner: SupportsIndex, *, ordered: bool = False) -> npt.NDArray[np.uint64]:
+        """Return the IDs of an owner as a uint64 array of shape (n,). O(n).
+
+        Args:
+            owner: the owner that holds them.
+            ordered: whether to sort them in ascending order, in O(n log n).
+        """
+        ids = super().held_by(owner)
+        if ordered:
+            ids.sort()
+        return ids
+
+    def __iter__(self) -> Iterator[int]:
+        """Iterate over the IDs that are held now, in ascending order.
+
+        Linear in the opened blocks. The pool may be used and changed meanwhile.
+
+        >>> pool = Allocator(100)
+        >>> ids = pool.acquire_many(3)
+        >>> [cid for cid in pool]
+        [1, 2, 3]
+        """
+        return iter(self.held().tolist())
+
+    @property
+    def free(self) -> int:
+        """Number of IDs that any owner can get now, as of the latest `now` seen. Time as `cooling`.
+
+        The owner of a block with a held ID can also get the IDs that are left in this block.
+
+        >>> pool = Allocator(100)
+        >>> pool.release(pool.acquire(), reuse_at=60)
+        >>> pool.free, pool.cooling
+        (99, 1)
+        """
+        ready = min(self.ready * self.block, self.capacity)
+        return ready - self.active - self.cooling - self.pinned
+
+    async def acquire_async(
+        self, owner: SupportsIndex = 0, now: SupportsIndex = 0, timeout: float = math.inf
+    ) -> int:
+        """Issue one ID; wait for it in a task of asyncio if none can be issued.
+
+        It is in one line with the other tasks and threads that wait, see `acquire`. A task that is
+        cancelled keeps no ID.
+
+        Args:
+            owner: the owner that will hold it.
+            now: the time, in ticks. A time before the latest one seen counts as the latest.
+            timeout: seconds to wait, at least 0; without end by default.
+
+        Raises `Exhausted` after the timeout. Amortised constant time.
+
+        >>> import asyncio
+        >>> pool = Allocator(1)
+        >>> async def main():
+        ...     cid = await pool.acquire_async()
+        ...     waiting = asyncio.create_task(pool.acquire_async(timeout=5))
+        ...     await asyncio.sleep(0)
+        ...     pool.release(cid)
+        ...     return await waiting
+        >>> asyncio.run(main())
+        1
+        """
+        line = self._line
+        line.check(timeout)
+        with suppress(Exhausted):
+            return self.acquire(owner, now)
+        return await line.wait_async(self, owner, now, timeout)
+
     @contextmanager
     def lease(
         self,
         owner: SupportsIndex = 0,
         now: SupportsIndex = 0,
         reuse_at: SupportsIndex | Callable[[], int] = 0,
+        timeout: float | None = None,
     ) -> Iterator[int]:
         """Issue one ID for a `with` block, which releases it at its end, also after an error.
 
@@ -68,6 +153,7 @@ class Allocator(_alloc.Allocator):
             now: the time, in ticks.
             reuse_at: the time, in ticks, from which it may be issued again; or a function that
                 returns this time, called at the end.
+            timeout: seconds to wait for an ID, as in `acquire`.
 
         Raises `Exhausted`; at the end `NotHeld` if the ID was released within. Constant time.
 
@@ -78,7 +164,7 @@ class Allocator(_alloc.Allocator):
         >>> cid in pool
         False
         """
-        cid = self.acquire(owner, now)
+        cid = self.acquire(owner, now, timeout)
         try:
             yield cid
         finally:

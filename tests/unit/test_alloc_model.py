@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cidalloc import Allocator, errors
+from cidalloc.waiting_line import Caller
 
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
 
@@ -231,10 +232,34 @@ class Histories(RuleBasedStateMachine):
         self.pool = Allocator(capacity, first, block)
         self.model = Model(capacity, first, block)
         self.now = now
+        self.line: list[Caller] = []
 
     def seen(self, now: int) -> int:
         self.model.now = max(self.model.now, now)
+        if self.line:
+            self.pool.acquire_many(0, 0, now)
+            self.follow_line()
         return now
+
+    def follow_line(self) -> None:
+        """Let the first callers in the line have what the pool gave them."""
+        while self.line and self.model.available(int(self.line[0].owner)):
+            caller = self.line.pop(0)
+            self.model.issue(int(caller.owner), caller.cid)
+        assert not any(caller.cid for caller in self.line)
+
+    @rule(owner=owners)
+    def wait(self, owner: int) -> None:
+        self.line.append(Caller(owner, lambda: None))
+        self.pool._line.join(self.pool, self.line[-1])
+        self.follow_line()
+
+    @precondition(lambda self: self.line)
+    @rule(data=st.data())
+    def stop_waiting(self, data: st.DataObject) -> None:
+        caller = self.line.pop(data.draw(st.integers(0, len(self.line) - 1), "place"))
+        self.pool._line.give_up(self.pool, caller)
+        self.follow_line()
 
     def at(self, delay: int) -> int:
         return max(LOWEST, min(HIGHEST, self.now + delay))
@@ -297,6 +322,7 @@ class Histories(RuleBasedStateMachine):
         cid = data.draw(st.sampled_from(sorted(self.model.holder)), "cid")
         self.pool.release(cid, self.model.holder[cid], self.at(delay))
         self.model.release(cid, self.at(delay))
+        self.follow_line()
 
     @rule(data=st.data(), owner=owners, delay=delays, array=st.booleans())
     def release_many(self, data: st.DataObject, owner: int, delay: int, array: bool) -> None:
@@ -304,15 +330,18 @@ class Histories(RuleBasedStateMachine):
         self.pool.release_many(np.array(ids, np.uint64) if array else ids, owner, self.at(delay))
         for cid in ids:
             self.model.release(cid, self.at(delay))
+        self.follow_line()
 
     @rule(owner=owners, delay=delays)
     def release_owner(self, owner: int, delay: int) -> None:
         released = self.pool.release_owner(owner, self.at(delay))
         assert released == self.model.release_owner(owner, self.at(delay))
+        self.follow_line()
 
     @rule(delay=delays)
     def clear(self, delay: int) -> None:
         assert self.pool.clear(self.at(delay)) == self.model.clear(self.at(delay))
+        self.follow_line()
 
     @rule(data=st.data(), owner=owners)
     def reserve(self, data: st.DataObject, owner: int) -> None:
@@ -336,6 +365,7 @@ class Histories(RuleBasedStateMachine):
             if cid := self.one(owner, self.now):
                 self.pool.release(cid, owner, self.at(delay))
                 self.model.release(cid, self.at(delay))
+                self.follow_line()
 
     def wrong(self, data: st.DataObject, owner: int, ids: list[int]) -> tuple[int, type]:
         model = self.model
