@@ -6,7 +6,7 @@ This package alone is the standalone allocator; it loads neither Triton nor trit
 
 from importlib.metadata import version as _version
 
-from .allocator import Allocator
+from ._alloc import Allocator
 from .codes import Code
 from .errors import CidError
 

@@ -4,6 +4,8 @@
 """The allocator as a Python class: arguments, exceptions, threads and forks around the C pool."""
 
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release
+from cpython.object cimport PyObject
+from cpython.type cimport PyType_Modified
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 
 import os
@@ -20,8 +22,15 @@ from ._core.intrinsics cimport unlikely
 from ._core.messages cimport error, exhausted, refusal, unreservable
 from ._core.past cimport recover
 from ._core.reserve cimport pool_can_reserve, pool_clear, pool_reserve
+from ._core.resize cimport pool_resize
+from ._core.state cimport load_state, save_state
 
+from .allocator import Methods
 from .waiting_line import WaitingLine
+
+cdef extern from *:
+    ctypedef struct PyTypeObject:
+        PyObject *tp_dict
 
 cdef int forks = 0      # between the first process and this one
 
@@ -75,8 +84,6 @@ cdef Pool *pool_of(Allocator self) except NULL:
 
 
 cdef class Allocator:
-    """The core of `cidalloc.Allocator`, which describes its arguments and rules."""
-
     def __cinit__(self, capacity=(1 << 30) - 1, first=1, block=None, *, buffer=None, ready=None,
                   holders=None, latest=INT64_MAX, reuse_at=None, live_snapshot=False):
         cdef int64_t n = as_capacity(capacity)
@@ -293,9 +300,15 @@ cdef class Allocator:
             raise refusal(&self.pool, code, number)
         return owner
 
-    def held_by(self, owner):
-        """Return the IDs of an owner, unordered, as a uint64 array of shape (n,). O(n)."""
-        return held_ids(&self.pool, &self.guard, &forks, as_owner(owner))
+    def held_by(self, owner, *, ordered=False):
+        """Return the IDs of an owner as a uint64 array of shape (n,). O(n).
+
+        They are in ascending order if `ordered` is true, which costs O(n log n).
+        """
+        ids = held_ids(&self.pool, &self.guard, &forks, as_owner(owner))
+        if ordered:
+            ids.sort()
+        return ids
 
     def _held(self):
         return held_ids(&self.pool, &self.guard, &forks, ALL)
@@ -333,11 +346,6 @@ cdef class Allocator:
         return 1 << alive(self).shift
 
     @property
-    def active(self):
-        """Number of held IDs."""
-        return pool_held(alive(self))
-
-    @property
     def inactive(self):
         """Number of IDs that were issued at least once and are not held now."""
         cdef Pool *pool = alive(self)
@@ -360,12 +368,6 @@ cdef class Allocator:
     def peak(self):
         """Highest number of IDs that were held at once."""
         return alive(self).peak
-
-    @property
-    def high_water(self):
-        """Number of IDs in the blocks that were ever opened."""
-        cdef Pool *pool = alive(self)
-        return pool_ids(pool, pool.opened)
 
     @property
     def opened(self):
@@ -392,6 +394,13 @@ cdef class Allocator:
         cdef int64_t due = 0
         return due if pool_next_due(alive(self), &due) else None
 
+    def __iter__(self):
+        """Iterate over the IDs that are held now, in ascending order.
+
+        Linear in the opened blocks. The pool may be used and changed meanwhile.
+        """
+        return iter(self.held().tolist())
+
     def __repr__(self):
         """Return the arguments of the pool and its number of held IDs."""
         cdef Pool *pool = alive(self)
@@ -401,6 +410,23 @@ cdef class Allocator:
     def __reduce__(self):
         """Raise TypeError: a copy would issue the same IDs."""
         raise TypeError("an Allocator cannot be pickled or copied: both would issue the same IDs")
+
+    def _resize(self, capacity):
+        cdef Pool *pool = alive(self)
+        cdef int64_t most = min(<int64_t>1 << 38, INT64_MAX - <int64_t>pool.first + 1)
+        cdef int64_t n = as_int(capacity, pool.capacity, most, "capacity")
+        cdef int code = pool_resize(alive(self), n)
+        if code == INVALID_ARGUMENT:
+            raise error(code, "a pool in given memory cannot grow, and none can shrink")
+        if code:
+            raise MemoryError("not enough address space for the pool: use a smaller capacity")
+        freed(self)
+
+    def _state(self):
+        return save_state(alive(self))
+
+    def _load(self, bytes blocks, bytes order, now, last, peak):
+        load_state(alive(self), blocks, order, now, last, peak)
 
     def _take(self, owner):
         # Issue an ID without regard to those that wait; return 0 if there is none.
@@ -423,3 +449,9 @@ cdef class Allocator:
         No other thread may use the pool at the same time.
         """
         audit(alive(self))
+
+
+for name, method in vars(Methods).items():
+    if name == "__doc__" or not name.startswith("_"):
+        (<dict>(<PyTypeObject *>Allocator).tp_dict)[name] = method
+PyType_Modified(Allocator)

@@ -1,22 +1,35 @@
-"""The allocator as most programs use it: the core and what is built on it, at no cost for the core."""
+"""Methods of the allocator that are built on the core, in Python."""
 
 from __future__ import annotations
 
 import math
+import struct
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, SupportsIndex, TypeAlias
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from . import _alloc
-from .errors import Exhausted
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from ._alloc import Allocator
+
+from .errors import Exhausted, InvalidArgument, RegistryCorrupt
 
 IDs: TypeAlias = npt.NDArray[np.integer[Any]] | Sequence[SupportsIndex]
 
 
-class Allocator(_alloc.Allocator):
+_HEAD = struct.Struct("<8sII")
+"""Of a snapshot: `_MAGIC`, `_VERSION`, and the CRC-32 of all that follows."""
+_NUMBERS = struct.Struct("<QQQQqqQQQ")
+"""capacity, first, block, ready, now, last, peak, bytes of blocks, bytes of the queue's order."""
+_MAGIC, _VERSION = b"cidalloc", 1
+
+
+class Methods:
     """A pool of integer IDs, each held by one owner at a time and reused after its cooldown.
 
     IDs are grouped in blocks. A block serves one owner at a time. It is reused when all of its IDs
@@ -56,7 +69,20 @@ class Allocator(_alloc.Allocator):
 
     __slots__ = ()
 
-    def held(self) -> npt.NDArray[np.uint64]:
+    # `_alloc` puts all of this into the class Allocator. A subclass would make `acquire` and
+    # `release` slower: CPython specialises calls only for the very class that defines a method.
+
+    @property
+    def active(self: Allocator) -> int:
+        """Number of held IDs."""
+        return len(self)
+
+    @property
+    def high_water(self: Allocator) -> int:
+        """Number of IDs in the blocks that were ever opened."""
+        return min(self.opened * self.block, self.capacity)
+
+    def held(self: Allocator) -> npt.NDArray[np.uint64]:
         """Return all held IDs in ascending order, as a uint64 array of shape (n,).
 
         Linear in the opened blocks.
@@ -68,32 +94,8 @@ class Allocator(_alloc.Allocator):
         """
         return self._held()
 
-    def held_by(self, owner: SupportsIndex, *, ordered: bool = False) -> npt.NDArray[np.uint64]:
-        """Return the IDs of an owner as a uint64 array of shape (n,). O(n).
-
-        Args:
-            owner: the owner that holds them.
-            ordered: whether to sort them in ascending order, in O(n log n).
-        """
-        ids = super().held_by(owner)
-        if ordered:
-            ids.sort()
-        return ids
-
-    def __iter__(self) -> Iterator[int]:
-        """Iterate over the IDs that are held now, in ascending order.
-
-        Linear in the opened blocks. The pool may be used and changed meanwhile.
-
-        >>> pool = Allocator(100)
-        >>> ids = pool.acquire_many(3)
-        >>> [cid for cid in pool]
-        [1, 2, 3]
-        """
-        return iter(self.held().tolist())
-
     @property
-    def free(self) -> int:
+    def free(self: Allocator) -> int:
         """Number of IDs that any owner can get now, as of the latest `now` seen. Time as `cooling`.
 
         The owner of a block with a held ID can also get the IDs that are left in this block.
@@ -107,7 +109,7 @@ class Allocator(_alloc.Allocator):
         return ready - self.active - self.cooling - self.pinned
 
     async def acquire_async(
-        self, owner: SupportsIndex = 0, now: SupportsIndex = 0, timeout: float = math.inf
+        self: Allocator, owner: SupportsIndex = 0, now: SupportsIndex = 0, timeout: float = math.inf
     ) -> int:
         """Issue one ID; wait for it in a task of asyncio if none can be issued.
 
@@ -140,7 +142,7 @@ class Allocator(_alloc.Allocator):
 
     @contextmanager
     def lease(
-        self,
+        self: Allocator,
         owner: SupportsIndex = 0,
         now: SupportsIndex = 0,
         reuse_at: SupportsIndex | Callable[[], int] = 0,
@@ -170,7 +172,7 @@ class Allocator(_alloc.Allocator):
         finally:
             self.release(cid, owner, reuse_at() if callable(reuse_at) else reuse_at)
 
-    def clear(self, reuse_at: SupportsIndex = 0) -> int:
+    def clear(self: Allocator, reuse_at: SupportsIndex = 0) -> int:
         """Release all IDs of all owners; return their number.
 
         Args:
@@ -185,7 +187,7 @@ class Allocator(_alloc.Allocator):
         """
         return self._clear(reuse_at)
 
-    def reserve(self, ids: IDs, owner: SupportsIndex = 0) -> None:
+    def reserve(self: Allocator, ids: IDs, owner: SupportsIndex = 0) -> None:
         """Mark given free IDs as held, all or none, also those that are cooling.
 
         This loads what exists: IDs that are in use already, or that must not be issued. A block
@@ -208,3 +210,74 @@ class Allocator(_alloc.Allocator):
         array([2, 4, 5], dtype=uint64)
         """
         self._reserve(ids, owner)
+
+    def resize(self: Allocator, capacity: SupportsIndex) -> None:
+        """Make the pool larger: it gets the IDs that follow its highest one.
+
+        Args:
+            capacity: the new number of IDs, at least that of before, at most 2**38.
+
+        Raises `InvalidArgument`, also for a pool with a `buffer`; `MemoryError` without address
+        space. Constant time.
+
+        >>> pool = Allocator(1)
+        >>> pool.resize(3)
+        >>> pool.acquire_many(3)
+        array([1, 2, 3], dtype=uint64)
+        """
+        self._resize(capacity)
+
+    def snapshot(self: Allocator) -> bytes:
+        """Return the state of the pool as bytes for `restore`.
+
+        It has the held IDs with their owners, the cooldowns and the order in which free IDs are
+        reused. 32 bytes for each opened block, and 8 for each free one. Linear in the opened
+        blocks.
+
+        >>> pool = Allocator(100)
+        >>> ids = pool.acquire_many(3)
+        >>> Allocator.restore(pool.snapshot()).acquire()
+        4
+        """
+        blocks, order, capacity, ready, now, last, peak = self._state()
+        numbers = (capacity, self.first, self.block, ready, now, last, peak)
+        body = _NUMBERS.pack(*numbers, len(blocks), len(order)) + blocks + order
+        return _HEAD.pack(_MAGIC, _VERSION, zlib.crc32(body)) + body
+
+    @classmethod
+    def restore(cls: type[Allocator], snapshot: Buffer) -> Allocator:
+        """Return a new pool with the state of a snapshot.
+
+        The pool of the snapshot must not be used any more: both would issue the same IDs. A free
+        block that was left to its owner is free for all, after the cooldown of all its IDs.
+
+        Args:
+            snapshot: bytes from `snapshot`, of this version of the format.
+
+        Raises `InvalidArgument` for another version, and for bytes that are damaged, cut short or
+        no snapshot; `MemoryError` without address space. Linear in the opened blocks.
+        """
+        try:
+            data = bytes(memoryview(snapshot))
+        except (TypeError, BufferError):
+            raise InvalidArgument(
+                f"snapshot must be bytes, not {type(snapshot).__name__}"
+            ) from None
+        if len(data) < _HEAD.size or not data.startswith(_MAGIC):
+            raise InvalidArgument("these bytes are not the snapshot of an allocator")
+        _, version, check = _HEAD.unpack_from(data)
+        if version != _VERSION:
+            raise InvalidArgument(
+                f"the snapshot has version {version}: this cidalloc reads version {_VERSION}"
+            )
+        body = data[_HEAD.size :]
+        if len(body) < _NUMBERS.size or zlib.crc32(body) != check:
+            raise InvalidArgument("the snapshot is damaged or cut short")
+        capacity, first, block, ready, now, last, peak, *sizes = _NUMBERS.unpack_from(body)
+        blocks, order = body[_NUMBERS.size :][: sizes[0]], body[_NUMBERS.size + sizes[0] :]
+        pool = cls(capacity, first, block, ready=ready)
+        try:
+            pool._load(blocks, order, now, last, peak)
+        except RegistryCorrupt:
+            raise InvalidArgument("the snapshot is damaged: no pool has such blocks") from None
+        return pool

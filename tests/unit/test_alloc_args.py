@@ -181,6 +181,7 @@ def test_an_argument_of_another_type_is_refused(wrong: Any) -> None:
         lambda: pool.owner_of(wrong),
         lambda: pool.held_by(wrong),
         lambda: pool.clear(wrong),
+        lambda: pool.resize(wrong),
         lambda: pool.reserve([7], wrong),
         lambda: pool.reserve([wrong]),
         lambda: pool.lease(wrong).__enter__(),

@@ -202,6 +202,32 @@ class Model:
             self.current[owner] = room
         self.peak = max(self.peak, len(self.holder))
 
+    def resize(self, capacity: int) -> None:
+        last = self.blocks.get(self.count - 1)
+        self.fresh += capacity - self.capacity
+        self.capacity, self.count = capacity, -(-capacity // self.width)
+        if last:
+            ids = self.block_of(last.number).ids
+            self.fresh -= len(ids) - len(last.ids)
+            wider = len(ids) > len(last.ids)
+            last.ids = ids
+            owned = last.number in self.lists[last.owner]
+            if wider and owned and self.current.get(last.owner) is not last:
+                last.bump = len(ids)
+                self.issued.update(ids)
+
+    def restore(self) -> None:
+        """Idle blocks are queued, and the lists of owners are in order."""
+        for _, block in sorted(self.blocks.items()):
+            if not block.held and block.number in self.lists[block.owner]:
+                self.enqueue(block)
+        self.current.clear()
+        for owner, blocks in self.lists.items():
+            self.lists[owner] = dict(sorted(blocks.items()))
+            room = [block for block in blocks.values() if block.bump < len(block.ids)]
+            if blocks:
+                self.current[owner] = room[0] if room else self.lists[owner][min(blocks)]
+
     def cooling(self) -> int:
         return sum(len(block.ids) for key, _, block in self.queue if key > self.now) + sum(
             block.bump
@@ -358,6 +384,20 @@ class Histories(RuleBasedStateMachine):
             self.pool.reserve(ids, owner)
             if ids:
                 self.model.reserve(ids, owner)
+
+    @precondition(lambda self: self.model.first + self.model.capacity < HIGHEST - 300)
+    @rule(more=st.one_of(st.integers(0, 5), st.integers(0, 100)))
+    def resize(self, more: int) -> None:
+        capacity = min(self.model.capacity + more, 2**38)
+        self.pool.resize(capacity)
+        self.model.resize(capacity)
+        self.follow_line()
+
+    @precondition(lambda self: not self.line)
+    @rule()
+    def snapshot_and_restore(self) -> None:
+        self.pool = Allocator.restore(self.pool.snapshot())
+        self.model.restore()
 
     @rule(owner=owners, delay=delays)
     def take_and_give_back(self, owner: int, delay: int) -> None:
