@@ -60,7 +60,7 @@ cdef int serve_first(Allocator self, int64_t now) except -1:
     wait(self)
     if self.guard.queued:
         see(&self.pool, now)
-        self._line.serve(self)
+        serve(self)
         wait(self)
     return 0
 
@@ -72,11 +72,24 @@ cdef inline Pool *in_turn(Allocator self, int64_t now) except NULL:
     return &self.pool
 
 
+cdef int serve(Allocator self) except -1:
+    # Not inline either.
+    self._line.serve(self)
+    return 0
+
+
 cdef inline int freed(Allocator self) except -1:
     # Handle a change after which more IDs may be issued.
-    if unlikely(self.guard.queued):
-        self._line.serve(self)
+    return serve(self) if unlikely(self.guard.queued) else 0
+
+
+cdef int check_timeout(Allocator self, object timeout) except -1:
+    self._line.check(timeout)
     return 0
+
+
+cdef object wait_for_id(Allocator self, object owner, object now, object timeout):
+    return self._line.wait(self, owner, now, timeout)
 
 
 cdef Pool *pool_of(Allocator self) except NULL:
@@ -133,7 +146,7 @@ cdef class Allocator:
         cdef uint64_t cid = 0
         cdef int code
         if unlikely(timeout is not None):
-            self._line.check(timeout)
+            check_timeout(self, timeout)
         if is_zero(owner) and is_zero(now):
             code = pool_acquire(in_turn(self, 0), 0, 0, &cid)
         else:
@@ -141,7 +154,7 @@ cdef class Allocator:
             code = pool_acquire(in_turn(self, tick), own, tick, &cid)
         if unlikely(code):
             if timeout is not None:
-                return self._line.wait(self, owner, now, timeout)
+                return wait_for_id(self, owner, now, timeout)
             raise exhausted(&self.pool, "an ID")
         return <int64_t>cid
 

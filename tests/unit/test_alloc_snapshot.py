@@ -40,12 +40,12 @@ def test_a_restored_pool_goes_on(width: int) -> None:
 def test_damaged_snapshots_are_refused() -> None:
     whole = used().snapshot()
     for size in range(0, len(whole), 7):
-        with pytest.raises(errors.InvalidArgument, match="cut short|not the snapshot"):
+        with pytest.raises(errors.InvalidArgument, match=r"cut short|not the snapshot"):
             Allocator.restore(whole[:size])
     for at in range(0, len(whole), 5):
         wrong = bytearray(whole)
         wrong[at] ^= 1 << at % 8
-        with pytest.raises(errors.InvalidArgument, match="damaged|not the snapshot|version"):
+        with pytest.raises(errors.InvalidArgument, match=r"damaged|not the snapshot|version"):
             Allocator.restore(wrong)
     for stranger in (b"", b"x" * 1000, whole + b"\0"):
         with pytest.raises(errors.InvalidArgument):
