@@ -83,15 +83,6 @@ cdef inline int freed(Allocator self) except -1:
     return serve(self) if unlikely(self.guard.queued) else 0
 
 
-cdef int check_timeout(Allocator self, object timeout) except -1:
-    self._line.check(timeout)
-    return 0
-
-
-cdef object wait_for_id(Allocator self, object owner, object now, object timeout):
-    return self._line.wait(self, owner, now, timeout)
-
-
 cdef Pool *pool_of(Allocator self) except NULL:
     return alive(self)
 
@@ -129,32 +120,25 @@ cdef class Allocator:
         cdef int64_t n = as_capacity(capacity)
         return pool_size(n, as_shift(block, n))
 
-    def acquire(self, owner=0, now=0, timeout=None):
+    def acquire(self, owner=0, now=0):
         """Issue one ID, an int.
 
         Args:
             owner: the owner that will hold it.
             now: the time, in ticks. A time before the latest one seen counts as the latest.
-            timeout: seconds to wait if no ID can be issued, at least 0, or `inf`. Other threads or
-                tasks end the wait when they release IDs, or make calls with a later `now`. Those
-                that wait get IDs in the order in which they came.
 
-        Raises `Exhausted`, after the timeout if there is one. Amortised constant time.
+        Raises `Exhausted`. Amortised constant time.
         """
         cdef uint32_t own
         cdef int64_t tick
         cdef uint64_t cid = 0
         cdef int code
-        if unlikely(timeout is not None):
-            check_timeout(self, timeout)
         if is_zero(owner) and is_zero(now):
             code = pool_acquire(in_turn(self, 0), 0, 0, &cid)
         else:
             own, tick = as_owner(owner), as_time(now, "now")
             code = pool_acquire(in_turn(self, tick), own, tick, &cid)
         if unlikely(code):
-            if timeout is not None:
-                return wait_for_id(self, owner, now, timeout)
             raise exhausted(&self.pool, "an ID")
         return <int64_t>cid
 
@@ -215,10 +199,14 @@ cdef class Allocator:
         cdef int64_t tick
         cdef int code
         if is_zero(owner) and is_zero(reuse_at):
-            code = pool_release(alive(self), number, 0, 0)
+            if unlikely(self.guard.forks != forks):     # as alive(), which is not inlined here
+                wait(self)
+            code = pool_release(&self.pool, number, 0, 0)
         else:
             own, tick = as_owner(owner), as_time(reuse_at, "reuse_at")
-            code = pool_release(alive(self), number, own, tick)
+            if unlikely(self.guard.forks != forks):
+                wait(self)
+            code = pool_release(&self.pool, number, own, tick)
         if unlikely(code):
             raise refusal(&self.pool, code, number)
         freed(self)
@@ -446,7 +434,8 @@ cdef class Allocator:
         cdef uint32_t own = as_owner(owner)
         cdef uint64_t cid = 0
         cdef Pool *pool = alive(self)
-        pool_acquire(pool, own, pool.now, &cid)
+        # Not pool_acquire(), which the compiler inlines into acquire() only if nothing else calls it.
+        pool_acquire_many(pool, 1, own, pool.now, &cid)
         return cid
 
     def _set_queued(self, queued):

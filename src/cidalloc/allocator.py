@@ -108,12 +108,35 @@ class Methods:
         ready = min(self.ready * self.block, self.capacity)
         return ready - self.active - self.cooling - self.pinned
 
+    def acquire_wait(
+        self: Allocator,
+        owner: SupportsIndex = 0,
+        now: SupportsIndex = 0,
+        timeout: float = math.inf,
+    ) -> int:
+        """Issue one ID; wait in this thread if none can be issued.
+
+        Other threads or tasks end the wait when they release IDs, or make calls with a later `now`.
+        Those that wait get IDs in the order in which they came.
+
+        Args:
+            owner: the owner that will hold it.
+            now: the time, in ticks. A time before the latest one seen counts as the latest.
+            timeout: seconds to wait, at least 0; without end by default.
+
+        Raises `Exhausted` after the timeout. Amortised constant time.
+        """
+        self._line.check(timeout)
+        with suppress(Exhausted):
+            return self.acquire(owner, now)
+        return self._line.wait(self, owner, now, timeout)
+
     async def acquire_async(
         self: Allocator, owner: SupportsIndex = 0, now: SupportsIndex = 0, timeout: float = math.inf
     ) -> int:
         """Issue one ID; wait for it in a task of asyncio if none can be issued.
 
-        It is in one line with the other tasks and threads that wait, see `acquire`. A task that is
+        It is in one line with the other tasks and threads that wait, see `acquire_wait`. A task that is
         cancelled keeps no ID.
 
         Args:
@@ -155,7 +178,7 @@ class Methods:
             now: the time, in ticks.
             reuse_at: the time, in ticks, from which it may be issued again; or a function that
                 returns this time, called at the end.
-            timeout: seconds to wait for an ID, as in `acquire`.
+            timeout: seconds to wait for an ID, as in `acquire_wait`; None does not wait.
 
         Raises `Exhausted`; at the end `NotHeld` if the ID was released within. Constant time.
 
@@ -166,7 +189,10 @@ class Methods:
         >>> cid in pool
         False
         """
-        cid = self.acquire(owner, now, timeout)
+        if timeout is None:
+            cid = self.acquire(owner, now)
+        else:
+            cid = self.acquire_wait(owner, now, timeout)
         try:
             yield cid
         finally:

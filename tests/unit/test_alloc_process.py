@@ -33,6 +33,7 @@ FORKED_CALLS: dict[str, Callable[[Allocator], object]] = {
     "held": lambda p: p.held(),
     "held_by": lambda p: p.held_by(0),
     "held_count": lambda p: p.held_count(0),
+    "acquire_wait": lambda p: p.acquire_wait(),
     "acquire_async": lambda p: asyncio.run(p.acquire_async()),
     "take": lambda p: p._take(0),
     "set_queued": lambda p: p._set_queued(False),

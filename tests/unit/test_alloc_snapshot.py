@@ -112,7 +112,7 @@ def test_a_larger_pool_ends_a_wait() -> None:
     pool = Allocator(1)
     pool.acquire()
     with ThreadPoolExecutor() as threads:
-        got = threads.submit(pool.acquire, timeout=30)
+        got = threads.submit(pool.acquire_wait, timeout=30)
         while not pool._line._callers:
             pass
         pool.resize(2)

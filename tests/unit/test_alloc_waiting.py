@@ -31,7 +31,7 @@ def test_a_release_in_another_thread_ends_the_wait() -> None:
     pool = Allocator(1)
     cid = pool.acquire(7)
     with ThreadPoolExecutor() as threads:
-        got = threads.submit(pool.acquire, 8, timeout=30)
+        got = threads.submit(pool.acquire_wait, 8, timeout=30)
         until(lambda: waiting(pool) == 1)
         pool.release(cid, 7)
         assert got.result(30) == cid
@@ -57,7 +57,7 @@ def test_all_that_frees_an_id_ends_the_wait(free: Callable[[Allocator], object])
     if free.__code__.co_consts and 60 in free.__code__.co_consts:
         pool.release(1, reuse_at=60)
     with ThreadPoolExecutor() as threads:
-        got = threads.submit(pool.acquire, timeout=30)
+        got = threads.submit(pool.acquire_wait, timeout=30)
         until(lambda: waiting(pool) == 1)
         free(pool)
         assert got.result(30) in (1, 2)
@@ -81,7 +81,7 @@ def test_first_come_first_served() -> None:
                 tasks.append(asyncio.create_task(one(number)))
                 while waiting(pool) != number + 1:
                     await asyncio.sleep(0.001)
-                got = threads.submit(pool.acquire, number + 1, timeout=30)
+                got = threads.submit(pool.acquire_wait, number + 1, timeout=30)
                 got.add_done_callback(lambda done, n=number + 1: pool.release(done.result(), n))
                 while waiting(pool) != number + 2:
                     await asyncio.sleep(0.001)
@@ -98,7 +98,7 @@ def test_no_later_call_is_served_before_those_that_wait() -> None:
     pool = Allocator(1)
     pool.release(pool.acquire(), reuse_at=50)
     with ThreadPoolExecutor() as threads:
-        got = threads.submit(pool.acquire, 1, timeout=30)
+        got = threads.submit(pool.acquire_wait, 1, timeout=30)
         until(lambda: waiting(pool) == 1)
         with pytest.raises(errors.Exhausted):
             pool.acquire(2, now=50)
@@ -108,10 +108,10 @@ def test_no_later_call_is_served_before_those_that_wait() -> None:
 
 def test_a_timeout() -> None:
     pool = Allocator(1)
-    assert pool.acquire(timeout=0) == 1
+    assert pool.acquire_wait(timeout=0) == 1
     begun = time.monotonic()
     for call in (
-        lambda: pool.acquire(timeout=0.05),
+        lambda: pool.acquire_wait(timeout=0.05),
         lambda: asyncio.run(pool.acquire_async(timeout=0.05)),
         lambda: pool.lease(timeout=0.05).__enter__(),
     ):
@@ -128,7 +128,7 @@ def test_a_wrong_timeout_is_refused(wrong: Any) -> None:
     pool = Allocator(2)
     for _ in range(2):
         with pytest.raises(errors.InvalidArgument, match="timeout"):
-            pool.acquire(timeout=wrong)
+            pool.acquire_wait(timeout=wrong)
         with pytest.raises(errors.InvalidArgument, match="timeout"):
             asyncio.run(pool.acquire_async(timeout=wrong))
         assert waiting(pool) == 0
@@ -183,7 +183,7 @@ def test_a_large_call_while_others_wait() -> None:
     pool = Allocator(10_000, 1, 1)
     ids = pool.acquire_many(10_000)
     with ThreadPoolExecutor() as threads:
-        got = [threads.submit(pool.acquire, 1, timeout=30) for _ in range(3)]
+        got = [threads.submit(pool.acquire_wait, 1, timeout=30) for _ in range(3)]
         until(lambda: waiting(pool) == 3)
         pool.release_many(ids)
         assert sorted(each.result(30) for each in got) == [1, 2, 3]
@@ -217,13 +217,13 @@ def test_a_forked_child_does_not_wait() -> None:
     pool = Allocator(1)
     pool.acquire()
     with ThreadPoolExecutor() as threads:
-        got = threads.submit(pool.acquire, timeout=30)
+        got = threads.submit(pool.acquire_wait, timeout=30)
         until(lambda: waiting(pool) == 1)
         child = os.fork()
         if not child:
             refused = 0
             for call in (
-                lambda: pool.acquire(timeout=30),
+                lambda: pool.acquire_wait(timeout=30),
                 lambda: asyncio.run(pool.acquire_async()),
                 lambda: pool.release(1),
             ):
@@ -246,7 +246,7 @@ def test_a_destructor_may_release_at_any_moment() -> None:
             pool.release(1)
 
     with ThreadPoolExecutor() as threads:
-        got = threads.submit(pool.acquire, timeout=30)
+        got = threads.submit(pool.acquire_wait, timeout=30)
         until(lambda: waiting(pool) == 1)
         holder = Holder()
         with threading.Lock():

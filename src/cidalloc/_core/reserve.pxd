@@ -79,9 +79,9 @@ cdef inline void drop_used(Pool *pool) noexcept nogil:
 
 cdef inline int pool_reserve(Pool *pool, const uint64_t *cids, uint64_t n,
                              uint32_t owner) noexcept nogil:
-    # Mark `n` IDs as held: in ascending order, none twice, and can_reserve() allows each. Returns
-    # Mark `n` IDs as held: in ascending order, none twice, and can_reserve() allows each. Returns OK,
-    # or INTERNAL without memory: then nothing was changed. n is not 0. Linear in the opened blocks.
+    # Mark `n` IDs as held: in ascending order, none twice, and can_reserve() allows each. n is not
+    # 0. Returns OK, or INTERNAL without memory: then nothing was changed. Linear in the opened
+    # blocks.
     cdef uint64_t i, at, before = 0, found = 0, room
     cdef Owner *own = &pool.owners[owner]
     cdef Block *block
