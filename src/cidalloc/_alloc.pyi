@@ -1,19 +1,19 @@
 """The types of the allocator core, for type checkers and editors."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex, type_check_only
 
 import numpy as np
 import numpy.typing as npt
-from typing_extensions import Buffer, disjoint_base
+from typing_extensions import Buffer, Self, disjoint_base
 
 from .allocator import Methods
 from .waiting_line import WaitingLine
 
 __pyx_capi__: dict[str, object]  # the C functions for other Cython modules
 
-@disjoint_base
-class Allocator(Methods):
+@type_check_only
+class Core:  # what Methods finds in an Allocator
     def __new__(
         cls,
         capacity: SupportsIndex = 1073741823,
@@ -26,7 +26,7 @@ class Allocator(Methods):
         latest: SupportsIndex = 9223372036854775807,
         reuse_at: SupportsIndex | None = None,
         live_snapshot: bool = False,
-    ) -> Allocator: ...
+    ) -> Self: ...
     @staticmethod
     def buffer_size(capacity: SupportsIndex, block: SupportsIndex | None = None) -> int: ...
     def acquire(self, owner: SupportsIndex = 0, now: SupportsIndex = 0) -> int: ...
@@ -89,3 +89,6 @@ class Allocator(Methods):
     def ready(self, blocks: SupportsIndex) -> None: ...
     @property
     def next_due(self) -> int | None: ...
+
+@disjoint_base
+class Allocator(Methods): ...

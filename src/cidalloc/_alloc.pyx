@@ -434,7 +434,7 @@ cdef class Allocator:
         cdef uint32_t own = as_owner(owner)
         cdef uint64_t cid = 0
         cdef Pool *pool = alive(self)
-        # Not pool_acquire(), which the compiler inlines into acquire() only if nothing else calls it.
+        # One more call of pool_acquire() could end its inlining in acquire().
         pool_acquire_many(pool, 1, own, pool.now, &cid)
         return cid
 
@@ -456,4 +456,5 @@ cdef class Allocator:
 for name, method in vars(Methods).items():
     if name == "__doc__" or not name.startswith("_"):
         (<dict>(<PyTypeObject *>Allocator).tp_dict)[name] = method
+del name, method
 PyType_Modified(Allocator)

@@ -13,9 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer
+    from typing_extensions import Buffer, Self
 
-    from ._alloc import Allocator
+    from ._alloc import Core
+else:
+    Core = object
 
 from .errors import Exhausted, InvalidArgument, RegistryCorrupt
 
@@ -29,7 +31,7 @@ _NUMBERS = struct.Struct("<QQQQqqQQQ")
 _MAGIC, _VERSION = b"cidalloc", 1
 
 
-class Methods:
+class Methods(Core):
     """A pool of integer IDs, each held by one owner at a time and reused after its cooldown.
 
     IDs are grouped in blocks. A block serves one owner at a time. It is reused when all of its IDs
@@ -73,16 +75,16 @@ class Methods:
     # `release` slower: CPython specialises calls only for the very class that defines a method.
 
     @property
-    def active(self: Allocator) -> int:
+    def active(self) -> int:
         """Number of held IDs."""
         return len(self)
 
     @property
-    def high_water(self: Allocator) -> int:
+    def high_water(self) -> int:
         """Number of IDs in the blocks that were ever opened."""
         return min(self.opened * self.block, self.capacity)
 
-    def held(self: Allocator) -> npt.NDArray[np.uint64]:
+    def held(self) -> npt.NDArray[np.uint64]:
         """Return all held IDs in ascending order, as a uint64 array of shape (n,).
 
         Linear in the opened blocks.
@@ -95,7 +97,7 @@ class Methods:
         return self._held()
 
     @property
-    def free(self: Allocator) -> int:
+    def free(self) -> int:
         """Number of IDs that any owner can get now, as of the latest `now` seen. Time as `cooling`.
 
         The owner of a block with a held ID can also get the IDs that are left in this block.
@@ -109,7 +111,7 @@ class Methods:
         return ready - self.active - self.cooling - self.pinned
 
     def acquire_wait(
-        self: Allocator,
+        self,
         owner: SupportsIndex = 0,
         now: SupportsIndex = 0,
         timeout: float = math.inf,
@@ -132,12 +134,12 @@ class Methods:
         return self._line.wait(self, owner, now, timeout)
 
     async def acquire_async(
-        self: Allocator, owner: SupportsIndex = 0, now: SupportsIndex = 0, timeout: float = math.inf
+        self, owner: SupportsIndex = 0, now: SupportsIndex = 0, timeout: float = math.inf
     ) -> int:
         """Issue one ID; wait for it in a task of asyncio if none can be issued.
 
-        It is in one line with the other tasks and threads that wait, see `acquire_wait`. A task that is
-        cancelled keeps no ID.
+        It is in one line with the other tasks and threads that wait, see `acquire_wait`. A task
+        that is cancelled keeps no ID.
 
         Args:
             owner: the owner that will hold it.
@@ -165,7 +167,7 @@ class Methods:
 
     @contextmanager
     def lease(
-        self: Allocator,
+        self,
         owner: SupportsIndex = 0,
         now: SupportsIndex = 0,
         reuse_at: SupportsIndex | Callable[[], int] = 0,
@@ -198,7 +200,7 @@ class Methods:
         finally:
             self.release(cid, owner, reuse_at() if callable(reuse_at) else reuse_at)
 
-    def clear(self: Allocator, reuse_at: SupportsIndex = 0) -> int:
+    def clear(self, reuse_at: SupportsIndex = 0) -> int:
         """Release all IDs of all owners; return their number.
 
         Args:
@@ -213,7 +215,7 @@ class Methods:
         """
         return self._clear(reuse_at)
 
-    def reserve(self: Allocator, ids: IDs, owner: SupportsIndex = 0) -> None:
+    def reserve(self, ids: IDs, owner: SupportsIndex = 0) -> None:
         """Mark given free IDs as held, all or none, also those that are cooling.
 
         This loads what exists: IDs that are in use already, or that must not be issued. A block
@@ -237,7 +239,7 @@ class Methods:
         """
         self._reserve(ids, owner)
 
-    def resize(self: Allocator, capacity: SupportsIndex) -> None:
+    def resize(self, capacity: SupportsIndex) -> None:
         """Make the pool larger: it gets the IDs that follow its highest one.
 
         Args:
@@ -253,7 +255,7 @@ class Methods:
         """
         self._resize(capacity)
 
-    def snapshot(self: Allocator) -> bytes:
+    def snapshot(self) -> bytes:
         """Return the state of the pool as bytes for `restore`.
 
         It has the held IDs with their owners, the cooldowns and the order in which free IDs are
@@ -271,7 +273,7 @@ class Methods:
         return _HEAD.pack(_MAGIC, _VERSION, zlib.crc32(body)) + body
 
     @classmethod
-    def restore(cls: type[Allocator], snapshot: Buffer) -> Allocator:
+    def restore(cls, snapshot: Buffer) -> Self:
         """Return a new pool with the state of a snapshot.
 
         The pool of the snapshot must not be used any more: both would issue the same IDs. A free

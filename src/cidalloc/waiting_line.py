@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, SupportsIndex
 from .errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from ._alloc import Allocator
+    from ._alloc import Core
 
 
 class Caller:
@@ -46,9 +46,7 @@ class WaitingLine:
             raise InvalidArgument(f"timeout must be seconds, at least 0, not {timeout!r}")
         return timeout if timeout < threading.TIMEOUT_MAX else None
 
-    def wait(
-        self, pool: Allocator, owner: SupportsIndex, now: SupportsIndex, timeout: float
-    ) -> int:
+    def wait(self, pool: Core, owner: SupportsIndex, now: SupportsIndex, timeout: float) -> int:
         """Wait in this thread for an ID. Raises `Exhausted` after the timeout, in seconds."""
         seconds = self.check(timeout)
         woken = threading.Lock()
@@ -63,7 +61,7 @@ class WaitingLine:
         return self.result(pool, caller, now)
 
     async def wait_async(
-        self, pool: Allocator, owner: SupportsIndex, now: SupportsIndex, timeout: float
+        self, pool: Core, owner: SupportsIndex, now: SupportsIndex, timeout: float
     ) -> int:
         """Wait in this task for an ID. Raises `Exhausted` after the timeout, in seconds."""
         import asyncio
@@ -82,7 +80,7 @@ class WaitingLine:
             raise
         return self.result(pool, caller, now)
 
-    def join(self, pool: Allocator, caller: Caller) -> None:
+    def join(self, pool: Core, caller: Caller) -> None:
         """Put a caller at the end of the line, and serve the line."""
         self._callers.append(caller)
         pool._set_queued(True)
@@ -96,21 +94,21 @@ class WaitingLine:
             return False
         return True
 
-    def give_up(self, pool: Allocator, caller: Caller) -> None:
+    def give_up(self, pool: Core, caller: Caller) -> None:
         """Remove a caller, which does not want its ID any more if it has one."""
         if self.leave(caller):
             self.serve(pool)  # the next may be for an owner with room, or there is none
         elif caller.cid:
             pool.release(caller.cid, caller.owner)
 
-    def result(self, pool: Allocator, caller: Caller, now: SupportsIndex) -> int:
+    def result(self, pool: Core, caller: Caller, now: SupportsIndex) -> int:
         """Return the ID of a caller whose wait is over; if there is none, try once more."""
         if not self.leave(caller):
             return caller.cid
         self.serve(pool)  # as in give_up()
         return pool.acquire(caller.owner, now)
 
-    def serve(self, pool: Allocator) -> None:
+    def serve(self, pool: Core) -> None:
         """Issue IDs to the callers in their order, while there are any.
 
         If another thread does it, or this thread in a call further out, that is told to go on.
@@ -127,7 +125,7 @@ class WaitingLine:
             finally:
                 self._serving.release()
 
-    def _serve_first(self, pool: Allocator) -> bool:
+    def _serve_first(self, pool: Core) -> bool:
         # Return False if no ID can be issued to the first caller.
         try:
             caller = self._callers[0]
