@@ -18,6 +18,7 @@ cdef class Allocator:
     cdef Guard guard
     cdef Pool pool
     cdef Py_buffer memory           # the given buffer, if any
+    cdef readonly object _line      # a WaitingLine: the callers that wait for an ID
 
 # Return the pool of a Python object. The caller needs the GIL, and may use the pool until other
 # Python code runs. Waits for a call that uses the pool without the GIL; raises `Forked`.

@@ -3,21 +3,34 @@
 # cython: autotestdict=False
 """The allocator as a Python class: arguments, exceptions, threads and forks around the C pool."""
 
-from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_CheckBuffer
-from cpython.sequence cimport PySequence_Check
-from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release
+from cpython.object cimport PyObject
+from cpython.type cimport PyType_Modified
+from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 
 import os
 
 import numpy as np
 
 from ._core.acquire cimport see
-from ._core.args cimport (FITS, as_capacity, as_cid, as_int, as_owner, as_shift, as_time, is_zero,
-                          read_int, small_int, view_ids, view_memory)
+from ._core.args cimport (FITS, as_capacity, as_cid, as_int, as_owner, as_shift, as_time, ids_array,
+                          is_zero, read_int, small_int, sorted_ids, view_ids, view_memory)
 from ._core.audit cimport audit
 from ._core.guard cimport guard_enter, guard_init, guard_leave, guard_wait
+from ._core.held cimport ALL, held_ids
 from ._core.intrinsics cimport unlikely
-from ._core.messages cimport error, exhausted, refusal
+from ._core.messages cimport error, exhausted, refusal, unreservable
+from ._core.past cimport recover
+from ._core.reserve cimport pool_can_reserve, pool_clear, pool_reserve
+from ._core.resize cimport pool_resize
+from ._core.state cimport load_state, save_state
+
+from .allocator import Methods
+from .waiting_line import WaitingLine
+
+cdef extern from *:
+    ctypedef struct PyTypeObject:
+        PyObject *tp_dict
 
 cdef int forks = 0      # between the first process and this one
 
@@ -42,88 +55,39 @@ cdef inline Pool *alive(Allocator self) except NULL:
     return &self.pool
 
 
+cdef int serve_first(Allocator self, int64_t now) except -1:
+    # Let the callers that wait for an ID be first to get those that are due now.
+    wait(self)
+    if self.guard.queued:
+        see(&self.pool, now)
+        serve(self)
+        wait(self)
+    return 0
+
+
+cdef inline Pool *in_turn(Allocator self, int64_t now) except NULL:
+    # As alive(), for a call that issues IDs.
+    if unlikely(self.guard.forks != forks):
+        serve_first(self, now)
+    return &self.pool
+
+
+cdef int serve(Allocator self) except -1:
+    # Not inline either.
+    self._line.serve(self)
+    return 0
+
+
+cdef inline int freed(Allocator self) except -1:
+    # Handle a change after which more IDs may be issued.
+    return serve(self) if unlikely(self.guard.queued) else 0
+
+
 cdef Pool *pool_of(Allocator self) except NULL:
     return alive(self)
 
 
-cdef int recover(
-    Pool *pool, object holders, int64_t latest, object reuse_at, bint live_snapshot
-) except -1:
-    # Take over the blocks in the pool's memory. Raises `RegistryCorrupt`.
-    cdef const uint8_t[::1] holds = holders
-    cdef uint64_t at = 0
-    cdef Past past
-    past.holds, past.owners, past.latest = NULL, holds.shape[0], latest
-    past.live_snapshot = live_snapshot
-    if past.owners:
-        past.holds = &holds[0]
-    past.after_power_loss = reuse_at is not None
-    past.reuse_at = as_time(reuse_at, "reuse_at") if past.after_power_loss else 0
-    if pool_recover(pool, &past, &at):
-        found = error(REGISTRY_CORRUPT, "the records of IDs are damaged")
-        if at:
-            cid = pool.base + (at << pool.shift)
-            found = error(REGISTRY_CORRUPT, f"the record of ID {cid} is damaged")
-            found.cid = cid
-        raise found
-    return 0
-
-
-cdef object ids_array(object ids):
-    # Convert any other form of IDs to a uint64 array. A number that does not fit becomes 0, which
-    # is in no pool.
-    if not PyObject_CheckBuffer(ids):
-        if not PySequence_Check(ids):
-            raise error(INVALID_ARGUMENT, "ids must be an array or a sequence of ints, "
-                                          f"not {type(ids).__name__}")
-        return np.array([max(as_cid(cid, i), 0) for i, cid in enumerate(ids)], np.uint64)
-    array = np.asarray(ids)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise error(INVALID_ARGUMENT, "ids must be a one-dimensional array of integers, "
-                                      f"not {array.ndim}-dimensional {array.dtype}")
-    if array.dtype.kind == "i":
-        array = np.where(array < 0, 0, array)
-    return np.require(array, np.uint64, "CA")
-
-
 cdef class Allocator:
-    """A pool of integer IDs, each held by one owner at a time and reused after its cooldown.
-
-    IDs are grouped in blocks. A block serves one owner at a time. It is reused when all of its IDs
-    are free and the latest of their `reuse_at` has come. The free block that is due first is reused
-    first; a new block is opened only if none is due. Wide blocks are fast and small. Blocks of one
-    ID waste none, and every single ID is reused in the exact order.
-
-    Times are integers of any unit and origin. Owners are integers below 2**24; 0, the default, is
-    an owner like any other. Methods may be called from several threads: a call for thousands of IDs
-    releases the GIL, and other calls on the same pool wait for it. After a fork, methods raise
-    `Forked` in the child. A wrong type or value raises `InvalidArgument`.
-
-    Args:
-        capacity: number of IDs, 1 to 2**38. The memory is only reserved: 32 bytes are used for each
-            opened block, and 32 for each owner.
-        first: the lowest ID, at least 1; the highest must be below 2**63.
-        block: IDs in a block: 1, 2, 4, 8, 16, 32 or 64. The default is 1 for fewer than 2**16 IDs,
-            so that all of them can be held, and 64 otherwise.
-        buffer: memory for the blocks, such as a bytearray or an mmap: writable, contiguous, 8-byte
-            aligned, at least `buffer_size(capacity, block)` bytes, all zero. The pool keeps a
-            reference to it; only the pool may write to it.
-        ready: number of blocks that may be opened so far, see the attribute; by default all.
-        holders: take over the blocks that an earlier pool of the same shape left in `buffer`; its
-            process may have died at any instruction. Bytes, one for each owner: not 0 if that
-            owner may hold IDs.
-        latest: with `holders`: a block with a later `reuse_at` is damaged.
-        reuse_at: with `holders`: the last stores may be missing, as after a power cut. IDs of the
-            owners in `holders` stay held; every other ID of the ready blocks cools until this time.
-        live_snapshot: with `holders`: `buffer` is a copy, taken while the earlier pool was in use.
-            Without this, a held ID is damage if its owner is not in `holders`; with it, such an ID
-            is free.
-
-    Raises `InvalidArgument`, also for a buffer that is not zero; `RegistryCorrupt`, before anything
-    is written, for a buffer that no pool leaves behind; `MemoryError` without address space.
-    Constant time; with `holders` linear in the ready blocks.
-    """
-
     def __cinit__(self, capacity=(1 << 30) - 1, first=1, block=None, *, buffer=None, ready=None,
                   holders=None, latest=INT64_MAX, reuse_at=None, live_snapshot=False):
         cdef int64_t n = as_capacity(capacity)
@@ -144,6 +108,7 @@ cdef class Allocator:
         if used:
             recover(&self.pool, holders, as_time(latest, "latest"), reuse_at, live_snapshot)
         guard_init(&self.guard, forks)
+        self._line = WaitingLine()
 
     def __dealloc__(self):
         pool_free(&self.pool)
@@ -169,10 +134,10 @@ cdef class Allocator:
         cdef uint64_t cid = 0
         cdef int code
         if is_zero(owner) and is_zero(now):
-            code = pool_acquire(alive(self), 0, 0, &cid)
+            code = pool_acquire(in_turn(self, 0), 0, 0, &cid)
         else:
             own, tick = as_owner(owner), as_time(now, "now")
-            code = pool_acquire(alive(self), own, tick, &cid)
+            code = pool_acquire(in_turn(self, tick), own, tick, &cid)
         if unlikely(code):
             raise exhausted(&self.pool, "an ID")
         return <int64_t>cid
@@ -204,7 +169,7 @@ cdef class Allocator:
         try:
             if <uint64_t>view.shape[0] != many:
                 raise error(INVALID_ARGUMENT, f"out has {view.shape[0]} elements, but n is {many}")
-            alive(self)
+            in_turn(self, tick)
             if guard_enter(&self.guard, many):
                 with nogil:
                     code = pool_acquire_many(pool, many, own, tick, <uint64_t *>view.buf)
@@ -234,12 +199,17 @@ cdef class Allocator:
         cdef int64_t tick
         cdef int code
         if is_zero(owner) and is_zero(reuse_at):
-            code = pool_release(alive(self), number, 0, 0)
+            if unlikely(self.guard.forks != forks):     # as alive(), which is not inlined here
+                wait(self)
+            code = pool_release(&self.pool, number, 0, 0)
         else:
             own, tick = as_owner(owner), as_time(reuse_at, "reuse_at")
-            code = pool_release(alive(self), number, own, tick)
+            if unlikely(self.guard.forks != forks):
+                wait(self)
+            code = pool_release(&self.pool, number, own, tick)
         if unlikely(code):
             raise refusal(&self.pool, code, number)
+        freed(self)
 
     def release_many(self, ids, owner=0, reuse_at=0):
         """Release IDs, all or none.
@@ -276,6 +246,7 @@ cdef class Allocator:
                 raise refusal(pool, code, cids[at], at)
         finally:
             PyBuffer_Release(&view)
+        freed(self)
 
     def release_owner(self, owner, reuse_at=0):
         """Release all IDs of an owner; return their number.
@@ -290,12 +261,36 @@ cdef class Allocator:
         cdef int64_t tick = as_time(reuse_at, "reuse_at")
         cdef uint64_t n
         cdef Pool *pool = alive(self)
-        if not guard_enter(&self.guard, pool.owners[own].held >> pool.shift):
-            return pool_release_owner(pool, own, tick)
-        with nogil:
+        if guard_enter(&self.guard, pool.owners[own].held >> pool.shift):
+            with nogil:
+                n = pool_release_owner(pool, own, tick)
+                guard_leave(&self.guard)
+        else:
             n = pool_release_owner(pool, own, tick)
-            guard_leave(&self.guard)
+        freed(self)
         return n
+
+    def _clear(self, reuse_at):
+        cdef int64_t tick = as_time(reuse_at, "reuse_at")
+        cdef uint64_t n = pool_clear(alive(self), tick)
+        freed(self)
+        return n
+
+    def _reserve(self, ids, owner):
+        cdef uint32_t own = as_owner(owner)
+        cdef uint64_t at = 0
+        array, ascending, distinct = sorted_ids(ids)
+        cdef const uint64_t[::1] given = array
+        cdef const uint64_t[::1] cids = ascending
+        cdef uint64_t n = given.shape[0], first_ones = distinct
+        if not n:
+            return
+        cdef Pool *pool = alive(self)
+        cdef int code = pool_can_reserve(pool, &given[0], first_ones, own, &at)
+        if code or first_ones < n:
+            raise unreservable(pool, code or DUPLICATE, given[at], at)
+        if pool_reserve(pool, &cids[0], n, own):
+            raise MemoryError("not enough memory to reserve the IDs")
 
     def owner_of(self, cid):
         """Return the owner of an ID. Raises `OutOfRange`, `NotHeld`. Constant time."""
@@ -306,27 +301,18 @@ cdef class Allocator:
             raise refusal(&self.pool, code, number)
         return owner
 
-    def held_by(self, owner):
-        """Return the IDs of an owner, unordered, as a uint64 array of shape (n,). O(n)."""
-        cdef uint32_t own = as_owner(owner)
-        cdef Py_buffer view
-        cdef Pool *pool
-        while True:
-            ids = np.empty(alive(self).owners[own].held, np.uint64)
-            view_ids(ids, &view, PyBUF_WRITABLE)
-            try:
-                pool = alive(self)
-                if pool.owners[own].held != <uint64_t>view.shape[0]:
-                    continue    # another thread used the pool meanwhile
-                if guard_enter(&self.guard, view.shape[0]):
-                    with nogil:
-                        pool_held_by(pool, own, <uint64_t *>view.buf)
-                        guard_leave(&self.guard)
-                else:
-                    pool_held_by(pool, own, <uint64_t *>view.buf)
-                return ids
-            finally:
-                PyBuffer_Release(&view)
+    def held_by(self, owner, *, ordered=False):
+        """Return the IDs of an owner as a uint64 array of shape (n,). O(n).
+
+        They are in ascending order if `ordered` is true, which costs O(n log n).
+        """
+        ids = held_ids(&self.pool, &self.guard, &forks, as_owner(owner))
+        if ordered:
+            ids.sort()
+        return ids
+
+    def _held(self):
+        return held_ids(&self.pool, &self.guard, &forks, ALL)
 
     def held_count(self, owner):
         """Return the number of IDs that an owner holds. Constant time."""
@@ -361,11 +347,6 @@ cdef class Allocator:
         return 1 << alive(self).shift
 
     @property
-    def active(self):
-        """Number of held IDs."""
-        return pool_held(alive(self))
-
-    @property
     def inactive(self):
         """Number of IDs that were issued at least once and are not held now."""
         cdef Pool *pool = alive(self)
@@ -390,12 +371,6 @@ cdef class Allocator:
         return alive(self).peak
 
     @property
-    def high_water(self):
-        """Number of IDs in the blocks that were ever opened."""
-        cdef Pool *pool = alive(self)
-        return pool_ids(pool, pool.opened)
-
-    @property
     def opened(self):
         """Number of blocks that were ever opened, in the order of their IDs."""
         return alive(self).opened
@@ -412,6 +387,7 @@ cdef class Allocator:
     def ready(self, blocks):
         cdef int64_t value = as_int(blocks, alive(self).ready, alive(self).count, "ready")
         alive(self).ready = value
+        freed(self)
 
     @property
     def next_due(self):
@@ -419,16 +395,55 @@ cdef class Allocator:
         cdef int64_t due = 0
         return due if pool_next_due(alive(self), &due) else None
 
+    def __iter__(self):
+        """Iterate over the IDs that are held now, in ascending order.
+
+        Linear in the opened blocks. The pool may be used and changed meanwhile.
+        """
+        return iter(self.held().tolist())
+
     def __repr__(self):
         """Return the arguments of the pool and its number of held IDs."""
         cdef Pool *pool = alive(self)
-        cdef uint64_t held = pool_held(pool)
         return (f"Allocator(capacity={pool.capacity}, first={pool.first}, "
-                f"block={1 << pool.shift}): {held} held")
+                f"block={1 << pool.shift}): {pool_held(pool)} held")
 
     def __reduce__(self):
         """Raise TypeError: a copy would issue the same IDs."""
         raise TypeError("an Allocator cannot be pickled or copied: both would issue the same IDs")
+
+    def _resize(self, capacity):
+        cdef Pool *pool = alive(self)
+        cdef int64_t most = min(<int64_t>1 << 38, INT64_MAX - <int64_t>pool.first + 1)
+        cdef int64_t n = as_int(capacity, pool.capacity, most, "capacity")
+        cdef int code = pool_resize(alive(self), n)
+        if code == INVALID_ARGUMENT:
+            raise error(code, "a pool in given memory cannot grow, and none can shrink")
+        if code:
+            raise MemoryError("not enough address space for the pool: use a smaller capacity")
+        freed(self)
+
+    def _state(self):
+        return save_state(alive(self))
+
+    def _load(self, bytes blocks, bytes order, now, last, peak):
+        load_state(alive(self), blocks, order, now, last, peak)
+
+    def _take(self, owner):
+        # Issue an ID without regard to those that wait; return 0 if there is none.
+        cdef uint32_t own = as_owner(owner)
+        cdef uint64_t cid = 0
+        cdef Pool *pool = alive(self)
+        # One more call of pool_acquire() could end its inlining in acquire().
+        pool_acquire_many(pool, 1, own, pool.now, &cid)
+        return cid
+
+    def _set_queued(self, queued):
+        # Tell whether other callers wait for an ID.
+        cdef bint value = queued
+        alive(self)
+        self.guard.queued = value
+        self.guard.forks = ~forks if value else forks
 
     def _check(self):
         """Check every invariant; raises AssertionError. Linear in the opened blocks.
@@ -436,3 +451,10 @@ cdef class Allocator:
         No other thread may use the pool at the same time.
         """
         audit(alive(self))
+
+
+for name, method in vars(Methods).items():
+    if name == "__doc__" or not name.startswith("_"):
+        (<dict>(<PyTypeObject *>Allocator).tp_dict)[name] = method
+del name, method
+PyType_Modified(Allocator)

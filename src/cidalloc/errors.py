@@ -95,7 +95,7 @@ class OutOfRange(RequestError):
 
 
 class Duplicate(RequestError):
-    """The same ID is given twice in one call."""
+    """The same ID is given twice in one call, or an ID to reserve is held."""
 
     code = Code.DUPLICATE
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from collections.abc import Callable
 
 import numpy as np
@@ -346,3 +347,43 @@ def test_a_refused_bulk_changes_nothing(
     pool.release_many(range(1, 129), 1, reuse_at=5)
     assert pool.next_due == 5, "the refused call's reuse_at left a trace"
     pool._check()
+
+
+# ---- Looking
+
+
+def test_iteration_is_over_what_was_held_when_it_began(width: int) -> None:
+    pool = Allocator(1000, 5, width)
+    pool.acquire_many(130, 1)
+    pool.acquire_many(130, 2)
+    pool.release_many(pool.held_by(1)[::2], 1)
+    assert sorted(pool) == list(pool) == pool.held().tolist()
+    assert len(list(pool)) == len(pool) == 195
+    assert all(type(cid) is int and cid in pool for cid in pool)
+    for cid in pool:
+        pool.release(cid, pool.owner_of(cid))
+    assert list(pool) == []
+
+
+def test_free_is_what_any_owner_can_get(width: int) -> None:
+    pool = Allocator(256, 1, width, ready=128 // width)
+    assert pool.free == 128
+    pool.acquire(1)
+    assert pool.free == 128 - width
+    assert len(pool.acquire_many(pool.free, 2)) == 128 - width
+    assert pool.free == 0
+    pool.ready = 256 // width
+    assert pool.free == 128
+
+
+def test_doctests() -> None:
+    result = doctest.DocTestRunner()
+    globs = {"Allocator": Allocator}
+    tests = 0
+    for name in {name for each in Allocator.__mro__ for name in vars(each)}:
+        text = getattr(Allocator, name).__doc__ or ""
+        if ">>>" in text:
+            result.run(doctest.DocTestParser().get_doctest(text, dict(globs), name, None, 0))
+            tests += 1
+    assert tests >= 2
+    assert result.summarize().failed == 0

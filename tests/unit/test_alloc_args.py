@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,7 @@ def test_an_out_of_another_shape_or_type_is_refused(out: Any) -> None:
         tuple,
         lambda ids: np.array(ids),
         lambda ids: np.array(ids, np.uint8),
+        *(partial(np.array, dtype=size) for size in "bBhHiIlLqQ"),
         lambda ids: np.array(ids, ">i2"),
         lambda ids: np.array(ids, np.uint64),
         lambda ids: np.repeat(np.array(ids, np.uint64), 2)[::2],
@@ -73,7 +75,17 @@ def test_ids_in_many_forms(make: Callable[[list[int]], Any]) -> None:
     pool.acquire_many(100)
     pool.release_many(make([5, 99, 1, 2, 3, 4, 17]))
     assert len(pool) == 93
+    pool.reserve(make([5, 99, 1, 2, 3, 4, 17]))
+    assert list(pool) == list(range(1, 101))
     pool._check()
+
+
+@pytest.mark.parametrize("ids", [range(1, 100, 3), range(99, 0, -2), range(7, 8)])
+def test_ids_in_a_range(ids: range) -> None:
+    pool = Allocator(block=8)
+    pool.acquire_many(100)
+    pool.release_many(ids)
+    assert sorted({*range(1, 101)} - {*ids}) == list(pool)
 
 
 def test_no_ids_are_fine() -> None:
@@ -110,9 +122,10 @@ def test_no_ids_are_fine() -> None:
 def test_ids_of_another_type_are_refused(ids: Any) -> None:
     pool = Allocator()
     pool.acquire()
-    with pytest.raises(errors.InvalidArgument):
-        pool.release_many(ids)
-    assert 1 in pool
+    for call in (pool.release_many, pool.reserve):
+        with pytest.raises(errors.InvalidArgument):
+            call(ids)
+    assert list(pool) == [1]
 
 
 @pytest.mark.parametrize(
@@ -128,8 +141,9 @@ def test_ids_of_another_type_are_refused(ids: Any) -> None:
 def test_negative_and_huge_ids_are_out_of_range(ids: Any) -> None:
     pool = Allocator()
     pool.acquire()
-    with pytest.raises(errors.OutOfRange, match="position 1"):
-        pool.release_many(ids)
+    for call in (pool.release_many, Allocator().reserve):
+        with pytest.raises(errors.OutOfRange, match="position 1"):
+            call(ids)
     assert 1 in pool
 
 
@@ -166,6 +180,11 @@ def test_an_argument_of_another_type_is_refused(wrong: Any) -> None:
         lambda: pool.release_owner(0, wrong),
         lambda: pool.owner_of(wrong),
         lambda: pool.held_by(wrong),
+        lambda: pool.clear(wrong),
+        lambda: pool.resize(wrong),
+        lambda: pool.reserve([7], wrong),
+        lambda: pool.reserve([wrong]),
+        lambda: pool.lease(wrong).__enter__(),
         lambda: pool.held_count(wrong),
         lambda: Allocator(wrong),
         lambda: Allocator(1, wrong),

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cidalloc import Allocator, errors
+from cidalloc.waiting_line import Caller
 
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
 
@@ -154,6 +155,79 @@ class Model:
             self.enqueue(block)
         return released
 
+    def clear(self, reuse_at: int) -> int:
+        return sum(
+            self.release_owner(block.owner, reuse_at)
+            for _, block in sorted(self.blocks.items())
+            if block.number in self.lists[block.owner]
+        )
+
+    def refused(self, ids: list[int], owner: int) -> tuple[int, type[errors.CidError]] | None:
+        """The first ID that cannot be reserved, and why."""
+        for i, cid in enumerate(ids):
+            if not self.first <= cid < self.first + self.capacity:
+                return i, errors.OutOfRange
+            if cid in self.holder or cid in ids[:i]:
+                return i, errors.Duplicate
+            block = self.blocks.get((cid - self.first) // self.width)
+            if block and block.held and block.owner != owner:
+                return i, errors.NotOwner
+        return None
+
+    def reserve(self, ids: list[int], owner: int) -> None:
+        wanted = sorted({(cid - self.first) // self.width for cid in ids})
+        for number in range(len(self.blocks), wanted[-1] + 1):
+            block = self.blocks[number] = self.block_of(number)
+            self.fresh -= len(block.ids)
+            block.reuse_at = self.last
+            self.order += 1
+            heapq.heappush(self.queue, (block.reuse_at, self.order, block))
+        room = self.current.get(owner)
+        for number in wanted:
+            block = self.blocks[number]
+            if not block.held and block.number in self.lists[block.owner]:
+                room = None if room is block else room
+                self.enqueue(block)
+            if not block.held:
+                block.owner = owner
+                self.lists[owner][number] = self.current[owner] = block
+            block.bump = len(block.ids)
+            self.issued.update(block.ids)
+        for cid in ids:
+            self.blocks[(cid - self.first) // self.width].held.add(cid)
+            self.holder[cid] = owner
+        self.queue = [each for each in self.queue if not each[2].held]
+        heapq.heapify(self.queue)
+        if room:
+            self.current[owner] = room
+        self.peak = max(self.peak, len(self.holder))
+
+    def resize(self, capacity: int) -> None:
+        last = self.blocks.get(self.count - 1)
+        self.fresh += capacity - self.capacity
+        self.capacity, self.count = capacity, -(-capacity // self.width)
+        if last:
+            ids = self.block_of(last.number).ids
+            self.fresh -= len(ids) - len(last.ids)
+            wider = len(ids) > len(last.ids)
+            last.ids = ids
+            owned = last.number in self.lists[last.owner]
+            if wider and owned and self.current.get(last.owner) is not last:
+                last.bump = len(ids)
+                self.issued.update(ids)
+
+    def restore(self) -> None:
+        """Idle blocks are queued, and the lists of owners are in order."""
+        for _, block in sorted(self.blocks.items()):
+            if not block.held and block.number in self.lists[block.owner]:
+                self.enqueue(block)
+        self.current.clear()
+        for owner, blocks in self.lists.items():
+            self.lists[owner] = dict(sorted(blocks.items()))
+            room = [block for block in blocks.values() if block.bump < len(block.ids)]
+            if blocks:
+                self.current[owner] = room[0] if room else self.lists[owner][min(blocks)]
+
     def cooling(self) -> int:
         return sum(len(block.ids) for key, _, block in self.queue if key > self.now) + sum(
             block.bump
@@ -184,10 +258,34 @@ class Histories(RuleBasedStateMachine):
         self.pool = Allocator(capacity, first, block)
         self.model = Model(capacity, first, block)
         self.now = now
+        self.line: list[Caller] = []
 
     def seen(self, now: int) -> int:
         self.model.now = max(self.model.now, now)
+        if self.line:
+            self.pool.acquire_many(0, 0, now)
+            self.follow_line()
         return now
+
+    def follow_line(self) -> None:
+        """Let the first callers in the line have what the pool gave them."""
+        while self.line and self.model.available(int(self.line[0].owner)):
+            caller = self.line.pop(0)
+            self.model.issue(int(caller.owner), caller.cid)
+        assert not any(caller.cid for caller in self.line)
+
+    @rule(owner=owners)
+    def wait(self, owner: int) -> None:
+        self.line.append(Caller(owner, lambda: None))
+        self.pool._line.join(self.pool, self.line[-1])
+        self.follow_line()
+
+    @precondition(lambda self: self.line)
+    @rule(data=st.data())
+    def stop_waiting(self, data: st.DataObject) -> None:
+        caller = self.line.pop(data.draw(st.integers(0, len(self.line) - 1), "place"))
+        self.pool._line.give_up(self.pool, caller)
+        self.follow_line()
 
     def at(self, delay: int) -> int:
         return max(LOWEST, min(HIGHEST, self.now + delay))
@@ -250,6 +348,7 @@ class Histories(RuleBasedStateMachine):
         cid = data.draw(st.sampled_from(sorted(self.model.holder)), "cid")
         self.pool.release(cid, self.model.holder[cid], self.at(delay))
         self.model.release(cid, self.at(delay))
+        self.follow_line()
 
     @rule(data=st.data(), owner=owners, delay=delays, array=st.booleans())
     def release_many(self, data: st.DataObject, owner: int, delay: int, array: bool) -> None:
@@ -257,11 +356,48 @@ class Histories(RuleBasedStateMachine):
         self.pool.release_many(np.array(ids, np.uint64) if array else ids, owner, self.at(delay))
         for cid in ids:
             self.model.release(cid, self.at(delay))
+        self.follow_line()
 
     @rule(owner=owners, delay=delays)
     def release_owner(self, owner: int, delay: int) -> None:
         released = self.pool.release_owner(owner, self.at(delay))
         assert released == self.model.release_owner(owner, self.at(delay))
+        self.follow_line()
+
+    @rule(delay=delays)
+    def clear(self, delay: int) -> None:
+        assert self.pool.clear(self.at(delay)) == self.model.clear(self.at(delay))
+        self.follow_line()
+
+    @rule(data=st.data(), owner=owners)
+    def reserve(self, data: st.DataObject, owner: int) -> None:
+        low, high = self.model.first - 1, self.model.first + min(self.model.capacity, 200)
+        ids = data.draw(st.lists(st.integers(low, min(high, HIGHEST)), max_size=20), "ids")
+        if data.draw(st.booleans(), "only good ones"):
+            ids = [c for i, c in enumerate(ids) if not self.model.refused([c], owner)]
+            ids = list(dict.fromkeys(ids))
+        if refused := self.model.refused(ids, owner):
+            with pytest.raises(refused[1], match=f"position {refused[0]}\\b") as caught:
+                self.pool.reserve(ids, owner)
+            assert type(caught.value) is refused[1]
+        else:
+            self.pool.reserve(ids, owner)
+            if ids:
+                self.model.reserve(ids, owner)
+
+    @precondition(lambda self: self.model.first + self.model.capacity < HIGHEST - 300)
+    @rule(more=st.one_of(st.integers(0, 5), st.integers(0, 100)))
+    def resize(self, more: int) -> None:
+        capacity = min(self.model.capacity + more, 2**38)
+        self.pool.resize(capacity)
+        self.model.resize(capacity)
+        self.follow_line()
+
+    @precondition(lambda self: not self.line)
+    @rule()
+    def snapshot_and_restore(self) -> None:
+        self.pool = Allocator.restore(self.pool.snapshot())
+        self.model.restore()
 
     @rule(owner=owners, delay=delays)
     def take_and_give_back(self, owner: int, delay: int) -> None:
@@ -269,6 +405,7 @@ class Histories(RuleBasedStateMachine):
             if cid := self.one(owner, self.now):
                 self.pool.release(cid, owner, self.at(delay))
                 self.model.release(cid, self.at(delay))
+                self.follow_line()
 
     def wrong(self, data: st.DataObject, owner: int, ids: list[int]) -> tuple[int, type]:
         model = self.model
@@ -317,10 +454,13 @@ class Histories(RuleBasedStateMachine):
         assert pool.peak == model.peak
         assert pool.cooling == model.cooling()
         assert pool.pinned == model.pinned()
+        assert pool.free == model.available(99)
+        assert list(pool) == pool.held().tolist() == sorted(model.holder)
         assert pool.next_due == (model.queue[0][0] if model.queue else None)
         for owner in range(6):
             held = sorted(c for c, o in model.holder.items() if o == owner)
             assert sorted(pool.held_by(owner).tolist()) == held
+            assert pool.held_by(owner, ordered=True).tolist() == held
             assert pool.held_count(owner) == len(held)
         for cid in list(model.issued)[:10]:
             assert (cid in pool) == (cid in model.holder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import os
 import pickle
@@ -29,10 +30,23 @@ FORKED_CALLS: dict[str, Callable[[Allocator], object]] = {
     "release_many": lambda p: p.release_many([1]),
     "release_owner": lambda p: p.release_owner(0),
     "owner_of": lambda p: p.owner_of(1),
+    "held": lambda p: p.held(),
     "held_by": lambda p: p.held_by(0),
     "held_count": lambda p: p.held_count(0),
+    "acquire_wait": lambda p: p.acquire_wait(),
+    "acquire_async": lambda p: asyncio.run(p.acquire_async()),
+    "take": lambda p: p._take(0),
+    "set_queued": lambda p: p._set_queued(False),
+    "resize": lambda p: p.resize(2**30),
+    "snapshot": lambda p: p.snapshot(),
+    "state": lambda p: p._state(),
+    "load": lambda p: p._load(b"", b"", 0, 0, 0),
+    "lease": lambda p: p.lease().__enter__(),
+    "clear": lambda p: p.clear(),
+    "reserve": lambda p: p.reserve([5]),
     "_check": lambda p: p._check(),
     "contains": lambda p: 1 in p,
+    "iter": iter,
     "len": len,
     "repr": repr,
     **{
@@ -44,6 +58,7 @@ FORKED_CALLS: dict[str, Callable[[Allocator], object]] = {
             "active",
             "inactive",
             "cooling",
+            "free",
             "pinned",
             "peak",
             "high_water",
@@ -58,6 +73,8 @@ FORKED_CALLS: dict[str, Callable[[Allocator], object]] = {
 def test_a_copy_in_a_forked_child_refuses_everything() -> None:
     named = {name.strip("_") for name in vars(Allocator)} - {
         "doc",
+        "line",
+        "restore",
         "new",
         "reduce",
         "pyx_vtable",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -22,14 +23,37 @@ assert consumer.held(pool) == 5
 """
 
 
-def test_other_cython_code_uses_the_core(tmp_path: Path) -> None:
+PAGE = Path(__file__).parent.parent.parent / "docs" / "allocator.md"
+PAIR = """
+import example
+from cidalloc import Allocator
+
+pool = Allocator(1)
+assert [example.pair(pool) for _ in range(3)] == [1, 1, 1]
+pool.acquire()
+assert example.pair(pool) is None
+"""
+
+
+def build_and_run(source: Path, script: str, folder: Path) -> None:
     def run(*command: str) -> None:
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    module = f"consumer{sysconfig.get_config_var('EXT_SUFFIX')}"
+    module = f"{source.stem}{sysconfig.get_config_var('EXT_SUFFIX')}"
     compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
     flags = ["-shared", "-fPIC", "-O1", "-Wall", "-Werror", f"-I{sysconfig.get_path('include')}"]
-    run(sys.executable, "-m", "cython", "-Wextra", str(SOURCE), "-o", "consumer.c")
-    run(*compiler, *flags, "consumer.c", "-o", module)
-    run(sys.executable, "-c", SCRIPT)
+    run(sys.executable, "-m", "cython", "-3", "-Wextra", str(source), "-o", "module.c")
+    run(*compiler, *flags, "module.c", "-o", module)
+    run(sys.executable, "-c", script)
+
+
+def test_other_cython_code_uses_the_core(tmp_path: Path) -> None:
+    build_and_run(SOURCE, SCRIPT, tmp_path)
+
+
+def test_the_example_of_the_page(tmp_path: Path) -> None:
+    (code,) = re.findall(r"^```cython\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    source = tmp_path / "example.pyx"
+    source.write_text(code)
+    build_and_run(source, PAIR, tmp_path)

@@ -1,9 +1,10 @@
 # Read Python arguments as C values. A wrong type or value raises `InvalidArgument`.
 
 from cpython.buffer cimport (PyBUF_FORMAT, PyBUF_ND, PyBUF_WRITABLE, PyBuffer_Release,
-                             PyObject_GetBuffer)
+                             PyObject_CheckBuffer, PyObject_GetBuffer)
 from cpython.long cimport PyLong_CheckExact
 from cpython.number cimport PyNumber_Index
+from cpython.sequence cimport PySequence_Check
 from libc.stdint cimport INT64_MAX, INT64_MIN, int64_t, uint32_t, uint64_t, uintptr_t
 
 from .intrinsics cimport high_bit, likely
@@ -99,6 +100,24 @@ cdef inline int64_t as_cid(object x, object position=None) except? 0:
     return value if kind == FITS else 0
 
 
+cdef inline object ids_array(object ids):
+    # Convert any other form of IDs to a uint64 array. A number that does not fit becomes 0, which
+    # is in no pool.
+    import numpy as np
+    if not PyObject_CheckBuffer(ids):
+        if not PySequence_Check(ids):
+            raise error(INVALID_ARGUMENT, "ids must be an array or a sequence of ints, "
+                                          f"not {type(ids).__name__}")
+        return np.array([max(as_cid(cid, i), 0) for i, cid in enumerate(ids)], np.uint64)
+    array = np.asarray(ids)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise error(INVALID_ARGUMENT, "ids must be a one-dimensional array of integers, "
+                                      f"not {array.ndim}-dimensional {array.dtype}")
+    if array.dtype.kind == "i":
+        array = np.where(array < 0, 0, array)
+    return np.require(array, np.uint64, "CA")
+
+
 cdef inline bint view_ids(object array, Py_buffer *view, int flags) except -1:
     # Open a view of an aligned contiguous one-dimensional uint64 array; return False for any other.
     try:
@@ -110,6 +129,22 @@ cdef inline bint view_ids(object array, Py_buffer *view, int flags) except -1:
         return True
     PyBuffer_Release(view)
     return False
+
+
+cdef inline tuple sorted_ids(object ids):
+    # Return a copy of the IDs, the same in ascending order, and how many come before the first that
+    # is given twice: uint64 arrays, which no other thread changes.
+    import numpy as np
+    cdef Py_buffer view
+    if view_ids(ids, &view, 0):
+        PyBuffer_Release(&view)
+    else:
+        ids = ids_array(ids)
+    array = np.array(ids, np.uint64)
+    order = np.argsort(array, kind="stable")
+    ascending = array[order]
+    twice = order[1:][ascending[1:] == ascending[:-1]]
+    return array, ascending, twice.min() if twice.size else array.size
 
 
 cdef inline int view_memory(object buffer, Py_buffer *view, uint64_t size) except -1:

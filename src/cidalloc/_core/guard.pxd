@@ -5,6 +5,9 @@
 # and a call under way. The call unlocks `busy` before it asks for the GIL, which it may never get
 # when Python ends; the next call restores `forks`. Any Python code may let another thread run, so
 # there must be none between the comparison and the use of the pool.
+#
+# While other threads or tasks wait for an ID (`queued`), `forks` stays changed, so that every call
+# notices that, too, and no call releases the GIL.
 
 from libc.stdint cimport uint64_t
 
@@ -26,6 +29,7 @@ cdef enum:
 
 cdef struct Guard:
     int forks               # of the process that made the pool; ~forks while a call holds `busy`
+    bint queued             # callers wait for an ID: then `forks` is ~forks as well
     int waiting             # calls that wait for `busy`
     pthread_mutex_t busy    # held by a call that uses the pool without the GIL
 
@@ -36,14 +40,17 @@ cdef inline void guard_init(Guard *guard, int forks) noexcept:
 
 
 cdef inline int guard_wait(Guard *guard, int forks) except -1:
-    # Wait until guard.forks is `forks`, the number of this process. Raises `Forked` in a child.
+    # Wait until no call uses the pool without the GIL. Raises `Forked` in a child; `forks` is the
+    # number of this process.
     while guard.forks != forks:
         if ~guard.forks != forks:
             raise error(FORKED, "this pool belongs to the parent process: "
                                 "create a new one after the fork")
         if pthread_mutex_trylock(&guard.busy) == 0:
-            guard.forks = forks
+            guard.forks = ~forks if guard.queued else forks
             pthread_mutex_unlock(&guard.busy)
+            if guard.queued:
+                break
         else:
             guard.waiting += 1
             with nogil:
@@ -56,7 +63,7 @@ cdef inline int guard_wait(Guard *guard, int forks) except -1:
 cdef inline bint guard_enter(Guard *guard, uint64_t work) noexcept:
     # Decide whether a call releases the GIL; if so, lock the pool until guard_leave(). The call
     # keeps the GIL while others wait for the pool, so that none waits for ever.
-    if work < LARGE or guard.waiting:
+    if work < LARGE or guard.waiting or guard.queued:
         return False
     pthread_mutex_lock(&guard.busy)     # a thread that still has it unlocks it without the GIL
     guard.forks = ~guard.forks

@@ -44,3 +44,16 @@ cdef inline object refusal(const Pool *pool, int code, object cid, object positi
     }[code])
     found.cid, found.position = cid or None, position
     return found
+
+
+cdef inline object unreservable(const Pool *pool, int code, object cid, object position):
+    if code == OUT_OF_RANGE:
+        return refusal(pool, code, cid, position)
+    where = at_position(position)
+    found = error(code, {
+        DUPLICATE: f"ID {cid}{where} is a duplicate: it is held, or was given before",
+        NOT_OWNER: f"ID {cid}{where} is in a block with IDs of another owner: use block=1",
+        EXHAUSTED: f"ID {cid}{where} is in a block that is not ready, or too far above the others",
+    }[code])
+    found.cid, found.position = cid, position
+    return found

@@ -1,6 +1,6 @@
 # Owners: the blocks of each, and the IDs that it holds.
 
-from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
+from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t
 
 from .intrinsics cimport keep_order, keep_order_of, low_bit
 from .pool cimport (NOT_HELD, OK, OUT_OF_RANGE, Block, Owner, Pool, is_idle, pool_held, pool_ids,
@@ -115,18 +115,33 @@ cdef inline int pool_owner_of(const Pool *pool, uint64_t cid, uint32_t *owner) n
     return OK
 
 
+cdef inline uint64_t *write_block(const Pool *pool, uint64_t at, uint64_t *cids) noexcept nogil:
+    # Write the held IDs of a block in order; return the place behind them.
+    cdef uint64_t used = pool.blocks[at].used
+    cdef uint64_t base = pool.base + (at << pool.shift & ~<uint64_t>63)
+    while used:
+        cids[0] = base + low_bit(used)
+        cids += 1
+        used &= used - 1
+    return cids
+
+
 cdef inline void pool_held_by(const Pool *pool, uint32_t owner, uint64_t *cids) noexcept nogil:
     # Write the IDs that `owner` holds: pool.owners[owner].held of them.
     cdef uint64_t at = pool.owners[owner].head
-    cdef uint64_t used, base
     while at:
-        used = pool.blocks[at].used
-        base = pool.base + (at << pool.shift & ~<uint64_t>63)
-        while used:
-            cids[0] = base + low_bit(used)
-            cids += 1
-            used &= used - 1
+        cids = write_block(pool, at, cids)
         at = pool.blocks[at].next
+
+
+cdef inline void write_held(const Pool *pool, int64_t owner, uint64_t *cids) noexcept nogil:
+    # Write the IDs of an owner, or, for -1, all held IDs in order.
+    cdef uint64_t at
+    if owner >= 0:
+        pool_held_by(pool, owner, cids)
+        return
+    for at in range(1, pool.opened + 1):
+        cids = write_block(pool, at, cids)
 
 
 # ---- Counts
