@@ -4,10 +4,9 @@
 """The allocator as a Python class: arguments, exceptions, threads and forks around the C pool."""
 
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release
-from cpython.object cimport PyObject
-from cpython.type cimport PyType_Modified
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 
+import math
 import os
 
 import numpy as np
@@ -22,15 +21,14 @@ from ._core.intrinsics cimport unlikely
 from ._core.messages cimport error, exhausted, refusal, unreservable
 from ._core.past cimport recover
 from ._core.reserve cimport pool_can_reserve, pool_clear, pool_reserve
+from ._core.owners cimport Counts
+from ._core.pool cimport pool_ids
 from ._core.resize cimport pool_resize
 from ._core.state cimport load_state, save_state
 
-from .allocator import Methods
+from . import snapshots
+from .errors import InvalidArgument, RegistryCorrupt
 from .waiting_line import WaitingLine
-
-cdef extern from *:
-    ctypedef struct PyTypeObject:
-        PyObject *tp_dict
 
 cdef int forks = 0      # between the first process and this one
 
@@ -87,7 +85,67 @@ cdef Pool *pool_of(Allocator self) except NULL:
     return alive(self)
 
 
+cdef class Lease:
+    """An ID that a `with` block holds. `Allocator.lease` makes it."""
+
+    cdef Allocator pool
+    cdef object owner, now, reuse_at, timeout, cid
+
+    def __enter__(self):
+        """Issue the ID and return it."""
+        if self.cid is not None:
+            raise error(INVALID_ARGUMENT, "this lease is in use: each `with` needs its own")
+        if self.timeout is None:
+            self.cid = self.pool.acquire(self.owner, self.now)
+        else:
+            self.cid = self.pool.acquire_wait(self.owner, self.now, self.timeout)
+        return self.cid
+
+    def __exit__(self, kind, exception, traceback):
+        """Release the ID."""
+        cid, self.cid = self.cid, None
+        due = self.reuse_at() if callable(self.reuse_at) else self.reuse_at
+        self.pool.release(cid, self.owner, due)
+
+
 cdef class Allocator:
+    """A pool of integer IDs, each held by one owner at a time and reused after its cooldown.
+
+    IDs are grouped in blocks. A block serves one owner at a time. It is reused when all of its IDs
+    are free and the latest of their `reuse_at` has come. The free block that is due first is reused
+    first; a new block is opened only if none is due. Wide blocks are fast and small. Blocks of one
+    ID waste none, and every single ID is reused in the exact order.
+
+    Times are integers of any unit and origin. Owners are integers below 2**24; 0, the default, is
+    an owner like any other. Methods may be called from several threads: a call for thousands of IDs
+    releases the GIL, and other calls on the same pool wait for it. After a fork, methods raise
+    `Forked` in the child. A wrong type or value raises `InvalidArgument`.
+
+    Args:
+        capacity: number of IDs, 1 to 2**38. The memory is only reserved: 32 bytes are used for each
+            opened block, and 32 for each owner.
+        first: the lowest ID, at least 1; the highest must be below 2**63.
+        block: IDs in a block: 1, 2, 4, 8, 16, 32 or 64. The default is 1 for fewer than 2**16 IDs,
+            so that all of them can be held, and 64 otherwise.
+        buffer: memory for the blocks, such as a bytearray or an mmap: writable, contiguous, 8-byte
+            aligned, at least `buffer_size(capacity, block)` bytes, all zero. The pool keeps a
+            reference to it; only the pool may write to it.
+        ready: number of blocks that may be opened so far, see the attribute; by default all.
+        holders: take over the blocks that an earlier pool of the same shape left in `buffer`; its
+            process may have died at any instruction. Bytes, one for each owner: not 0 if that
+            owner may hold IDs.
+        latest: with `holders`: a block with a later `reuse_at` is damaged.
+        reuse_at: with `holders`: the last stores may be missing, as after a power cut. IDs of the
+            owners in `holders` stay held; every other ID of the ready blocks cools until this time.
+        live_snapshot: with `holders`: `buffer` is a copy, taken while the earlier pool was in use.
+            Without this, a held ID is damage if its owner is not in `holders`; with it, such an ID
+            is free.
+
+    Raises `InvalidArgument`, also for a buffer that is not zero; `RegistryCorrupt`, before anything
+    is written, for a buffer that no pool leaves behind; `MemoryError` without address space.
+    Constant time; with `holders` linear in the ready blocks.
+    """
+
     def __cinit__(self, capacity=(1 << 30) - 1, first=1, block=None, *, buffer=None, ready=None,
                   holders=None, latest=INT64_MAX, reuse_at=None, live_snapshot=False):
         cdef int64_t n = as_capacity(capacity)
@@ -182,6 +240,77 @@ cdef class Allocator:
             raise exhausted(alive(self), f"{many} IDs")
         return ids
 
+    def acquire_wait(self, owner=0, now=0, timeout=math.inf):
+        """Issue one ID; wait in this thread if none can be issued.
+
+        Other threads or tasks end the wait when they release IDs, or make calls with a later `now`.
+        Those that wait get IDs in the order in which they came.
+
+        Args:
+            owner: the owner that will hold it.
+            now: the time, in ticks. A time before the latest one seen counts as the latest.
+            timeout: seconds to wait, at least 0; without end by default.
+
+        Raises `Exhausted` after the timeout. Amortised constant time.
+
+        >>> import threading
+        >>> pool = Allocator(1)
+        >>> threading.Timer(0.01, pool.release, [pool.acquire()]).start()
+        >>> pool.acquire_wait(timeout=5)
+        1
+        """
+        return self._line.wait(self, owner, now, timeout)
+
+    def acquire_async(self, owner=0, now=0, timeout=math.inf):
+        """Issue one ID; wait for it in a task of asyncio if none can be issued.
+
+        It is in one line with the other tasks and threads that wait, see `acquire_wait`. A task
+        that is cancelled keeps no ID.
+
+        Args:
+            owner: the owner that will hold it.
+            now: the time, in ticks. A time before the latest one seen counts as the latest.
+            timeout: seconds to wait, at least 0; without end by default.
+
+        Raises `Exhausted` after the timeout. Amortised constant time.
+
+        >>> import asyncio
+        >>> pool = Allocator(1)
+        >>> async def main():
+        ...     cid = await pool.acquire_async()
+        ...     waiting = asyncio.create_task(pool.acquire_async(timeout=5))
+        ...     await asyncio.sleep(0)
+        ...     pool.release(cid)
+        ...     return await waiting
+        >>> asyncio.run(main())
+        1
+        """
+        return self._line.wait_async(self, owner, now, timeout)
+
+    def lease(self, owner=0, now=0, reuse_at=0, timeout=None):
+        """Issue one ID for a `with` block, which releases it at its end, also after an error.
+
+        Args:
+            owner: the owner that holds it.
+            now: the time, in ticks.
+            reuse_at: the time, in ticks, from which it may be issued again; or a function that
+                returns this time, called at the end.
+            timeout: seconds to wait for an ID, as in `acquire_wait`; None does not wait.
+
+        Raises `Exhausted`; at the end `NotHeld` if the ID was released within. Constant time.
+
+        >>> pool = Allocator(100)
+        >>> with pool.lease() as cid:
+        ...     print(cid, cid in pool)
+        1 True
+        >>> cid in pool
+        False
+        """
+        cdef Lease lease = Lease.__new__(Lease)
+        lease.pool, lease.owner, lease.now = self, owner, now
+        lease.reuse_at, lease.timeout = reuse_at, timeout
+        return lease
+
     def release(self, cid, owner=0, reuse_at=0):
         """Release one ID.
 
@@ -270,13 +399,46 @@ cdef class Allocator:
         freed(self)
         return n
 
-    def _clear(self, reuse_at):
+    def clear(self, reuse_at=0):
+        """Release all IDs of all owners; return their number.
+
+        Args:
+            reuse_at: the time, in ticks, from which they may be issued again.
+
+        Linear in the opened blocks.
+
+        >>> pool = Allocator(100)
+        >>> ids = pool.acquire_many(3)
+        >>> pool.clear(), len(pool)
+        (3, 0)
+        """
         cdef int64_t tick = as_time(reuse_at, "reuse_at")
         cdef uint64_t n = pool_clear(alive(self), tick)
         freed(self)
         return n
 
-    def _reserve(self, ids, owner):
+    def reserve(self, ids, owner=0):
+        """Mark given free IDs as held, all or none, also those that are cooling.
+
+        This loads what exists: IDs that are in use already, or that must not be issued. A block
+        with a reserved ID issues no others until all of its held IDs are released; a block of one
+        ID has no others. All blocks below the highest ID are opened: 32 bytes of memory each.
+
+        Args:
+            ids: a one-dimensional array of any integer type, or a sequence of ints, in any order.
+            owner: the owner that will hold them.
+
+        Raises `OutOfRange`; `Duplicate` for an ID that is held, or is given twice; `NotOwner` for
+        one in a block with IDs of another owner; `Exhausted` for one in a block that is not ready,
+        or is more than 2**26 blocks above the opened ones. `position` is the index of the first
+        wrong ID. Raises `MemoryError` without memory for a log of the call. O(n log n), and linear
+        in the opened blocks.
+
+        >>> pool = Allocator(100)
+        >>> pool.reserve([3, 1])
+        >>> pool.acquire_many(3)
+        array([2, 4, 5], dtype=uint64)
+        """
         cdef uint32_t own = as_owner(owner)
         cdef uint64_t at = 0
         array, ascending, distinct = sorted_ids(ids)
@@ -292,6 +454,70 @@ cdef class Allocator:
         if pool_reserve(pool, &cids[0], n, own):
             raise MemoryError("not enough memory to reserve the IDs")
 
+    def resize(self, capacity):
+        """Make the pool larger: it gets the IDs that follow its highest one.
+
+        Args:
+            capacity: the new number of IDs, at least that of before, at most 2**38.
+
+        Raises `InvalidArgument`, also for a pool with a `buffer`; `MemoryError` without address
+        space. Constant time.
+
+        >>> pool = Allocator(1)
+        >>> pool.resize(3)
+        >>> pool.acquire_many(3)
+        array([1, 2, 3], dtype=uint64)
+        """
+        cdef Pool *pool = alive(self)
+        cdef int64_t most = min(<int64_t>1 << 38, INT64_MAX - <int64_t>pool.first + 1)
+        cdef int64_t n = as_int(capacity, pool.capacity, most, "capacity")
+        cdef int code = pool_resize(alive(self), n)
+        if code == INVALID_ARGUMENT:
+            raise error(code, "a pool in given memory cannot grow, and none can shrink")
+        if code:
+            raise MemoryError("not enough address space for the pool: use a smaller capacity")
+        freed(self)
+
+    def snapshot(self):
+        """Return the state of the pool as bytes for `restore`.
+
+        It has the held IDs with their owners, the cooldowns and the order in which free IDs are
+        reused. 32 bytes for each opened block, and 8 for each free one. Linear in the opened
+        blocks.
+
+        >>> pool = Allocator(100)
+        >>> ids = pool.acquire_many(3)
+        >>> Allocator.restore(pool.snapshot()).acquire()
+        4
+        """
+        return snapshots.pack(save_state(alive(self)))
+
+    @classmethod
+    def restore(cls, snapshot):
+        """Return a new pool with the state of a snapshot.
+
+        The pool of the snapshot must not be used any more: both would issue the same IDs. A free
+        block that was left to its owner is free for all, after the cooldown of all its IDs.
+
+        Args:
+            snapshot: bytes from `snapshot`, of this version of the format.
+
+        Raises `InvalidArgument` for another version, and for bytes that are damaged, cut short or
+        no snapshot; `MemoryError` without address space. Linear in the opened blocks.
+
+        >>> pool = Allocator(100)
+        >>> pool.release(pool.acquire(), reuse_at=60)
+        >>> Allocator.restore(pool.snapshot()).next_due
+        60
+        """
+        state = snapshots.unpack(snapshot)
+        cdef Allocator pool = cls(state.capacity, state.first, state.block, ready=state.ready)
+        try:
+            load_state(&pool.pool, state.blocks, state.order, state.now, state.last, state.peak)
+        except RegistryCorrupt:
+            raise InvalidArgument("the snapshot is damaged: no pool has such blocks") from None
+        return pool
+
     def owner_of(self, cid):
         """Return the owner of an ID. Raises `OutOfRange`, `NotHeld`. Constant time."""
         cdef int64_t number = as_cid(cid)
@@ -305,13 +531,27 @@ cdef class Allocator:
         """Return the IDs of an owner as a uint64 array of shape (n,). O(n).
 
         They are in ascending order if `ordered` is true, which costs O(n log n).
+
+        >>> pool = Allocator(100)
+        >>> ids = pool.acquire_many(3, owner=7)
+        >>> pool.held_by(7, ordered=True)
+        array([1, 2, 3], dtype=uint64)
         """
         ids = held_ids(&self.pool, &self.guard, &forks, as_owner(owner))
         if ordered:
             ids.sort()
         return ids
 
-    def _held(self):
+    def held(self):
+        """Return all held IDs in ascending order, as a uint64 array of shape (n,).
+
+        Linear in the opened blocks.
+
+        >>> pool = Allocator(100)
+        >>> ids = pool.acquire_many(3)
+        >>> pool.held()
+        array([1, 2, 3], dtype=uint64)
+        """
         return held_ids(&self.pool, &self.guard, &forks, ALL)
 
     def held_count(self, owner):
@@ -347,6 +587,26 @@ cdef class Allocator:
         return 1 << alive(self).shift
 
     @property
+    def active(self):
+        """Number of held IDs."""
+        return pool_held(alive(self))
+
+    @property
+    def free(self):
+        """Number of IDs that any owner can get now, as of the latest `now` seen. Time as `cooling`.
+
+        The owner of a block with a held ID can also get the IDs that are left in this block.
+
+        >>> pool = Allocator(100)
+        >>> pool.release(pool.acquire(), reuse_at=60)
+        >>> pool.free, pool.cooling
+        (99, 1)
+        """
+        cdef Pool *pool = alive(self)
+        cdef Counts n = pool_count(pool)
+        return pool_ids(pool, pool.ready) - pool_held(pool) - n.cooling - n.pinned
+
+    @property
     def inactive(self):
         """Number of IDs that were issued at least once and are not held now."""
         cdef Pool *pool = alive(self)
@@ -376,6 +636,12 @@ cdef class Allocator:
         return alive(self).opened
 
     @property
+    def high_water(self):
+        """Number of IDs in the blocks that were ever opened."""
+        cdef Pool *pool = alive(self)
+        return pool_ids(pool, pool.opened)
+
+    @property
     def ready(self):
         """Number of blocks that may be opened so far. It can only be raised.
 
@@ -399,6 +665,11 @@ cdef class Allocator:
         """Iterate over the IDs that are held now, in ascending order.
 
         Linear in the opened blocks. The pool may be used and changed meanwhile.
+
+        >>> pool = Allocator(100)
+        >>> ids = pool.acquire_many(3)
+        >>> [cid for cid in pool if cid > 1]
+        [2, 3]
         """
         return iter(self.held().tolist())
 
@@ -411,23 +682,6 @@ cdef class Allocator:
     def __reduce__(self):
         """Raise TypeError: a copy would issue the same IDs."""
         raise TypeError("an Allocator cannot be pickled or copied: both would issue the same IDs")
-
-    def _resize(self, capacity):
-        cdef Pool *pool = alive(self)
-        cdef int64_t most = min(<int64_t>1 << 38, INT64_MAX - <int64_t>pool.first + 1)
-        cdef int64_t n = as_int(capacity, pool.capacity, most, "capacity")
-        cdef int code = pool_resize(alive(self), n)
-        if code == INVALID_ARGUMENT:
-            raise error(code, "a pool in given memory cannot grow, and none can shrink")
-        if code:
-            raise MemoryError("not enough address space for the pool: use a smaller capacity")
-        freed(self)
-
-    def _state(self):
-        return save_state(alive(self))
-
-    def _load(self, bytes blocks, bytes order, now, last, peak):
-        load_state(alive(self), blocks, order, now, last, peak)
 
     def _take(self, owner):
         # Issue an ID without regard to those that wait; return 0 if there is none.
@@ -451,10 +705,3 @@ cdef class Allocator:
         No other thread may use the pool at the same time.
         """
         audit(alive(self))
-
-
-for name, method in vars(Methods).items():
-    if name == "__doc__" or not name.startswith("_"):
-        (<dict>(<PyTypeObject *>Allocator).tp_dict)[name] = method
-del name, method
-PyType_Modified(Allocator)

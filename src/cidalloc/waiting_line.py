@@ -11,12 +11,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, SupportsIndex
 
-from .errors import InvalidArgument
+from .errors import Exhausted, InvalidArgument
 
 if TYPE_CHECKING:
-    from ._alloc import Core
+    from ._alloc import Allocator
 
 
 class Caller:
@@ -39,48 +40,46 @@ class WaitingLine:
         self._serving = threading.Lock()  # only one thread at a time serves
         self._again = False
 
-    @staticmethod
-    def check(timeout: float) -> float | None:
-        """Return a timeout in seconds; None for one without end. Raises `InvalidArgument`."""
-        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0:
-            raise InvalidArgument(f"timeout must be seconds, at least 0, not {timeout!r}")
-        return timeout if timeout < threading.TIMEOUT_MAX else None
-
-    def wait(self, pool: Core, owner: SupportsIndex, now: SupportsIndex, timeout: float) -> int:
-        """Wait in this thread for an ID. Raises `Exhausted` after the timeout, in seconds."""
-        seconds = self.check(timeout)
+    def wait(
+        self, pool: Allocator, owner: SupportsIndex, now: SupportsIndex, timeout: float
+    ) -> int:
+        """Issue an ID, or wait in this thread for one; see `Allocator.acquire_wait`."""
+        seconds = _seconds(timeout)
+        with suppress(Exhausted):
+            return pool.acquire(owner, now)
         woken = threading.Lock()
         woken.acquire()
         caller = Caller(owner, woken.release)
         try:
             self.join(pool, caller)
             woken.acquire(timeout=-1 if seconds is None else seconds)
+            return self.result(pool, caller, now)
         except BaseException:
             self.give_up(pool, caller)
             raise
-        return self.result(pool, caller, now)
 
     async def wait_async(
-        self, pool: Core, owner: SupportsIndex, now: SupportsIndex, timeout: float
+        self, pool: Allocator, owner: SupportsIndex, now: SupportsIndex, timeout: float
     ) -> int:
-        """Wait in this task for an ID. Raises `Exhausted` after the timeout, in seconds."""
+        """Issue an ID, or wait in this task for one; see `Allocator.acquire_async`."""
         import asyncio
 
-        seconds = self.check(timeout)
+        seconds = _seconds(timeout)
+        with suppress(Exhausted):
+            return pool.acquire(owner, now)
         loop, woken = asyncio.get_running_loop(), asyncio.Event()
         caller = Caller(owner, lambda: loop.call_soon_threadsafe(woken.set))
         try:
             self.join(pool, caller)
             if not caller.cid:
-                await asyncio.wait_for(woken.wait(), seconds)
-        except asyncio.TimeoutError:
-            pass
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(woken.wait(), seconds)
+            return self.result(pool, caller, now)
         except BaseException:
             self.give_up(pool, caller)
             raise
-        return self.result(pool, caller, now)
 
-    def join(self, pool: Core, caller: Caller) -> None:
+    def join(self, pool: Allocator, caller: Caller) -> None:
         """Put a caller at the end of the line, and serve the line."""
         self._callers.append(caller)
         pool._set_queued(True)
@@ -94,21 +93,21 @@ class WaitingLine:
             return False
         return True
 
-    def give_up(self, pool: Core, caller: Caller) -> None:
+    def give_up(self, pool: Allocator, caller: Caller) -> None:
         """Remove a caller, which does not want its ID any more if it has one."""
         if self.leave(caller):
             self.serve(pool)  # the next may be for an owner with room, or there is none
         elif caller.cid:
             pool.release(caller.cid, caller.owner)
 
-    def result(self, pool: Core, caller: Caller, now: SupportsIndex) -> int:
+    def result(self, pool: Allocator, caller: Caller, now: SupportsIndex) -> int:
         """Return the ID of a caller whose wait is over; if there is none, try once more."""
         if not self.leave(caller):
             return caller.cid
         self.serve(pool)  # as in give_up()
         return pool.acquire(caller.owner, now)
 
-    def serve(self, pool: Core) -> None:
+    def serve(self, pool: Allocator) -> None:
         """Issue IDs to the callers in their order, while there are any.
 
         If another thread does it, or this thread in a call further out, that is told to go on.
@@ -125,7 +124,7 @@ class WaitingLine:
             finally:
                 self._serving.release()
 
-    def _serve_first(self, pool: Core) -> bool:
+    def _serve_first(self, pool: Allocator) -> bool:
         # Return False if no ID can be issued to the first caller.
         try:
             caller = self._callers[0]
@@ -142,3 +141,10 @@ class WaitingLine:
             caller.cid = 0
             pool.release(cid, caller.owner)
         return True
+
+
+def _seconds(timeout: float) -> float | None:
+    """Return a timeout in seconds; None for one without end. Raises `InvalidArgument`."""
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0:
+        raise InvalidArgument(f"timeout must be seconds, at least 0, not {timeout!r}")
+    return timeout if timeout < threading.TIMEOUT_MAX else None

@@ -39,8 +39,6 @@ FORKED_CALLS: dict[str, Callable[[Allocator], object]] = {
     "set_queued": lambda p: p._set_queued(False),
     "resize": lambda p: p.resize(2**30),
     "snapshot": lambda p: p.snapshot(),
-    "state": lambda p: p._state(),
-    "load": lambda p: p._load(b"", b"", 0, 0, 0),
     "lease": lambda p: p.lease().__enter__(),
     "clear": lambda p: p.clear(),
     "reserve": lambda p: p.reserve([5]),

@@ -295,15 +295,19 @@ def test_a_fork_while_another_thread_is_in_a_large_call() -> None:
         from cidalloc import Allocator, errors
         sys.setswitchinterval(1000)     # so this thread runs only while the other is in a call
         n = 3_000_000
-        pool, out = Allocator(), np.zeros(n, np.uint64)
-        begun, over = threading.Event(), []
-        def work():
-            begun.set()
-            pool.acquire_many(n, out=out)
-            over.append(True)
-        thread = threading.Thread(target=work)
-        thread.start()
-        begun.wait()
+        out = np.zeros(n, np.uint64)
+        for attempt in range(50):   # on a busy machine the call may be over too early
+            pool, begun, over = Allocator(), threading.Event(), []
+            def work():
+                begun.set()
+                pool.acquire_many(n, out=out)
+                over.append(True)
+            thread = threading.Thread(target=work)
+            thread.start()
+            begun.wait()
+            if not over:
+                break
+            thread.join()
         assert not over
         child = os.fork()
         if not child:

@@ -24,12 +24,14 @@ cdef inline uint64_t queue_order(const Pool *pool, uint64_t *order) noexcept nog
     return n
 
 
-cdef inline tuple save_state(const Pool *pool):
-    # Return the opened blocks and the order of the queue as bytes, and numbers of the pool.
+cdef inline object save_state(const Pool *pool):
+    # Return the `State` of a pool.
+    from cidalloc.snapshots import State
     blocks = PyBytes_FromStringAndSize(<char *>(pool.blocks + 1), pool.opened * sizeof(Block))
     order = PyBytes_FromStringAndSize(NULL, queue_order(pool, NULL) * sizeof(uint64_t))
     queue_order(pool, <uint64_t *><char *>order)
-    return blocks, order, pool.capacity, pool.ready, pool.now, pool.last, pool.peak
+    return State(pool.capacity, pool.first, pool.mask + 1, pool.ready, pool.now, pool.last,
+                 pool.peak, blocks, order)
 
 
 cdef inline int load_state(Pool *pool, bytes blocks, bytes order, int64_t now, int64_t last,
