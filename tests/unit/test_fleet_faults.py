@@ -185,7 +185,7 @@ def test_a_name_that_dns_cannot_have() -> None:
 
 
 def test_only_a_server_without_an_answer_gets_a_heartbeat_at_once(fake: FakeTriton) -> None:
-    with Fleet([fake.url]) as fleet:
+    with Fleet([fake.url], ahead=0) as fleet:  # no refill, which renews the lease
         with fleet.sequence(**MODEL):
             (server,) = fleet.servers
             lease = server.client._session.lease
