@@ -1,4 +1,4 @@
-"""Draws docs/collide.svg and docs/top.svg: what the commands show, from real runs.
+"""Draws collide.svg, top.svg and blocks.svg in docs: what commands and pools do, from real runs.
 
 Run it with the Python of .venv: .venv/bin/python docs/make_pictures.py
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
+from cidalloc import Allocator, CidError
 from cidalloc.cli.ask import Manager
 from cidalloc.cli.demo import show_lanes
 from cidalloc.cli.top.app import TopApp
@@ -68,8 +69,66 @@ async def draw_top(server: TritonServer) -> None:
             write("top.svg", app.export_screenshot(title=title))
 
 
+CELL, GAP, TOP = 34, 8, 46
+STATES = {
+    "held by A": ("#d1242f", "#ffffff"),
+    "left to A": ("#f6b8bd", "#1f2328"),
+    "pinned: nobody gets it": ("#7d8590", "#ffffff"),
+    "free for any owner": ("#2da44e", "#ffffff"),
+}
+"""Fill and text of an ID in each state."""
+
+
+def state(cid: int, pool: Allocator) -> str:
+    """Return what an owner A can do with an ID, and others."""
+
+    def gets(owner: int) -> bool:
+        copy = Allocator.restore(pool.snapshot())
+        with contextlib.suppress(CidError):
+            while copy.acquire(owner) != cid:
+                pass
+            return True
+        return False
+
+    held, left, pinned, free = STATES
+    if cid in pool:
+        return held
+    return free if gets(2) else left if gets(1) else pinned
+
+
+def draw_blocks() -> None:
+    """The same calls on pools with different widths of blocks."""
+    count, rows = 16, (1, 4, 8)
+    width = 90 + count * CELL + count * GAP
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {TOP + 50 * len(rows) + 4}"'
+        ' font-family="sans-serif" font-size="13">'
+    ]
+    x = 10
+    for name, (fill, _) in STATES.items():
+        out.append(f'<rect x="{x}" y="8" width="14" height="14" rx="3" fill="{fill}"/>')
+        out.append(f'<text x="{x + 20}" y="20" fill="#7d8590">{name}</text>')
+        x += 40 + 7 * len(name)
+    for row, block in enumerate(rows):
+        pool = Allocator(count, block=block)
+        pool.acquire_many(5, owner=1)
+        pool.release_many([1, 2, 3, 5], owner=1)
+        y = TOP + 50 * row
+        out.append(f'<text x="10" y="{y + 22}" fill="#7d8590">block={block}</text>')
+        for cid in range(1, count + 1):
+            x = 90 + (cid - 1) * CELL + (cid - 1) // block * GAP
+            fill, ink = STATES[state(cid, pool)]
+            out.append(
+                f'<rect x="{x}" y="{y}" width="{CELL - 2}" height="34" rx="4" fill="{fill}"/>'
+                f'<text x="{x + CELL / 2 - 1}" y="{y + 22}" text-anchor="middle"'
+                f' fill="{ink}">{cid}</text>'
+            )
+    write("blocks.svg", "\n".join([*out, "</svg>"]))
+
+
 def main() -> None:
     """Run the commands and write the pictures."""
+    draw_blocks()
     with demo_server() as server:
         draw_collide(server)
     with demo_server(Settings()) as server:
