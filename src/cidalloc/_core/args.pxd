@@ -95,7 +95,7 @@ cdef inline int64_t as_cid(object x, object position=None) except? 0:
     cdef int64_t value = 0
     cdef int kind = read_int(x, &value)
     if kind == NO_INT:
-        raise error(INVALID_ARGUMENT, f"a correlation ID must be an int, not {type(x).__name__}"
+        raise error(INVALID_ARGUMENT, f"an ID must be an int, not {type(x).__name__}"
                                       f"{at_position(position)}")
     return value if kind == FITS else 0
 
