@@ -57,3 +57,17 @@ def test_the_example_of_the_page(tmp_path: Path) -> None:
     source = tmp_path / "example.pyx"
     source.write_text(code)
     build_and_run(source, PAIR, tmp_path)
+
+
+def test_the_interface_file_describes_the_functions_as_they_are() -> None:
+    package = Path(__file__).parent.parent.parent / "src" / "cidalloc"
+    interface = (package / "_alloc.pxd").read_text()
+    comments = re.sub(r"\n# {6,}", " ", interface)  # the rest of a signature or of its description
+    described = re.findall(r"^#   (\w+ pool_\w+\(.*?\))", comments, re.MULTILINE)
+    found = []
+    for file in (package / "_core").glob("*.pxd"):
+        text = re.sub(r"\s+", " ", file.read_text())
+        found += re.findall(r"cdef inline (\w+ pool_\w+\([^)]*\)) noexcept nogil:", text)
+    public = set(re.findall(r"\bpool_\w+", interface.partition("\nfrom ")[2])) - {"pool_of"}
+    assert set(described) == {each for each in found if set(re.findall(r"pool_\w+", each)) & public}
+    assert len(described) == len(public)
