@@ -21,6 +21,7 @@ from ._core.guard cimport guard_enter, guard_init, guard_leave, guard_wait
 from ._core.held cimport ALL, held_ids
 from ._core.intrinsics cimport likely, unlikely
 from ._core.messages cimport error, exhausted, refusal, unreservable
+from ._core.methods cimport Method, replace
 from ._core.past cimport recover
 from ._core.reserve cimport pool_can_reserve, pool_clear, pool_reserve
 from ._core.resize cimport pool_resize
@@ -32,20 +33,7 @@ from .waiting_line import WaitingLine
 cdef extern from *:
     ctypedef struct PyTypeObject:
         PyObject *tp_dict
-    ctypedef void *PyCFunction
-    enum:
-        METH_FASTCALL
-        METH_KEYWORDS
-    ctypedef struct PyMethodDef:
-        PyCFunction ml_meth
-        int ml_flags
-    ctypedef struct PyMethodDescrObject:
-        PyMethodDef *d_method
     PyObject *new_int "PyLong_FromLongLong"(long long value) noexcept
-
-# A method with the flags METH_FASTCALL and METH_KEYWORDS.
-ctypedef PyObject *(*Method)(PyObject *self, PyObject *const *args, Py_ssize_t n,
-                             PyObject *names) noexcept
 
 cdef object empty = np.empty, UINT64 = np.dtype(np.uint64)
 cdef int forks = 0      # between the first process and this one
@@ -485,18 +473,8 @@ cdef PyObject *quick_release(PyObject *self, PyObject *const *args, Py_ssize_t n
     return any_release(self, args, n, names)
 
 
-cdef Method replace(str name, Method quick):
-    # Put a function in the place of a method of the class; return what was there.
-    descriptor = vars(Allocator)[name]
-    cdef PyMethodDef *method = (<PyMethodDescrObject *>descriptor).d_method
-    cdef Method before = <Method>method.ml_meth
-    if method.ml_flags == METH_FASTCALL | METH_KEYWORDS:
-        method.ml_meth = <PyCFunction>quick
-    return before
-
-
-any_acquire = replace("acquire", quick_acquire)
-any_release = replace("release", quick_release)
+any_acquire = replace(Allocator, "acquire", quick_acquire)
+any_release = replace(Allocator, "release", quick_release)
 
 for name, method in vars(Methods).items():
     if name == "__doc__" or not name.startswith("_"):

@@ -28,7 +28,7 @@ cdef extern from *:
         return 1;
     }
     /* Return the value of an int that fits, or -1 for any other object. Both need no reference. */
-    static __attribute__((noinline)) int64_t long_value(PyObject *x) {
+    static __attribute__((noinline, unused)) int64_t long_value(PyObject *x) {
         int overflow;
         return PyLong_CheckExact(x) ? PyLong_AsLongLongAndOverflow(x, &overflow) : -1;
     }
