@@ -4,6 +4,8 @@
 """The allocator as a Python class: arguments, exceptions, threads and forks around the C pool."""
 
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_INCREF
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 
 import math
@@ -13,12 +15,13 @@ import numpy as np
 
 from ._core.acquire cimport see
 from ._core.args cimport (FITS, as_capacity, as_cid, as_int, as_owner, as_shift, as_time, ids_array,
-                          is_zero, read_int, small_int, sorted_ids, view_ids, view_memory)
+                          int_value, read_int, sorted_ids, view_ids, view_memory)
 from ._core.audit cimport audit
 from ._core.guard cimport guard_enter, guard_init, guard_leave, guard_wait
 from ._core.held cimport ALL, held_ids
-from ._core.intrinsics cimport unlikely
+from ._core.intrinsics cimport likely, unlikely
 from ._core.messages cimport error, exhausted, refusal, unreservable
+from ._core.methods cimport Method, replace
 from ._core.past cimport recover
 from ._core.reserve cimport pool_can_reserve, pool_clear, pool_reserve
 from ._core.owners cimport Counts
@@ -30,6 +33,10 @@ from . import snapshots
 from .errors import InvalidArgument, RegistryCorrupt
 from .waiting_line import WaitingLine
 
+cdef extern from *:
+    PyObject *new_int "PyLong_FromLongLong"(long long value) noexcept
+
+cdef object empty = np.empty, UINT64 = np.dtype(np.uint64)
 cdef int forks = 0      # between the first process and this one
 
 
@@ -187,16 +194,10 @@ cdef class Allocator:
 
         Raises `Exhausted`. Amortised constant time.
         """
-        cdef uint32_t own
-        cdef int64_t tick
+        cdef uint32_t own = as_owner(owner)
+        cdef int64_t tick = as_time(now, "now")
         cdef uint64_t cid = 0
-        cdef int code
-        if is_zero(owner) and is_zero(now):
-            code = pool_acquire(in_turn(self, 0), 0, 0, &cid)
-        else:
-            own, tick = as_owner(owner), as_time(now, "now")
-            code = pool_acquire(in_turn(self, tick), own, tick, &cid)
-        if unlikely(code):
+        if pool_acquire(in_turn(self, tick), own, tick, &cid):
             raise exhausted(&self.pool, "an ID")
         return <int64_t>cid
 
@@ -221,7 +222,7 @@ cdef class Allocator:
         if many > pool.capacity - pool_held(pool):    # or too many for an array
             see(pool, tick)
             raise exhausted(pool, f"{many} IDs")
-        ids = np.empty(many, np.uint64) if out is None else out
+        ids = empty(many, UINT64) if out is None else out
         if not view_ids(ids, &view, PyBUF_WRITABLE):
             raise error(INVALID_ARGUMENT, "out must be a writable contiguous uint64 array")
         try:
@@ -321,22 +322,11 @@ cdef class Allocator:
 
         Raises `OutOfRange`, `NotHeld`, `NotOwner`. Constant time.
         """
-        cdef int64_t number = 0
-        if unlikely(not small_int(cid, &number)):
-            number = as_cid(cid)
-        cdef uint32_t own
-        cdef int64_t tick
-        cdef int code
-        if is_zero(owner) and is_zero(reuse_at):
-            if unlikely(self.guard.forks != forks):     # as alive(), which is not inlined here
-                wait(self)
-            code = pool_release(&self.pool, number, 0, 0)
-        else:
-            own, tick = as_owner(owner), as_time(reuse_at, "reuse_at")
-            if unlikely(self.guard.forks != forks):
-                wait(self)
-            code = pool_release(&self.pool, number, own, tick)
-        if unlikely(code):
+        cdef int64_t number = as_cid(cid)
+        cdef uint32_t own = as_owner(owner)
+        cdef int64_t tick = as_time(reuse_at, "reuse_at")
+        cdef int code = pool_release(alive(self), number, own, tick)
+        if code:
             raise refusal(&self.pool, code, number)
         freed(self)
 
@@ -705,3 +695,40 @@ cdef class Allocator:
         No other thread may use the pool at the same time.
         """
         audit(alive(self))
+
+
+# acquire() and release() once more, for calls without keywords and without an error. In the methods
+# of the class Cython spends more time on the arguments than the pool spends on the ID. Every other
+# call goes to these methods: the quick functions change nothing that they would have to undo.
+cdef Method any_acquire, any_release
+
+
+cdef PyObject *quick_acquire(PyObject *self, PyObject *const *args, Py_ssize_t n,
+                             PyObject *names) noexcept:
+    cdef Pool *pool = &(<Allocator>self).pool
+    cdef uint64_t cid = 0
+    cdef uint64_t owner = int_value(args[0]) if n > 0 else 0
+    cdef int64_t now = int_value(args[1]) if n > 1 else 0
+    if likely(names == NULL and n <= 2 and owner < MAX_OWNERS and now >= 0
+              and (<Allocator>self).guard.forks == forks
+              and pool_acquire(pool, owner, now, &cid) == OK):
+        return new_int(cid)
+    return any_acquire(self, args, n, names)
+
+
+cdef PyObject *quick_release(PyObject *self, PyObject *const *args, Py_ssize_t n,
+                             PyObject *names) noexcept:
+    cdef Pool *pool = &(<Allocator>self).pool
+    cdef uint64_t cid = int_value(args[0]) if n > 0 else 0
+    cdef uint64_t owner = int_value(args[1]) if n > 1 else 0
+    cdef int64_t reuse_at = int_value(args[2]) if n > 2 else 0
+    if likely(names == NULL and n <= 3 and owner < MAX_OWNERS and reuse_at >= 0
+              and (<Allocator>self).guard.forks == forks
+              and pool_release(pool, cid, owner, reuse_at) == OK):
+        Py_INCREF(None)
+        return <PyObject *>None
+    return any_release(self, args, n, names)
+
+
+any_acquire = replace(Allocator, "acquire", quick_acquire)
+any_release = replace(Allocator, "release", quick_release)
