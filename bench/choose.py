@@ -13,6 +13,7 @@ IN_C = (MAIN, "cidalloc 8", "cidalloc 1", "malloc + free", "bump pointer")
 IDIOMS = {
     "acquire + release": "`pool.release(pool.acquire())`",
     "acquire_wait + release": "`pool.release(pool.acquire_wait())`, if no call has to wait",
+    "acquire, try, finally": "`cid = pool.acquire()`; `try: …`; `finally: pool.release(cid)`",
     "lease": "`with pool.lease() as cid: …`",
     "range": "`for i in range(n): …`, without any ID",
     "acquire_many, loop, release_many": "`ids = pool.acquire_many(n)`;"
@@ -126,10 +127,10 @@ def allocator(results: Results) -> str:
     return (
         f"- **It costs** {ns('pair')} ns to acquire an ID and release it from Python,"
         f" {ns('from C, 1 at once')} ns from C, and {dense} to {used} bytes per held ID.\n"
-        f"- **Pools that do less** take a multiple of that time: {pair('list + set', 'heapq + set')},"
-        f" {pair('full Python')}. With a million held IDs it is {of(SCALAR, 'list + set')} × for"
-        f" list + set one by one, and {of(BULK, 'list + set')} × in arrays, where the nearest,"
-        f" {NumpyStack.name}, takes {of(BULK, NumpyStack.name)} ×.\n"
+        "- **Pools that do less** take a multiple of that time:"
+        f" {pair('list + set', 'heapq + set', 'full Python')}. With a million held IDs list + set"
+        f" takes {of(SCALAR, 'list + set')} × one by one, and {of(BULK, 'list + set')} × in arrays;"
+        f" the nearest in arrays, {NumpyStack.name}, takes {of(BULK, NumpyStack.name)} ×.\n"
         "- **Numbers that nobody takes back** cost, next to an acquire and release:"
         f" {pair('itertools.count', 'random.getrandbits(63)', 'uuid_utils.uuid4()')},"
         f" {pair('secrets.randbits(63)', 'uuid.uuid4()')}."

@@ -57,7 +57,7 @@ def many(pool: Any, ids: Iterable[int]) -> Any:
 
 
 def unique(make: Make) -> bool:
-    """An ID is issued to one holder at a time, even if a source of random numbers repeats itself."""
+    """An ID has one holder at a time, even if a source of random numbers repeats itself."""
     pool = make(100)
     if hasattr(pool, "draw"):
         pool.draw = _twice_each(pool.draw)
@@ -128,7 +128,7 @@ def owner(make: Make) -> bool:
 
 
 def cooling(make: Make) -> bool:
-    """A released ID comes back at a given time and not before; all IDs of an owner can be released at once."""
+    """A released ID comes back at its time, not before; an owner can release all at once."""
     pool = make(64)
     ids = pool.acquire_many(64, 5, 0)
     if pool.release_owner(5, 10) != 64 or outcome(pool.acquire, 6, 9) != "full":
@@ -138,7 +138,7 @@ def cooling(make: Make) -> bool:
 
 
 def bounded(make: Make) -> bool:
-    """A caller that never releases does not fill the memory: the pool says that it is full."""
+    """A caller that never releases does not fill the memory: the pool is full, or keeps nothing."""
     pool = make(50)
     tracemalloc.start()
     for _ in range(20_000):
@@ -176,7 +176,7 @@ def apart(make: Make) -> bool:
 
 
 def fork(make: Make) -> bool:
-    """After a fork parent and child do not issue the same IDs."""
+    """After a fork parent and child do not issue the same IDs; a child may be refused."""
     pool = make(1000)
     pool.acquire()
     reader, writer = os.pipe()

@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from peers import NUMBERS, PEERS, FullPython, NumpyStack
+from peers import NUMBERS, PEERS, FullPython, NumpyStack, UuidSet
 from workloads import (
     ARRAY_BULK,
     MAIN,
@@ -59,6 +59,7 @@ AT_ONCE = (1, 1000)
 IDIOMS = {
     "acquire + release": "pool.release(pool.acquire())",
     "acquire_wait + release": "pool.release(pool.acquire_wait())",
+    "acquire, try, finally": "cid = pool.acquire()\ntry:\n  pass\nfinally:\n  pool.release(cid)",
     "lease": "with pool.lease():\n  pass",
 }
 LOOPS = {
@@ -248,8 +249,8 @@ def private_dirty() -> int:
 
 def memory(name: str, n: int, _rounds: int, seed: int) -> list[dict[str, Any]]:
     """Bytes per live ID, freshly acquired and after churn; the caller's own array not counted."""
-    _hold(name, 2000, seed, lambda: None)  # the code paths, once
-    live = np.ones(n, np.uint64)
+    live = np.ones(n, object if name == UuidSet.name else np.uint64)  # its IDs have 128 bits
+    _hold(name, 2000, seed, lambda: None, live)  # the code paths, once
     figures: list[float] = []
     before = 0
 
@@ -265,9 +266,8 @@ def memory(name: str, n: int, _rounds: int, seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def _hold(name: str, n: int, seed: int, look: Callable[[], None], live: Any | None = None) -> None:
+def _hold(name: str, n: int, seed: int, look: Callable[[], None], live: Any) -> None:
     # The live IDs stand in the caller's array, even those of plain Python, which pays for its ints.
-    live = np.ones(n, np.uint64) if live is None else live
     pool = make(name)
     for at in range(0, n, 1000):
         live[at : at + 1000] = pool.acquire_many(1000)

@@ -163,17 +163,12 @@ def draw_peers(found: dict[str, tuple[str, Any, Any]], path: Path) -> None:
     """
     if not found:
         return
-    order = sorted(
-        found, key=lambda name: (list(KINDS).index(found[name][0]), found[name][1].middle)
-    )
+    kinds = list(KINDS)
+    order = sorted(found, key=lambda name: (kinds.index(found[name][0]), found[name][1].middle))
     canvas = Canvas(figsize=(8.6, 1.6 + 0.3 * len(order)), layout="constrained")
     panels = canvas.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    for axes, at, title in zip(
-        panels,
-        (1, 2),
-        ("time, divided by cidalloc's", "bytes per held ID, in long use"),
-        strict=True,
-    ):
+    titles = ("time, divided by cidalloc's", "bytes per held ID, in long use")
+    for at, (axes, title) in enumerate(zip(panels, titles, strict=True), 1):
         for place, name in enumerate(order):
             colour, marker = KINDS[found[name][0]]
             each = found[name][at]
