@@ -184,11 +184,16 @@ def fork(make: Make) -> bool:
         warnings.simplefilter("ignore", DeprecationWarning)  # NumPy has threads
         child = os.fork()
     if not child:
+        failed = 1
         try:
             os.write(writer, repr([str(pool.acquire()) for _ in range(20)]).encode())
+            failed = 0
+        except CidError:
+            failed = 0
         finally:
-            os._exit(0)
-    os.waitpid(child, 0)
+            os._exit(failed)
+    _, status = os.waitpid(child, 0)
+    assert not status, "the child failed otherwise than by a refusal"
     os.close(writer)
     with open(reader) as pipe:
         theirs = pipe.read()
@@ -216,39 +221,44 @@ def threads(make: Make) -> bool:
 
 
 def _interrupted(make: Make, start: list[str], calls: list[str]) -> bool:
-    place, reached = 0, True
-    while reached:
-        pool = make(6)
-        held = [pool.acquire() for _ in range(2)]
-        if start:
-            pool.release(held.pop(0))
-        victim = held[0]
-        done: list[bool] = []
-
-        def one(method: str) -> None:
-            ids = many(pool, [victim]) if method == "release_many" else victim  # noqa: B023
-            try:
-                if method == "acquire":
-                    held.append(pool.acquire())  # noqa: B023
-                else:
-                    getattr(pool, method)(ids)  # noqa: B023
-            except Exception:
-                done.append(False)  # noqa: B023
-            else:
-                done.append(True)  # noqa: B023
-
-        reached = _at(place, lambda: one(calls[0]), lambda: one(calls[1]))
+    place = 0
+    while (fine := _once(make, start, calls, place)) is True:
         place += 1
-        releases = sum(method != "acquire" for method in calls)
-        if sum(done) != len(calls) - (releases == 2):
-            return False
-        if releases:
-            held.remove(victim)
-        while len(held) < 6 and outcome(lambda: held.append(pool.acquire())) == "done":  # noqa: B023
-            pass
-        if len(set(held)) != len(held):
-            return False
-    return True
+    return fine is None
+
+
+def _once(make: Make, start: list[str], calls: list[str], place: int) -> bool | None:
+    # Whether two calls went well, the second one at this place of the first; None at its end.
+    pool = make(6)
+    held = [pool.acquire() for _ in range(2)]
+    if start:
+        pool.release(held.pop(0))
+    victim = held[0]
+    done: list[bool] = []
+
+    def one(method: str) -> None:
+        ids = many(pool, [victim]) if method == "release_many" else victim
+        try:
+            if method == "acquire":
+                held.append(pool.acquire())
+            else:
+                getattr(pool, method)(ids)
+        except Exception:
+            done.append(False)
+        else:
+            done.append(True)
+
+    reached = _at(place, lambda: one(calls[0]), lambda: one(calls[1]))
+    releases = sum(method != "acquire" for method in calls)
+    if sum(done) != len(calls) - (releases == 2):  # only one of them can release it
+        return False
+    if releases:
+        held.remove(victim)
+    while len(held) < 6 and outcome(lambda: held.append(pool.acquire())) == "done":
+        pass
+    if len(set(held)) != len(held):
+        return False
+    return True if reached else None
 
 
 def _at(place: int, call: Callable[[], None], other: Callable[[], None]) -> bool:
