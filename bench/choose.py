@@ -1,4 +1,4 @@
-"""The allocator next to its peers: what each does and costs, as tables for docs/performance.md."""
+"""The allocator next to its peers: what each does and costs, as tables for docs/choosing.md."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def legend(_results: Results) -> str:
 
 def _order(results: Results, name: str) -> float:
     found = times(results, name)
-    return found.middle if found else 0
+    return found.middle if found else float("inf")
 
 
 def _costs(results: Results, name: str) -> list[str]:
@@ -151,4 +151,4 @@ def costs(results: Results) -> dict[str, tuple[str, Figure, Figure | None]]:
     }
 
 
-PARTS = (allocator, choice, legend, from_c, idioms)
+PARTS = (choice, legend, from_c, idioms)

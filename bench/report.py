@@ -1,4 +1,4 @@
-"""Turns the results of the study into its tables and pictures, and refreshes docs/performance.md.
+"""Turns the results of the study into tables and pictures of docs/performance.md and choosing.md.
 
 Run it alone to draw anew: python bench/report.py [folder with results.json]
 """
@@ -16,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "performance"
 PAGE = ROOT / "docs" / "performance.md"
+CHOICE = ROOT / "docs" / "choosing.md"
 MAIN = "cidalloc 64"
 Results = dict[str, Any]
 
@@ -283,21 +284,26 @@ def compact(results: Results) -> str:
 
 
 def write(folder: Path) -> None:
-    """Make tables and pictures from results.json; fill the page in if these are its results."""
+    """Make tables and pictures from results.json; fill the pages in if these are its results."""
     import choose
     import pictures
     import summary
 
     results = json.loads((folder / "results.json").read_text())
-    every = (goals, conditions, memory, filling, *choose.PARTS)
-    parts = {part.__name__: part(results) for part in every}
+    pages = {
+        PAGE: (goals, conditions, choose.allocator),
+        CHOICE: (memory, filling, *choose.PARTS),
+    }
     (folder / "table.md").write_text(everything(results))
     pictures.draw(results, folder)
     pictures.draw_peers(choose.costs(results), folder / "peers.svg")
+    for page, every in pages.items():
+        parts = {part.__name__: part(results) for part in every}
+        if folder.resolve() == DOCS.resolve():
+            refresh(page, parts)
+        print("\n\n".join(parts.values()))
     if folder.resolve() == DOCS.resolve():
-        refresh(PAGE, parts)
         summary.write()
-    print("\n\n".join(parts.values()))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The study of `make bench`: allocator, floor and peers side by side, in many fresh processes.
 
 Runs every case of measure.py in processes of its own, in random order, and writes what they found
-as results.json, a table and pictures; report.py then fills docs/performance.md in.
+as results.json, a table and pictures; report.py then fills docs/performance.md and
+choosing.md in.
 """
 
 from __future__ import annotations

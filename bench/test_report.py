@@ -22,12 +22,12 @@ def raw(name: str) -> dict[str, Any]:
 
 
 def test_the_page_is_as_fresh_as_the_results() -> None:
-    """Every generated block stands in the page as the results in the same folder make it."""
+    """Every generated block stands in its page as the results in the same folder make it."""
     client, study = raw("client"), raw("results")
     parts = [part(client) for part in client_report.PARTS]
-    every = (report.goals, report.conditions, report.memory, report.filling, *choose.PARTS)
-    parts += [part(study) for part in every]
-    page = report.PAGE.read_text()
+    parts += [part(study) for part in (report.goals, report.conditions, choose.allocator)]
+    parts += [part(study) for part in (report.memory, report.filling, *choose.PARTS)]
+    page = report.PAGE.read_text() + report.CHOICE.read_text()
     for part in (summary.summary(client, study), *parts):
         assert f"\n\n{part}\n\n<!-- end: " in page
     assert (report.DOCS / "client.md").read_text() == client_report.everything(client)
