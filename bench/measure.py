@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from compiled import module
 from peers import NUMBERS, PEERS, FullPython, NumpyStack, UuidSet
 from workloads import (
     ARRAY_BULK,
@@ -43,7 +44,6 @@ from workloads import (
     make,
 )
 
-from build import module
 from cidalloc import Allocator
 from cidalloc.errors import CidError
 

@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from compiled import module
 from duties import CLAIMS, does, many
+from measure import IDIOMS, LOOPS
 from peers import DUTIES, NUMBERS, PEERS, Full
-from workloads import FIRST, MAKERS, OURS, make
+from workloads import FIRST, MAKERS, OURS, Statements, make
 
+from cidalloc import Allocator
 from cidalloc.errors import Exhausted
 
 POOLS = [*OURS, *(peer.name for peer in PEERS)]
@@ -77,3 +80,22 @@ def test_the_floor_counts_and_does_nothing() -> None:
     out = np.empty(3, np.uint64)
     assert floor.acquire_many(3, out=out) is out
     assert floor.acquire_many(3).shape == (3,)
+
+
+def test_loops_in_c_release_what_they_acquire() -> None:
+    """And count what is refused, so none of them can be fast by failing."""
+    loops, pool = module("from_c"), Allocator(10, block=1)
+    assert loops.from_pool(pool, 1000, 10) == 0
+    assert len(pool) == 0
+    assert loops.from_pool(pool, 20, 20) == 10 + 10
+    assert loops.from_bump(1000, 10) == loops.from_malloc(1000, 10) == 0
+
+
+@pytest.mark.parametrize("source", [*IDIOMS.values(), *LOOPS.values()])
+def test_what_users_write_gives_everything_back(source: str) -> None:
+    """The statements run, so many times, and leave the pool as it was."""
+    pool, full, turns = Allocator(2000), Allocator(2000), []
+    full.acquire_many(1000)
+    names = {"pool": pool, "full": full, "turns": turns}
+    Statements(f"{source}\nturns.append(1)", names).run(3)
+    assert (len(turns), len(pool), len(full)) == (3, 0, 1000)

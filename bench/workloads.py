@@ -12,9 +12,9 @@ from types import FunctionType, MethodType
 from typing import Any, Protocol
 
 import numpy as np
+from compiled import module
 from peers import NUMBERS, PEERS, FullPython, NumpyStack
 
-from build import module
 from cidalloc import Allocator
 
 CAPACITY = 2**26
