@@ -5,7 +5,7 @@ from __future__ import annotations
 import duties
 from duties import CLAIMS
 from measure import AT_ONCE
-from peers import DUTIES, NUMBERS, PEERS, Numbers, NumpyStack, Peer
+from peers import DUTIES, NUMBERS, PEERS, Numbers, Peer
 from report import BULK, MAIN, SCALAR, Figure, Results, figure, markdown, number
 
 OURS = (MAIN, "cidalloc 1")
@@ -124,13 +124,16 @@ def allocator(results: Results) -> str:
     dense, used = (
         _middle(figure(results, "memory 1000000", MAIN, key)) for key in ("dense", "churned")
     )
+    in_arrays = {peer.name: figure(results, BULK, peer.name, "ratio") for peer in PEERS}
+    found = {name: ratio.middle for name, ratio in in_arrays.items() if ratio}
+    nearest = min(found, key=lambda name: found[name], default="–")
     return (
         f"- **It costs** {ns('pair')} ns to acquire an ID and release it from Python,"
         f" {ns('from C, 1 at once')} ns from C, and {dense} to {used} bytes per held ID.\n"
         "- **Pools that do less** take a multiple of that time:"
         f" {pair('list + set', 'heapq + set', 'full Python')}. With a million held IDs list + set"
         f" takes {of(SCALAR, 'list + set')} × one by one, and {of(BULK, 'list + set')} × in arrays;"
-        f" the nearest in arrays, {NumpyStack.name}, takes {of(BULK, NumpyStack.name)} ×.\n"
+        f" the nearest in arrays, {nearest}, takes {of(BULK, nearest)} ×.\n"
         "- **Numbers that nobody takes back** cost, next to an acquire and release:"
         f" {pair('itertools.count', 'random.getrandbits(63)', 'uuid_utils.uuid4()')},"
         f" {pair('secrets.randbits(63)', 'uuid.uuid4()')}."
