@@ -3,7 +3,8 @@
 #   make test    the whole test suite, with the tests on a real Triton server: 6 to 9 minutes
 #   make lint    style, types and layers
 #   make dist    sdist and wheel, the wheel tested in environments of its own
-#   make bench   the allocator next to its peers: half an hour; fills docs/performance.md in
+#   make bench   the allocator next to its peers: 40 minutes; fills docs/performance.md and
+#                docs/choosing.md in
 #   make bench-registry  what the manager's registry costs: sessions, opening it again
 #   make bench-client  the client next to plain tritonclient, and an ID next to uuid4 and Redis:
 #                5 minutes; fills docs/performance.md in
