@@ -131,10 +131,15 @@ SCALAR, BULK = "churn 1000000", "bulk churn 1000000"
 INTS = "churn, list of ints, 1000000"
 INTS_WORDS = "the same, the caller keeps a list of ints"
 GOALS = [
-    Goal("scalar acquire + release / two empty methods", True, 1.2, "pair", MAIN, why=CALL),
+    Goal("scalar acquire + release / two empty methods", True, 1.15, "pair", MAIN, why=CALL),
     Goal(
-        *("the same, owner and times given", True, 1.2, "pair, owner and times given", MAIN),
+        *("the same, owner and times given", True, 1.35, "pair, owner and times given", MAIN),
         why=ARGUMENTS,
+    ),
+    Goal(
+        *("IDs one by one, acquired and released 1000 at once / `range`", True, 1.1, "loops"),
+        "acquire_many, loop, release_many",
+        why="reading each ID from the array, and making the int",
     ),
     Goal("instructions of the pair above the floor", True, 90, "instructions", MAIN, why=CALL),
     *(

@@ -14,8 +14,9 @@ import os
 import numpy as np
 
 from ._core.acquire cimport see
-from ._core.args cimport (FITS, as_capacity, as_cid, as_int, as_owner, as_shift, as_time, ids_array,
-                          int_value, read_int, sorted_ids, view_ids, view_memory)
+from ._core.args cimport (FITS, as_capacity, as_cid, as_int, as_owner, as_shift, as_time,
+                          check_timeout, ids_array, int_value, read_int, sorted_ids, view_ids,
+                          view_memory)
 from ._core.audit cimport audit
 from ._core.guard cimport guard_enter, guard_init, guard_leave, guard_wait
 from ._core.held cimport ALL, held_ids
@@ -260,6 +261,12 @@ cdef class Allocator:
         >>> pool.acquire_wait(timeout=5)
         1
         """
+        cdef uint32_t own = as_owner(owner)
+        cdef int64_t tick = as_time(now, "now")
+        cdef uint64_t cid = 0
+        check_timeout(timeout)
+        if pool_acquire(in_turn(self, tick), own, tick, &cid) == OK:
+            return <int64_t>cid
         return self._line.wait(self, owner, now, timeout)
 
     def acquire_async(self, owner=0, now=0, timeout=math.inf):
@@ -286,6 +293,7 @@ cdef class Allocator:
         >>> asyncio.run(main())
         1
         """
+        check_timeout(timeout)
         return self._line.wait_async(self, owner, now, timeout)
 
     def lease(self, owner=0, now=0, reuse_at=0, timeout=None):

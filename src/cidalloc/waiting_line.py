@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, SupportsIndex
 
-from .errors import Exhausted, InvalidArgument
+from .errors import Exhausted
 
 if TYPE_CHECKING:
     from ._alloc import Allocator
@@ -43,16 +43,13 @@ class WaitingLine:
     def wait(
         self, pool: Allocator, owner: SupportsIndex, now: SupportsIndex, timeout: float
     ) -> int:
-        """Issue an ID, or wait in this thread for one; see `Allocator.acquire_wait`."""
-        seconds = _seconds(timeout)
-        with suppress(Exhausted):
-            return pool.acquire(owner, now)
+        """Wait in this thread for an ID, for at most so many seconds. Raises `Exhausted`."""
         woken = threading.Lock()
         woken.acquire()
         caller = Caller(owner, woken.release)
         try:
             self.join(pool, caller)
-            woken.acquire(timeout=-1 if seconds is None else seconds)
+            woken.acquire(timeout=timeout if timeout < threading.TIMEOUT_MAX else -1)
             return self.result(pool, caller, now)
         except BaseException:
             self.give_up(pool, caller)
@@ -61,10 +58,12 @@ class WaitingLine:
     async def wait_async(
         self, pool: Allocator, owner: SupportsIndex, now: SupportsIndex, timeout: float
     ) -> int:
-        """Issue an ID, or wait in this task for one; see `Allocator.acquire_async`."""
+        """Issue an ID, or wait in this task for one, for at most so many seconds.
+
+        Raises `Exhausted`.
+        """
         import asyncio
 
-        seconds = _seconds(timeout)
         with suppress(Exhausted):
             return pool.acquire(owner, now)
         loop, woken = asyncio.get_running_loop(), asyncio.Event()
@@ -73,7 +72,9 @@ class WaitingLine:
             self.join(pool, caller)
             if not caller.cid:
                 with suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(woken.wait(), seconds)
+                    await asyncio.wait_for(
+                        woken.wait(), timeout if timeout < threading.TIMEOUT_MAX else None
+                    )
             return self.result(pool, caller, now)
         except BaseException:
             self.give_up(pool, caller)
@@ -141,10 +142,3 @@ class WaitingLine:
             caller.cid = 0
             pool.release(cid, caller.owner)
         return True
-
-
-def _seconds(timeout: float) -> float | None:
-    """Return a timeout in seconds; None for one without end. Raises `InvalidArgument`."""
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0:
-        raise InvalidArgument(f"timeout must be seconds, at least 0, not {timeout!r}")
-    return timeout if timeout < threading.TIMEOUT_MAX else None

@@ -89,6 +89,12 @@ cdef inline uint32_t as_owner(object x) except? 0xFFFFFFFF:
     return value if likely(value < MAX_OWNERS) else as_int(x, 0, MAX_OWNERS - 1, "owner")
 
 
+cdef inline int check_timeout(object x) except -1:
+    if not isinstance(x, (int, float)) or isinstance(x, bool) or not x >= 0:
+        raise error(INVALID_ARGUMENT, f"timeout must be seconds, at least 0, not {x!r}")
+    return 0
+
+
 cdef inline uint32_t as_shift(object block, int64_t capacity) except? 0xFFFFFFFF:
     # A small pool of wide blocks is exhausted while few IDs are held; a large pool has room.
     if block is None:
