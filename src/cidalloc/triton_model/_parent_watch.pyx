@@ -14,8 +14,8 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_detach(pthread_t thread)
 
 cdef int parent = 0
-# The process that a thread watches over; a forked child has none. Two threads without a GIL may both
-# begin to watch: that does no harm.
+# The process that a thread watches over; a forked child has none. Without a GIL two threads may
+# both begin to watch: that does no harm.
 cdef int watching = 0
 
 
