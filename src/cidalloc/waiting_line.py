@@ -21,13 +21,20 @@ if TYPE_CHECKING:
 
 
 class Caller:
-    """One that waits for an ID: for whom it is, the ID when it is there, and how to wake it up."""
+    """One that waits for an ID: for whom it is, how to wake it up, and the ID when it is there."""
 
-    __slots__ = ("cid", "owner", "wake")
+    __slots__ = ("cids", "owner", "wake")
 
     def __init__(self, owner: SupportsIndex, wake: Callable[[], object]) -> None:
         self.owner, self.wake = owner, wake
-        self.cid = 0
+        self.cids: list[int] = []
+
+    def take(self) -> int:
+        """Return the ID, or 0 if it is not there. Only one of several threads gets it."""
+        try:
+            return self.cids.pop()
+        except IndexError:
+            return 0
 
 
 class WaitingLine:
@@ -70,7 +77,7 @@ class WaitingLine:
         caller = Caller(owner, lambda: loop.call_soon_threadsafe(woken.set))
         try:
             self.join(pool, caller)
-            if not caller.cid:
+            if not caller.cids:
                 with suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(
                         woken.wait(), timeout if timeout < threading.TIMEOUT_MAX else None
@@ -98,13 +105,13 @@ class WaitingLine:
         """Remove a caller, which does not want its ID any more if it has one."""
         if self.leave(caller):
             self.serve(pool)  # the next may be for an owner with room, or there is none
-        elif caller.cid:
-            pool.release(caller.cid, caller.owner)
+        elif cid := caller.take():
+            pool.release(cid, caller.owner)
 
     def result(self, pool: Allocator, caller: Caller, now: SupportsIndex) -> int:
         """Return the ID of a caller whose wait is over; if there is none, try once more."""
         if not self.leave(caller):
-            return caller.cid
+            return caller.cids[0]
         self.serve(pool)  # as in give_up()
         return pool.acquire(caller.owner, now)
 
@@ -119,9 +126,10 @@ class WaitingLine:
                 self._again = False
                 while self._callers and self._serve_first(pool):
                     pass
-                pool._set_queued(False)
-                if self._callers:  # also one that came just now
-                    pool._set_queued(True)
+                if not self._callers:
+                    pool._set_queued(False)
+                    if self._callers:  # one that came just now, and serves the line after this
+                        pool._set_queued(True)
             finally:
                 self._serving.release()
 
@@ -134,11 +142,11 @@ class WaitingLine:
         cid = pool._take(caller.owner)
         if not cid:
             return False
-        caller.cid = cid
+        caller.cids.append(cid)
         try:
             self._callers.remove(caller)
             caller.wake()
         except (ValueError, RuntimeError):  # it left meanwhile, or its event loop is closed
-            caller.cid = 0
-            pool.release(cid, caller.owner)
+            if caller.take():  # and has not given the ID back itself
+                pool.release(cid, caller.owner)
         return True

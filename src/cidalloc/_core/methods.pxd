@@ -1,4 +1,4 @@
-# Put C functions in the place of methods of a class.
+# Put C functions in the place of methods of a class, with the critical section of their object.
 
 from cpython.object cimport PyObject
 
@@ -12,6 +12,23 @@ cdef extern from *:
         int ml_flags
     ctypedef struct PyMethodDescrObject:
         PyMethodDef *d_method
+
+cdef extern from *:
+    """
+    #ifdef Py_GIL_DISABLED
+    #define section_t PyCriticalSection
+    #define enter_section PyCriticalSection_Begin
+    #define leave_section PyCriticalSection_End
+    #else   /* the GIL does it */
+    #define section_t char
+    #define enter_section(section, object) (*(section) = 0)
+    #define leave_section(section) ((void)(section))
+    #endif
+    """
+    ctypedef struct Section "section_t":
+        pass
+    void enter_section(Section *section, PyObject *object) noexcept
+    void leave_section(Section *section) noexcept
 
 # A method with the flags METH_FASTCALL and METH_KEYWORDS: n positional arguments, then those that
 # have the names.
