@@ -502,6 +502,7 @@ class Http {
     const auto add = [&](const std::string& header) {
       list.reset(::curl_slist_append(list.release(), header.c_str()));
     };
+    add("Content-Type: application/json");
     for (const auto& each : headers_) add(each);
     if (!slice.empty()) add(protocol::ROUTE_HEADER + (": " + slice));
     const std::unique_ptr<char, decltype(&::curl_free)> escaped(
@@ -555,6 +556,7 @@ class Http {
     };
     ::curl_easy_setopt(curl, CURLOPT_WRITEFUNCTION, +receive);
     ::curl_easy_setopt(curl, CURLOPT_NOSIGNAL, 1L);
+    ::curl_easy_setopt(curl, CURLOPT_HTTP_VERSION, static_cast<long>(CURL_HTTP_VERSION_1_1));
     ::curl_easy_setopt(curl, CURLOPT_PROXY, "");
     if (configure_) configure_(curl);
     return handle;
