@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <functional>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -28,7 +29,8 @@ double nanoseconds_of(const std::function<std::uint64_t()>& call) {
 
 }  // namespace
 
-int main(int, char** argv) try {
+int main(int argc, char** argv) try {
+  if (argc != 3) throw std::invalid_argument("give the URL and the manager");
   cidalloc::Options options;
   options.model = argv[2];  // a manager with a cooldown of 0
   cidalloc::Client client(argv[1], options);

@@ -12,11 +12,14 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cctype>
 #include <chrono>
 #include <condition_variable>
 #include <csignal>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <ctime>
 #include <deque>
 #include <functional>
@@ -27,7 +30,6 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <random>
-#include <regex>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -253,7 +255,7 @@ class IdCache {
     taken_at_ = now;
     if (draining) return 0;
     if (!cooling_.empty() && cooling_.front().first <= now) {
-      const Id id = *used_.insert(cooling_.front().second).first;
+      const Id id = *used_.insert(std::move(cooling_.front().second)).position;
       cooling_.pop_front();
       return id;
     }
@@ -268,11 +270,11 @@ class IdCache {
   void give(Id id, Duration after, Time now) {
     const auto others = cooling_.size() + std::max(fresh_.size(), ahead_ > 1 ? target_ : 0);
     if (after == ENDED && others < ahead_ && !draining) {
-      cooling_.emplace_back(now + cooldown, id);
+      cooling_.emplace_back(now + cooldown, used_.extract(id));
     } else {
       leaving_[after].push_back(id);
+      used_.erase(id);
     }
-    used_.erase(id);
   }
 
   [[nodiscard]] const std::unordered_set<Id>& used() const { return used_; }
@@ -337,7 +339,7 @@ class IdCache {
                                    (spare() && cooling_.front().first <= due));
     };
     for (; drop_cooling(now - STALE); cooling_.pop_front()) {
-      leaving_[ENDED].push_back(cooling_.front().second);
+      leaving_[ENDED].push_back(cooling_.front().second.value());
     }
     while (!fresh_.empty() && (idle || (stale && fresh_.size() > target_))) {
       leaving_[ENDED].push_back(fresh_.front());
@@ -371,7 +373,7 @@ class IdCache {
     requeue();
     const auto gone = [&](Id id) { return held.erase(id) == 0; };
     drop_if(fresh_, gone);
-    drop_if(cooling_, [&](const auto& each) { return gone(each.second); });
+    drop_if(cooling_, [&](const auto& each) { return gone(each.second.value()); });
     for (auto it = leaving_.begin(); it != leaving_.end();) {
       drop_if(it->second, gone);
       it = it->second.empty() ? leaving_.erase(it) : std::next(it);
@@ -400,33 +402,48 @@ class IdCache {
   std::size_t ahead_, target_;  // the target is the number of IDs to fetch ahead
   std::unordered_set<Id> used_;
   std::deque<Id> fresh_;
-  std::deque<std::pair<Time, Id>> cooling_;
-  std::map<Duration, Ids> leaving_;  // by their cooldown
+  std::deque<std::pair<Time, std::unordered_set<Id>::node_type>> cooling_;  // as `used_` has it
+  std::map<Duration, Ids> leaving_;                                         // by their cooldown
   Time taken_at_{}, refilled_at_{}, refill_after_{}, released_at_{};
 };
 
 // ---- HTTP
 
+/// Returns the first line's worth of a text, in which no token can be read: a server may echo it.
+inline std::string shown(std::string text) {
+  std::size_t digits = 0;
+  for (std::size_t at = 0; at <= text.size(); ++at) {
+    if (at < text.size() && std::isxdigit(static_cast<unsigned char>(text[at])) != 0) {
+      ++digits;
+    } else {
+      if (digits >= 32)
+        std::fill_n(text.begin() + static_cast<std::ptrdiff_t>(at - digits), digits, '*');
+      digits = 0;
+    }
+  }
+  return text.substr(0, 500);
+}
+
 /// The error that an answer means whose status is not 200.
 inline Error failure(long status, const std::string& body, const std::string& url) {
   const auto parsed = json::parse(body, nullptr, false);
   const bool said = parsed.is_object() && parsed.contains("error") && parsed["error"].is_string();
-  auto text = (said ? parsed["error"].get<std::string>() : body).substr(0, 1000);
-  text = std::regex_replace(text, std::regex("<[^>]*>|\\s+"), " ");           // of a proxy's page
-  text = std::regex_replace(text, std::regex("[0-9a-fA-F]{32}"), "(token)");  // if it is echoed
+  const auto text = shown(said ? parsed["error"].get<std::string>() : body);
+  const auto says = [&](const char* words) { return text.find(words) != std::string::npos; };
   auto code = Code::PROTOCOL;
   if (status == 400) code = Code::INVALID_ARGUMENT;
   if (status == 413) code = Code::LIMIT_EXCEEDED;
   if (status == 500) code = Code::INTERNAL;
-  const auto says = [&](const char* words) { return text.find(words) != std::string::npos; };
   if (status == 408 || status == 429 || (status >= 502 && status <= 504) || says("unknown model") ||
       says("is not healthy") || says("not ready")) {
     code = Code::UNAVAILABLE;
   }
-  std::smatch mark;
-  if (std::regex_search(text, mark, std::regex("\\[CIDALLOC (\\d{1,9}) [A-Z_]+\\] ?"))) {
-    const auto own = static_cast<Code>(std::stoi(mark[1]));
-    return {name(own) != nullptr ? own : code, mark.suffix(), true};
+  constexpr const char* MARK = "[CIDALLOC ";
+  if (const auto at = text.find(MARK); at != std::string::npos) {
+    const auto number = std::strtol(text.c_str() + at + std::strlen(MARK), nullptr, 10);
+    const auto own = static_cast<Code>(number);
+    return {name(own) != nullptr ? own : code, text.substr(text.find(' ', text.find(']', at)) + 1),
+            true};
   }
   return {code, url + " answers with status " + std::to_string(status) + ": " + text};
 }
@@ -520,10 +537,10 @@ class Http {
       ::curl_easy_setopt(curl, CURLOPT_POSTFIELDS, body->c_str());
     }
     if (const auto result = ::curl_easy_perform(curl); result != CURLE_OK) {
-      // The connection is not used again.
-      throw Error(Code::UNAVAILABLE,
-                  "no answer from " + url_ + ": " + ::curl_easy_strerror(result));
-    }
+      const auto words = "no answer from " + url_ + ": " + ::curl_easy_strerror(result);
+      const bool wrong = result == CURLE_URL_MALFORMAT || result == CURLE_UNSUPPORTED_PROTOCOL;
+      throw Error(wrong ? Code::INVALID_ARGUMENT : Code::UNAVAILABLE, words);
+    }  // otherwise the connection is used again
     long status = 0;
     ::curl_easy_getinfo(curl, CURLINFO_RESPONSE_CODE, &status);
     {
@@ -532,7 +549,7 @@ class Http {
     }
     if (status != 200) throw failure(status, text, url_);
     auto parsed = json::parse(text, nullptr, false);
-    if (!parsed.is_object()) throw unlike(text.substr(0, 100));
+    if (!parsed.is_object()) throw unlike(shown(text));
     return parsed;
   }
 
@@ -676,8 +693,8 @@ class Session {
     }
     auto& cache = lease_->cache;
     for (const auto* id = ids; id != ids + count; ++id) {
-      const auto words = "ID " + std::to_string(*id);
       if (cache.uses(*id)) continue;
+      const auto words = "ID " + std::to_string(*id);
       if (lost_.erase(*id) != 0) throw Error(Code::SESSION_EXPIRED, words + " had been lost");
       throw Error(Code::NOT_HELD, "this client does not hold " + words);
     }
@@ -699,7 +716,9 @@ class Session {
     const auto slice = lease_->slice;
     lock.unlock();
     const auto answer = http_.ask(Operation::STATUS, {}, json::object(), slice, options_.timeout);
-    return json::parse(answer.detail, nullptr, false);
+    auto found = json::parse(answer.detail, nullptr, false);
+    if (!found.is_object()) throw Error(Code::PROTOCOL, "the manager's status is no JSON object");
+    return found;
   }
 
   /// Releases all IDs and closes the session, in about `limit` at most.
@@ -913,7 +932,7 @@ class Session {
     const auto slice = opening ? std::string() : lease.slice;
     const auto limit = this->limit(until);
     try {
-      const auto answer = [&] {
+      auto answer = [&] {
         const Unlocked unlocked(lock);
         return http_.ask(operation, ids, what, slice, limit);
       }();
@@ -1050,37 +1069,44 @@ class Session {
   ModelInfo model_info(const std::string& model) {
     Lock lock(mutex_);
     check_open();
-    auto& known = models_[model];
-    if (known.read_at != Time() && now() - known.read_at < seconds(30)) return known;
-    ModelInfo info;
-    info.read_at = now();
-    info.exact = true;
+    const auto time = now();
+    const auto known = models_.find(model);
+    if (known != models_.end() && time - known->second.read_at < seconds(30)) return known->second;
     const auto slice = lease_->slice;
     const auto config = [&] {
       const Unlocked unlocked(lock);
       return http_.config(model, slice, options_.timeout);
     }();
-    const auto text = config.dump();
-    const auto has = [&](const char* part) { return text.find(part) != std::string::npos; };
-    if (!has("\"sequence_batching\"") || has("\"iterative_sequence\":true")) {
-      throw Error(Code::INVALID_ARGUMENT,
-                  model +
-                      " has no sequence_batching, or is iterative: if it keeps sequences, say "
-                      "with cooldown when it forgets them");
+    try {
+      return models_[model] = read(config, time);
+    } catch (const json::exception& error) {
+      throw Error(Code::PROTOCOL, "the configuration of model " + model + ": " + error.what());
     }
-    const auto& batching = config.at("sequence_batching");
+  }
+
+  static ModelInfo read(const json& config, Time time) {
+    const auto batching = config.value("sequence_batching", json::object());
+    if (batching.empty() || batching.value("iterative_sequence", false)) {
+      throw Error(
+          Code::INVALID_ARGUMENT,
+          "this model has no sequence_batching, or is iterative: if it keeps sequences, say "
+          "with cooldown when it has forgotten them");
+    }
+    ModelInfo info;
+    info.read_at = time;
+    info.exact = true;
     const auto idle = batching.value("max_sequence_idle_microseconds", std::int64_t{0});
     info.idle = std::chrono::ceil<Duration>(std::chrono::microseconds(idle == 0 ? 1000000 : idle));
     for (const auto& input : batching.value("control_input", json::array())) {
-      for (const auto& control : input.value("control", json::array())) {
-        if (control.value("kind", "") != "CONTROL_SEQUENCE_CORRID") continue;
-        const auto type = control.value("data_type", "");
-        if (type == "TYPE_STRING") throw Error(Code::INVALID_ARGUMENT, model + " takes text as ID");
+      for (const auto& control : input.at("control")) {
+        if (control.at("kind") != "CONTROL_SEQUENCE_CORRID") continue;
+        const auto& type = control.at("data_type");
+        if (type == "TYPE_STRING") throw Error(Code::INVALID_ARGUMENT, "this model's IDs are text");
         if (type == "TYPE_INT32") info.highest = std::numeric_limits<std::int32_t>::max();
         if (type == "TYPE_UINT32") info.highest = std::numeric_limits<std::uint32_t>::max();
       }
     }
-    return models_[model] = info;
+    return info;
   }
 
   // ---- The heartbeat, and the end

@@ -76,10 +76,12 @@ inline int add(cidalloc::Request& request, int value,
   return answer["outputs"][0]["data"][0].get<int>();
 }
 
-/// Loads a model again, as an operator does.
+/// Loads a model again, as an operator does. Load alone does nothing if no file has changed.
 inline void reload(const std::string& model) {
-  const auto [status, answer] = post("/v2/repository/models/" + model + "/load", "{}");
-  if (status != 200) throw std::runtime_error(answer.dump());
+  for (const auto* what : {"/unload", "/load"}) {
+    const auto [status, answer] = post("/v2/repository/models/" + model + what, "{}");
+    if (status != 200) throw std::runtime_error(answer.dump());
+  }
 }
 
 /// Waits until a condition holds, for ten seconds at most.

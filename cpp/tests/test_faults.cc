@@ -151,6 +151,7 @@ TEST_CASE("When the session has expired, its IDs are lost, and a new session is 
 
 TEST_CASE("The token is in no log and no error") {
   std::vector<std::string> lines;
+  std::vector<std::string> errors;
   std::string token;
   {
     Proxy proxy(server_port());
@@ -167,13 +168,14 @@ TEST_CASE("The token is in no log and no error") {
         proxy.answer(status, body);
         std::string text;
         CHECK(code_of([&] { client.acquire_many(100); }, &text) != Code{});
-        lines.push_back(text);
+        errors.push_back(text);
       }
     }
     std::this_thread::sleep_for(600ms);  // heartbeats fail
   }
   for (const auto& line : lines) CHECK(line.find(token) == std::string::npos);
-  CHECK(lines.size() > 12);
+  for (const auto& each : errors) CHECK(each.find(token) == std::string::npos);
+  CHECK(!lines.empty());
 }
 
 TEST_CASE("Answers of something else than a manager are errors") {
