@@ -1,6 +1,6 @@
 """Writes the numbers of the protocol into cidalloc.hpp, from their one definition in Python.
 
-``python cpp/generate.py`` changes the header; a test compares it with `generated`.
+``.venv/bin/python cpp/generate.py`` changes the header; a test compares it with `generated`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+
+from cidalloc import protocol
 
 ROOT = Path(__file__).parent.parent
 HEADER = ROOT / "cpp" / "include" / "cidalloc.hpp"
@@ -55,7 +57,9 @@ def _with_comment(code: str, comment: str) -> list[str]:
 
 
 def _wrapped(parts: list[str]) -> str:
-    return textwrap.fill(", ".join(parts), 98, initial_indent="    ", subsequent_indent="    ")
+    whole = ", ".join(part.replace(" ", "\0") for part in parts)
+    lines = textwrap.fill(whole, 98, initial_indent="    ", subsequent_indent="    ")
+    return lines.replace("\0", " ")
 
 
 def _members(node: ast.ClassDef) -> Iterator[tuple[str, int, str]]:
@@ -70,14 +74,8 @@ def _members(node: ast.ClassDef) -> Iterator[tuple[str, int, str]]:
 
 
 def _constants() -> Iterator[str]:
-    tree = ast.parse((ROOT / "src/cidalloc/protocol.py").read_text())
-    known = {
-        node.targets[0].id: node.value
-        for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-    }
     for name in CONSTANTS:
-        value = eval(ast.unparse(known[name]), {})  # numbers are written as products
+        value = getattr(protocol, name)
         text = f'const char* {name} = "{value}"'
         if not isinstance(value, str):
             text = f"int {name} = {value}"

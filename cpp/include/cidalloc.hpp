@@ -76,8 +76,8 @@ inline constexpr std::array<const char*, 21> CODE_NAMES = {
     "REGISTRY_LOCKED", "REGISTRY_CORRUPT", "REGISTRY_MISMATCH", "UNAVAILABLE", "PROTOCOL",
     "INTERNAL", "SESSION_EXPIRED", "SEQUENCE_LOST", "FORKED", "DRAINING"};
 enum class Operation {
-    NEW = 0, DELETE = 1, ACTIVE = 2, INACTIVE = 3, PEAK = 4, OPEN = 5, RENEW = 6, CLOSE = 7, HELD
-    = 8, STATUS = 9, DEAD = 10};
+    NEW = 0, DELETE = 1, ACTIVE = 2, INACTIVE = 3, PEAK = 4, OPEN = 5, RENEW = 6, CLOSE = 7,
+    HELD = 8, STATUS = 9, DEAD = 10};
 inline constexpr const char* MODEL = "cidmgr";
 inline constexpr const char* ROUTE_HEADER = "cid-slice";
 inline constexpr const char* DRAINING = "draining";

@@ -21,7 +21,7 @@ def load() -> ModuleType:
 
 
 def test_the_header_is_fresh() -> None:
-    """Otherwise run ``python cpp/generate.py``."""
+    """Otherwise run ``.venv/bin/python cpp/generate.py``."""
     script = load()
     header = script.HEADER.read_text()
     assert script.generated(header) == header
