@@ -368,8 +368,9 @@ class IdCache {
   }
 
   /// Adopts the manager's list of what the session holds. IDs that are not known here are those of
-  /// an answer that was lost: fresh. Returns the used IDs that the session does not hold.
-  Ids reconcile(std::unordered_set<Id> held) {
+  /// an answer that was lost, and fresh. Returns the used IDs that the session does not hold, and
+  /// whether an answer was lost.
+  std::pair<Ids, bool> reconcile(std::unordered_set<Id> held) {
     requeue();
     const auto gone = [&](Id id) { return held.erase(id) == 0; };
     drop_if(fresh_, gone);
@@ -382,7 +383,7 @@ class IdCache {
     std::copy_if(used_.begin(), used_.end(), std::back_inserter(lost), gone);
     for (const Id id : lost) used_.erase(id);
     fresh_.insert(fresh_.end(), held.begin(), held.end());
-    return lost;
+    return {lost, !held.empty()};
   }
 
  private:
@@ -842,7 +843,9 @@ class Session {
                       {"used", cache.used().size() + count}};
       try {
         const auto ids = ask(lock, lease, Operation::NEW, until, what).output;
-        if (ids.size() != lacking + ahead) throw Error(Code::PROTOCOL, "a wrong number of IDs");
+        if (ids.size() != lacking + ahead || std::count(ids.begin(), ids.end(), Id{0}) != 0) {
+          throw Error(Code::PROTOCOL, "NEW was not answered with so many IDs");
+        }
         lease.announced = cooldown;
         return hand_out(lease, ids, lacking, ready);
       } catch (const Error& error) {
@@ -871,8 +874,8 @@ class Session {
   /// Asks the manager what the session holds, after an answer was lost. In turn.
   void reconcile(Lock& lock, Lease& lease, Time until) {
     const auto held = ask(lock, lease, Operation::HELD, until).output;
-    const auto lost = lease.cache.reconcile({held.begin(), held.end()});
-    lease.announced = std::max(lease.announced, lease.announcing);  // a lost NEW may have done it
+    const auto [lost, found] = lease.cache.reconcile({held.begin(), held.end()});
+    if (found) lease.announced = std::max(lease.announced, lease.announcing);
     for (const Id id : held) lost_.erase(id);
     for (const Id id : lost) log("ID " + std::to_string(id) + " is not the session's any more");
     lost_.insert(lost.begin(), lost.end());
