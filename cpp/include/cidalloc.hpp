@@ -1154,13 +1154,14 @@ class Session {
   }
 
   void close(Lock& lock, Time until) {
-    const auto lease = lease_;
     try {
       const Turn turn(*this, lock, until);
+      const auto lease = lease_;
       if (now() < lease->deadline && lease->cache.outgoing()) give_back(lock, *lease, until);
     } catch (const Error& error) {
       log(std::string("could not release IDs before closing: ") + error.what());
     }
+    const auto lease = lease_;
     const auto& cache = lease->cache;
     const bool ended = cache.used().empty() && !cache.outgoing() && !lease->doubtful;
     closed_ = true;
