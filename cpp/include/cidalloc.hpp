@@ -410,7 +410,7 @@ class IdCache {
 
 // ---- HTTP
 
-/// Returns the first line's worth of a text, in which no token can be read: a server may echo it.
+/// Returns the beginning of a text with tokens hidden, since a server may echo a request.
 inline std::string shown(std::string text) {
   std::size_t digits = 0;
   for (std::size_t at = 0; at <= text.size(); ++at) {
