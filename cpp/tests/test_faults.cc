@@ -35,6 +35,11 @@ void lose(Proxy& proxy, const std::set<int>& operations, int count) {
   });
 }
 
+/// Runs a command.
+bool runs(const std::string& command) {
+  return std::system(command.c_str()) == 0;  // NOLINT(cert-env33-c,concurrency-mt-unsafe)
+}
+
 }  // namespace
 
 TEST_CASE("A server that is away at the start is told at once, and may come later") {
@@ -271,12 +276,11 @@ TEST_CASE("A server that is drained issues no ID, and none of the cache") {
   Client client(server_url(), of("kept", 1s));
   auto sequence = client.sequence("simple_sequence");
   const auto drain = given("CIDALLOC_DRAIN");
-  REQUIRE(std::system((drain + " >/dev/null").c_str()) == 0);  // NOLINT(*-env33-c,*-mt-unsafe)
+  REQUIRE(runs(drain + " >/dev/null"));
   CHECK(eventually([&] {
     return code_of([&] { client.release(client.acquire(), cidalloc::ENDED); }) == Code::DRAINING;
   }));
   CHECK(code_of([&] { (void)sequence.next(); }) == Code{});
-  REQUIRE(std::system((drain + " --undo >/dev/null").c_str()) ==
-          0);  // NOLINT(*-env33-c,*-mt-unsafe)
+  REQUIRE(runs(drain + " --undo >/dev/null"));
   CHECK(client.acquire() != 0);
 }
