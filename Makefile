@@ -19,6 +19,8 @@
 #                drained: 9 minutes
 #   make simulate-fleet  fleets of up to 1000 servers and 100,000 clients with virtual time, each for
 #                10 minutes at most; needs 5 GB of memory; draws docs/many-servers.svg
+#   make cpp     the client in C++: builds and tests it with gcc, clang and sanitizers, checks its
+#                style, and measures it; installs what it needs with apt-get
 #   make proxies  install nginx and HAProxy with apt-get, for the tests behind them
 #   make drill-route  100,000 requests behind nginx and HAProxy, while servers are killed and started
 #                again: 5 minutes
@@ -61,7 +63,7 @@ define install
 endef
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
 
-.PHONY: help demo test lint dist pythons bench bench-client bench-registry bench-gate load scale simulate chaos fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy drill-route proxies simulate-fleet clean
+.PHONY: help demo test lint dist pythons bench bench-client bench-registry bench-gate load scale simulate chaos fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy drill-route proxies simulate-fleet cpp clean
 .DELETE_ON_ERROR:
 
 help:
@@ -113,6 +115,15 @@ drill-route: .venv/.built .venv/.dev proxies
 proxies:
 	@for each in nginx haproxy; do PATH="$$PATH:/usr/sbin" command -v $$each >/dev/null || \
 		{ apt-get update -q && apt-get install -y -q --no-install-recommends $$each; } || exit 1; done
+
+# Needs root, on Debian or Ubuntu, if something is missing.
+CPP_PACKAGES := g++ clang clang-tidy clang-format cmake pkg-config libcurl4-openssl-dev \
+	nlohmann-json3-dev doctest-dev uuid-dev openssl
+cpp: .venv/.built .venv/.dev
+	@dpkg -s $(CPP_PACKAGES) >/dev/null 2>&1 || \
+		{ apt-get update -q && apt-get install -y -q --no-install-recommends $(CPP_PACKAGES); } || \
+		{ echo "make cpp needs the packages $(CPP_PACKAGES)" >&2; exit 1; }
+	CIDALLOC_CPP=1 $(BIN)/python -m pytest -q -s tests/cpp tests/unit/test_cpp_codes.py
 
 simulate: ARGS = 1000 --runs 2000
 simulate: .venv/.built .venv/.dev
