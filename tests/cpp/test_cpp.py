@@ -1,6 +1,6 @@
 """Builds the client in C++ and runs its tests against a real Triton server.
 
-It is done with gcc, with clang and under sanitizers, and style and speed are checked. All of it takes
+It is done with gcc, with clang and under sanitizers, and the style is checked. All of it takes
 minutes, so only `make cpp` runs it, with ``CIDALLOC_CPP=1``.
 """
 
