@@ -388,16 +388,16 @@ cdef class Allocator:
         """
         cdef uint32_t own = as_owner(owner)
         cdef int64_t tick = as_time(reuse_at, "reuse_at")
-        cdef uint64_t n
         cdef Pool *pool = alive(self)
+        released = pool.owners[own].held    # an object, made while its MemoryError does no harm
         if guard_enter(&self.guard, pool.owners[own].held >> pool.shift):
             with nogil:
-                n = pool_release_owner(pool, own, tick)
+                pool_release_owner(pool, own, tick)
                 guard_leave(&self.guard)
         else:
-            n = pool_release_owner(pool, own, tick)
+            pool_release_owner(pool, own, tick)
         freed(self)
-        return n
+        return released
 
     def clear(self, reuse_at=0):
         """Release all IDs of all owners; return their number.
@@ -413,9 +413,10 @@ cdef class Allocator:
         (3, 0)
         """
         cdef int64_t tick = as_time(reuse_at, "reuse_at")
-        cdef uint64_t n = pool_clear(alive(self), tick)
+        released = pool_held(alive(self))   # as in release_owner()
+        pool_clear(&self.pool, tick)
         freed(self)
-        return n
+        return released
 
     def reserve(self, ids, owner=0):
         """Mark given free IDs as held, all or none, also those that are cooling.

@@ -45,7 +45,7 @@ class Trial:
     def __init__(self, operation: Operation, folder: Path, faults: Faults) -> None:
         self.operation = operation
         self.folder = folder
-        self.path = folder / "it"
+        self.path = folder / "it.cidalloc"
         self.faults = faults
         self.subject: Any = None
 
@@ -74,7 +74,7 @@ class Trial:
     ) -> Outcome:
         """Do it with a failure, and judge."""
         self.prepare()
-        kept = leaks(self.folder)
+        kept, state = leaks(self.folder), self.operation.state(self.subject)
         act, subject, caught = self.operation.act, self.subject, None
         begin = self.faults.begin(kind, number, for_ever)
         try:
@@ -92,10 +92,13 @@ class Trial:
                     raise caught
                 caught = None
                 self.judge(was, will)
-                leaked = leaks(self.folder) - kept
-                assert not leaked, f"leaked: {sorted(leaked.elements())}"
+                assert self.operation.state(self.subject) == state
+                if kind != MEMORY:  # the interpreter itself leaks a frame that it cannot call
+                    leaked = leaks(self.folder) - kept
+                    assert not leaked, f"leaked: {sorted(leaked.elements())}"
                 act(subject)  # once more, and then it must work
-            self.judge_end(will)
+            subject = None
+            self.judge_end(will, kind)
         except BaseException:
             outcome.fault = traceback.format_exc()
         return outcome
@@ -108,9 +111,9 @@ class Trial:
             assert was is None, "the file is gone"
             return
         judge(state, was, will, {})
-        assert state.holds == was.holds, "some was done"
+        assert self.operation.partial or state.holds == was.holds, "some was done"
 
-    def judge_end(self, will: Facts | None) -> None:
+    def judge_end(self, will: Facts | None, kind: str) -> None:
         """Judge what is left when it was done once more."""
         self.operation.check(self.subject)
         state = self.facts()
@@ -121,7 +124,7 @@ class Trial:
         self.subject = None
         gc.collect()
         left = leaks(self.folder)
-        assert not left, f"left: {sorted(left.elements())}"
+        assert kind == MEMORY or not left, f"left: {sorted(left.elements())}"
         if self.path.exists():
             reopen(self.path, self.operation.shape, NOW, self.operation.boot).close()
 
@@ -153,7 +156,7 @@ def leaks(folder: Path) -> Counter[str]:
         if str(folder) in line:
             found["mapping " + line.partition("/")[2]] += 1
     for name in os.listdir(folder):
-        if name not in ("it", "copy"):
+        if name not in ("it.cidalloc", "copy", "folder"):
             found["file " + name] += 1
     return found
 

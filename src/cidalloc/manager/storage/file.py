@@ -24,6 +24,7 @@ from ...errors import (
     Unavailable,
 )
 from ._mapping import Mapping
+from .failures import explained, is_passing, unusable
 from .file_format import (
     GRANULE,
     HEADER_BYTES,
@@ -39,11 +40,19 @@ from .file_format import (
     read_checked,
     shape_of,
 )
-from .file_lock import REQUEST, WRITER, process_id, query, try_lock, unlock_and_close, writer_of
+from .file_lock import (
+    REQUEST,
+    WRITER,
+    close,
+    process_id,
+    query,
+    try_lock,
+    unlock_and_close,
+    writer_of,
+)
 
 __all__ = ["Storage", "enlarge"]
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AHEAD = {Part.ROWS: 1, Part.RECORDS: 16}  # granules by which a part grows at least
 
 
@@ -63,11 +72,12 @@ class Storage:
         self.path = path
         self._fd = fd
         self._signed = False
-        self.rows = Mapping(MAX_ROWS * ROW)
-        self.records = Mapping(shape.granules * GRANULE)
-        for part in Part:
-            self._memory(part).extend(self.granules(part) * GRANULE, fd, part.place)
-            self._grow_to(part, 1)  # a new one gets row 0 and record 0
+        with explained(path):
+            self.rows = Mapping(MAX_ROWS * ROW)
+            self.records = Mapping(shape.granules * GRANULE)
+            for part in Part:
+                self._memory(part).extend(self.granules(part) * GRANULE, fd, part.place)
+                self._grow_to(part, 1)  # a new one gets row 0 and record 0
         _stores.add(self)
 
     # ---- Making and opening
@@ -95,7 +105,7 @@ class Storage:
             RegistryCorrupt: the file is damaged, truncated, or something else.
             RegistryMismatch: the file has another pool, or another format.
             InvalidArgument: the folder cannot be made, or the file cannot be used.
-            Unavailable: the disk is full.
+            Unavailable: the disk is full, or the machine fails.
         """
         while True:
             try:
@@ -106,17 +116,20 @@ class Storage:
                 _create(path, shape, boot, issues_from)
                 continue
             except OSError as error:
-                raise _unusable(path, error) from None
+                raise unusable(path, error) from None
+            store = None
             try:
-                _lock(fd, path)
-                if not _is_at(fd, path):
-                    os.close(fd)
-                    continue
-                _, found = _check(fd, path, shape, locked=True)
-                return cls(_header_of(fd), found, fd, path)
-            except BaseException:
-                unlock_and_close(fd, WRITER)
-                raise
+                with explained(path):
+                    _lock(fd, path)
+                    if _is_at(fd, path):
+                        header, found = _check(fd, path, shape, locked=True)
+                        if not header[Word.GENERATION]:  # before the first ID is issued
+                            _sync_folder(path.parent)
+                        store = cls(_header_of(fd), found, fd, path)
+                        return store
+            finally:
+                if store is None:
+                    unlock_and_close(fd, WRITER)
 
     @classmethod
     def look(cls, path: Path) -> Storage:
@@ -129,28 +142,30 @@ class Storage:
         except FileNotFoundError:
             raise InvalidArgument(f"there is no registry at {path}") from None
         except OSError as error:
-            raise _unusable(path, error) from None
+            raise unusable(path, error) from None
         try:
-            store = cls(*_check(fd, path), -1, path)
-            for part in Part:
-                length = store.granules(part) * GRANULE
-                _read(fd, memoryview(store._memory(part))[:length], part.place)
-            return store
+            with explained(path):
+                store = cls(*_check(fd, path), -1, path)
+                for part in Part:
+                    length = store.granules(part) * GRANULE
+                    _read(fd, memoryview(store._memory(part))[:length], part.place)
+                return store
         finally:
-            os.close(fd)
+            close(fd)
 
     @staticmethod
     def expect(path: Path, shape: Shape) -> None:
         """Check that the file at `path` fits this pool. The file is only read.
 
         Raises:
-            RegistryCorrupt, RegistryMismatch: as `open`.
+            RegistryCorrupt, RegistryMismatch, InvalidArgument, Unavailable: as `open`.
         """
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            _check(fd, path, shape)
-        finally:
-            os.close(fd)
+        with explained(path):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                _check(fd, path, shape)
+            finally:
+                close(fd)
 
     # ---- Content
 
@@ -202,7 +217,8 @@ class Storage:
         self._grow_to(part, min(have + more, len(self._memory(part)) // GRANULE))
 
     def _grow_to(self, part: Part, granules: int) -> None:
-        have, more = self.granules(part), (granules - self.granules(part)) * GRANULE
+        have, before = self.granules(part), self.header[part]
+        more = (granules - have) * GRANULE
         if more <= 0:
             return
         try:
@@ -213,11 +229,13 @@ class Storage:
             self.header[part] = checked(part, granules)
             if self._fd >= 0:
                 os.fsync(self._fd)
-        except OSError as error:
-            self.header[part] = checked(part, have)
+        except BaseException as error:
+            self.header[part] = before  # what is not synced is not used
+            if not isinstance(error, OSError):
+                raise
             raise Unavailable(
-                f"{self.path} cannot grow by {more >> 10} KiB: {error.strerror};"
-                " make room on its disk"
+                f"{self.path or 'the registry'} cannot grow by {more >> 10} KiB: {error.strerror}"
+                + ("; make room on its disk" if self.path else "")
             ) from None
 
     def _memory(self, part: Part) -> Mapping:
@@ -239,8 +257,9 @@ class Storage:
 
     def takeover_requested_by(self) -> int:
         """Return the `process_id` of the server whose process waits to be the writer, or 0."""
-        if self._fd < 0 or query(self._fd, REQUEST):
-            return 0
+        with explained(self.path):
+            if self._fd < 0 or query(self._fd, REQUEST):
+                return 0
         return int(self.header[Word.REQUESTER])
 
     def sign(self) -> None:
@@ -292,16 +311,15 @@ def _create(path: Path, shape: Shape, boot: bytes, issues_from: int) -> None:
     _make_folder(path.parent)
     draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        _fill(draft, shape, path, boot, issues_from)
-        with suppress(FileExistsError):
-            os.link(draft, path)
-        if path.is_symlink() and not path.exists():
-            raise InvalidArgument(f"cannot use {path}: it is a link to a file that is not there")
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise error if isinstance(error, Unavailable) else _unusable(path, error) from None
+        with explained(path):
+            _fill(draft, shape, path, boot, issues_from)
+            with suppress(FileExistsError):
+                os.link(draft, path)
+            if path.is_symlink() and not path.exists():
+                raise InvalidArgument(f"cannot use {path}: it is a link to a file that is not there")
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()
 
 
 def _fill(draft: Path, shape: Shape, path: Path, boot: bytes, issues_from: int) -> None:
@@ -312,7 +330,7 @@ def _fill(draft: Path, shape: Shape, path: Path, boot: bytes, issues_from: int) 
         fill_header(header, shape)
         store = Storage(header, shape, fd, path)
     except BaseException:
-        os.close(fd)
+        close(fd)
         raise
     try:
         store.header[Word.ISSUES_FROM] = issues_from
@@ -323,17 +341,31 @@ def _fill(draft: Path, shape: Shape, path: Path, boot: bytes, issues_from: int) 
 
 
 def _make_folder(folder: Path) -> None:
-    if folder.exists():
-        return
+    """Make a folder for this user alone, and those above it; all are on the disk then."""
     try:
-        folder.mkdir(0o700, parents=True, exist_ok=True)
-        _sync_folder(folder.parent)
+        if folder.exists():
+            return
+        for each in (*reversed(folder.parents), folder):
+            if not each.exists():
+                _make_one_folder(each, 0o700 if each == folder else 0o777)
     except OSError as error:
+        if is_passing(error):
+            raise Unavailable(f"cannot make {folder}: {error.strerror}") from None
         raise InvalidArgument(
             f"cannot make the state folder {folder}: {error.strerror}; make it for the server's"
             f" user ('install -d -m 700 -o {os.geteuid()} {folder}'), or name another one"
             " ('cidalloc model -o --state FOLDER DIR')"
         ) from None
+
+
+def _make_one_folder(folder: Path, mode: int) -> None:
+    folder.mkdir(mode, exist_ok=True)
+    try:
+        _sync_folder(folder.parent)
+    except OSError:
+        with suppress(OSError):
+            folder.rmdir()  # the next try would find it, and not sync it
+        raise
 
 
 def _check(
@@ -381,8 +413,10 @@ def _is_blank(fd: int, start: int, end: int) -> bool:
     while True:
         try:
             start = os.lseek(fd, start, os.SEEK_DATA)
-        except OSError:  # there is no more data
-            return True
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return True  # there is no more data
         data = os.pread(fd, min(1 << 20, max(end - start, 0)), start)
         if not data or any(data):
             return not data
@@ -394,21 +428,7 @@ def _sync_folder(folder: Path) -> None:
     try:
         os.fsync(fd)
     finally:
-        os.close(fd)
-
-
-def _unusable(path: Path, error: OSError) -> InvalidArgument | Unavailable:
-    if error.errno == errno.EROFS:
-        return InvalidArgument(
-            f"cannot use {path}: its file system is read-only; mount it for writing, or name a"
-            " folder elsewhere ('cidalloc model -o --state FOLDER DIR')"
-        )
-    if error.errno in _FULL:
-        return Unavailable(f"cannot make {path}: {error.strerror}; make room on its disk")
-    return InvalidArgument(
-        f"cannot use {path}: {error.strerror}; the server's user (uid {os.geteuid()}) must be able"
-        " to read and write the file and its folder"
-    )
+        close(fd)
 
 
 def _is_at(fd: int, path: Path) -> bool:
