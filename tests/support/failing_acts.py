@@ -30,6 +30,8 @@ from cidalloc.manager.storage.file_format import RECORD, Part, Shape, Word
 from cidalloc.manager.takeover import RegistryHolder
 
 MODELS = ("asr",)
+ROW = 40
+"""The first row that gets a session."""
 TIMES = [NOW, *(NOW + after + by for after in (ENDED, UNENDED, 300) for by in (-1, 0)), NOW + 1_000]
 """When a look at a file takes what is free."""
 
@@ -47,6 +49,7 @@ class Operation:
         shape: the pool of the file.
         boot: the boot of the machine in which the file is looked at.
         partial: a part of it may be done after a failure.
+        damaged: the file is damaged from the beginning.
     """
 
     prepare: Callable[[Path], Any]
@@ -57,6 +60,7 @@ class Operation:
     shape: Shape = SIX
     boot: bytes = BOOT
     partial: bool = False
+    damaged: bool = False
 
 
 # ---- Of an open registry
@@ -69,7 +73,7 @@ class World(stepped_child.World):
     def __init__(self, path: Path, shape: Shape) -> None:
         super().__init__(path, shape)
         self.registry.store.header[Word.GENERATION] = 1_000
-        self.registry.sessions._rows_used = 40
+        self.registry.sessions._rows_used = ROW
 
     def release(self, name: str, *ids: int, ended: bool = False) -> None:
         numbers, whose = np.array(ids, np.uint64), self.of(name)
@@ -158,6 +162,9 @@ MORE = {
         lambda w: w.registry.dead_ids(token("b"), NOW + 500, *MODELS, 10),
         lambda w: (_dying(w), w.registry.tick(NOW + 500)),
         shape=EIGHT,
+    ),
+    "grow by rows": Scenario(
+        lambda w: w.open("z"), lambda w: [w.open(f"{i}") for i in range(512 - ROW)]
     ),
     "status": Scenario(lambda w: status_of(w.registry, NOW), _three),
 }
@@ -385,10 +392,12 @@ OPERATIONS: dict[str, Operation] = {
     "close": _of(Scenario(lambda w: w.registry.close(), _three)),
     "look": _file(lambda path: look(path, NOW, BOOT)),
     "enlarge": _file(lambda path: enlarge(path, 6)),
-    "open a damaged file": _file(_refused, _beyond),
+    "open a damaged file": _file(_refused, _beyond, damaged=True),
     "registry show": _file(_command("registry", "show")),
     "registry check": _file(_command("registry", "check")),
-    "registry check of a damaged file": _file(_command("registry", "check", refused=True), _beyond),
+    "registry check of a damaged file": _file(
+        _command("registry", "check", refused=True), _beyond, damaged=True
+    ),
     "registry upgrade": _file(_command("registry", "upgrade", "--capacity", "6")),
     "drain": _of_file(Drained),
     "take over": _of_file(Holders),

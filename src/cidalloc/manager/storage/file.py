@@ -392,7 +392,7 @@ def _check(
     # The length of a part is stored before anything beyond it. Without the lock, a writer may store
     # both between our reads.
     blank = _is_blank(fd, rows, Part.RECORDS.place) and _is_blank(fd, records, status.st_size)
-    if not blank and (locked or not header[Word.PID]):
+    if not blank and (locked or not header[Word.PID] or query(fd, WRITER)):
         raise RegistryCorrupt(f"{path} is damaged: it has records beyond what it says is in use")
     return header, shape
 
