@@ -27,7 +27,7 @@ from stepped_child import NOW
 
 from cidalloc.errors import CidError
 
-UNHARMED = 40  # so many failures in a row that harm nothing: there were no more allocations
+UNHARMED = 10  # so many failures in a row that harm nothing: there were no more allocations
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Trial:
         may_be_left = self.may_be_left(outcome, for_ever)
         try:
             if caught:
-                if not allowed(caught):
+                if not allowed(caught, kind):
                     raise caught
                 caught = None
                 self.judge(was, will)
@@ -144,9 +144,13 @@ class Trial:
         return found
 
 
-def allowed(error: BaseException) -> bool:
-    """Return whether an error is one that a user may see."""
-    return isinstance(error, (CidError, MemoryError))
+def allowed(error: BaseException, kind: str) -> bool:
+    """Return whether an error is one that a user may see.
+
+    The interpreter and numpy sometimes raise another error where they lack memory.
+    """
+    own = kind == MEMORY and isinstance(error, (SystemError, RuntimeError, TypeError))
+    return own or isinstance(error, (CidError, MemoryError))
 
 
 def summary(facts: Facts) -> Any:
@@ -221,7 +225,7 @@ class Worker:
         failed: Counter[str] = Counter()
         errors: Counter[str] = Counter()
         faults, number, unharmed = [], 0, 0
-        while unharmed < (UNHARMED if kind == MEMORY else 1):
+        while unharmed < (UNHARMED // step or 1 if kind == MEMORY else 1):
             trial = self.trial(operation)
             outcome = in_child(lambda: trial.fail(kind, number, for_ever, *facts))  # noqa: B023
             if not isinstance(outcome, Outcome):
@@ -237,6 +241,7 @@ class Worker:
 
 
 def main() -> None:
+    gc.freeze()  # so that it need not be collected again in each process
     logging.getLogger("cidalloc").addHandler(logging.NullHandler())
     worker = Worker(Path(sys.argv[1]))
     for line in sys.stdin:

@@ -381,9 +381,8 @@ class Registry:
 
     def close(self) -> None:
         """Let go of the file: another process may write it from now on. Nothing is released."""
-        if not self._closed:
-            self._closed = True
-            self.store.close()
+        self.store.close()
+        self._closed = True
 
     def _check(self) -> None:
         """Audit everything; raises AssertionError. Time in proportion to what was ever opened."""

@@ -164,8 +164,8 @@ class RegistryHolder:
                 _log.info("handing %s over to a newer process", self._path)
                 self._let_go_at = self._clock()
                 self._trouble = "a newer process has the registry"
-                registry, self._registry = self._registry, None
-                registry.close()
+                self._registry.close()
+                self._registry = None
             else:
                 now = self._clock()
                 self._registry.tick(now)  # first: a forked child has no header
@@ -179,9 +179,11 @@ class RegistryHolder:
         """Let go of the file for good."""
         if self._takeover_request is not None:
             self._takeover_request.close()
+            self._takeover_request = None
         if self._registry is not None:
             self._registry.close()
-        self._takeover_request = self._registry = self._let_go_at = None
+            self._registry = None
+        self._let_go_at = None
         self._trouble = "this process has ended its work"
 
     def _try_take(self) -> None:

@@ -119,14 +119,15 @@ class Storage:
                 raise unusable(path, error) from None
             store = None
             try:
-                with explained(path):
-                    _lock(fd, path)
-                    if _is_at(fd, path):
-                        header, found = _check(fd, path, shape, locked=True)
-                        if not header[Word.GENERATION]:  # before the first ID is issued
-                            _sync_folder(path.parent)
-                        store = cls(_header_of(fd), found, fd, path)
-                        return store
+                _lock(fd, path)
+                if _is_at(fd, path):
+                    header, found = _check(fd, path, shape, locked=True)
+                    if not header[Word.GENERATION]:  # before the first ID is issued
+                        _sync_folder(path.parent)
+                    store = cls(_header_of(fd), found, fd, path)
+                    return store
+            except OSError as error:
+                raise unusable(path, error) from None
             finally:
                 if store is None:
                     unlock_and_close(fd, WRITER)
@@ -272,10 +273,10 @@ class Storage:
     def close(self) -> None:
         """Let another process write the file. The memory must not be used any more."""
         if self._fd >= 0:
-            fd, self._fd = self._fd, -1
             if self._signed:
                 self.header[Word.PID] = 0
-            unlock_and_close(fd, WRITER)
+            unlock_and_close(self._fd, WRITER)
+            self._fd = -1
         _stores.discard(self)
 
 

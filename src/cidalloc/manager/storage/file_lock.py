@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
-from contextlib import suppress
 from pathlib import Path
 
 from .failures import explained, is_passing, unusable
@@ -57,6 +56,9 @@ def _flock(kind: int, byte: int) -> bytes:
     return struct.pack("@hhqqi0q", kind, os.SEEK_SET, byte, 1, 0)
 
 
+_UNLOCKED = tuple(_flock(fcntl.F_UNLCK, byte) for byte in (WRITER, REQUEST))
+
+
 def try_lock(fd: int, byte: int) -> bool:
     """Lock a byte. Return False if another process has locked it."""
     try:
@@ -69,17 +71,19 @@ def try_lock(fd: int, byte: int) -> bool:
 def unlock_and_close(fd: int, byte: int) -> None:
     """Unlock a byte and close the file. An error of the system is ignored, as by `close`."""
     # A mapping or a forked child may keep the file open, so closing it alone would not unlock it.
-    try:
-        with suppress(OSError):
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, byte))
-    finally:
-        close(fd)
+    try:  # noqa: SIM105 a context manager would need memory
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _UNLOCKED[byte])
+    except (OSError, MemoryError):  # it is unlocked, and there was no memory for the result
+        pass
+    close(fd)
 
 
 def close(fd: int) -> None:
     """Close a file. Whatever the system answers, it is closed: what counts was synced before."""
-    with suppress(OSError):
+    try:  # noqa: SIM105 a context manager would need memory
         os.close(fd)
+    except OSError:
+        pass
 
 
 def query(fd: int, byte: int) -> bool:
