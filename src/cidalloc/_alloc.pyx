@@ -389,7 +389,7 @@ cdef class Allocator:
         cdef uint32_t own = as_owner(owner)
         cdef int64_t tick = as_time(reuse_at, "reuse_at")
         cdef Pool *pool = alive(self)
-        released = pool.owners[own].held    # an object, made while its MemoryError does no harm
+        cdef object released = pool.owners[own].held  # made here, where a MemoryError does no harm
         if guard_enter(&self.guard, pool.owners[own].held >> pool.shift):
             with nogil:
                 pool_release_owner(pool, own, tick)
@@ -413,7 +413,7 @@ cdef class Allocator:
         (3, 0)
         """
         cdef int64_t tick = as_time(reuse_at, "reuse_at")
-        released = pool_held(alive(self))   # as in release_owner()
+        cdef object released = pool_held(alive(self))   # as in release_owner()
         pool_clear(&self.pool, tick)
         freed(self)
         return released

@@ -27,6 +27,7 @@ CALLS = ("calls", "other errors", "interrupted")
 """The kinds of faults of calls: each call has two errors, and some may be interrupted."""
 MEMORY = "memory"
 """The kind of faults of Python's own allocations."""
+MANY = 50
 
 
 def compiled(folder: Path) -> Path:
@@ -54,12 +55,16 @@ class Faults:
         self._library.failing_watch(os.fsencode(path))
 
     def begin(self, kind: str, before: int, for_ever: bool) -> Callable[[], object]:
-        """Return what lets one call fail after so many, or all from then on, until `end`."""
+        """Return what lets one call fail after so many, or all from then on, until `end`.
+
+        Of allocations not all, but `MANY`: without any memory for ever, the interpreter itself hangs
+        in a `finally`.
+        """
         if kind == MEMORY:
             import _testcapi
 
             self.end = _testcapi.remove_mem_hooks
-            return partial(_testcapi.set_nomemory, before, 0 if for_ever else before + 1)
+            return partial(_testcapi.set_nomemory, before, before + (MANY if for_ever else 1))
         arguments = (before, for_ever, CALLS.index(kind))
         return partial(self._library.failing_begin, *arguments)
 

@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,12 +122,6 @@ def _dying(world: World) -> None:
     world.registry.renew(token("a"), 0, models=MODELS)
     world.open("b")
     world.registry.dead_ids(token("b"), 0, *MODELS, 10)
-
-
-def _wait(world: World) -> None:
-    with suppress(stepped_child.CidError):
-        world.registry.acquire(1, NOW, token=token("b"), seq=next(SEQS), wait_ms=1_000)
-        raise AssertionError("there was one")
 
 
 MORE = {
@@ -350,9 +344,9 @@ class Drained:
 # ---- Of a pool alone
 
 
-def _pool(act: Callable[[Any], object], **more: Any) -> Operation:
+def _pool(act: Callable[[Any], object]) -> Operation:
     def prepare(path: Path) -> Allocator:
-        pool = Allocator(100_000, 1_000, **more)
+        pool = Allocator(100_000, 1_000)
         for _ in range(700):
             pool.acquire(owner=1_000)
         pool.release_many(range(1_100, 1_300, 3), 1_000, reuse_at=10_000)
@@ -408,7 +402,6 @@ OPERATIONS: dict[str, Operation] = {
     "pool: clear": _pool(lambda pool: pool.clear(10_000)),
     "pool: release many": _pool(lambda pool: pool.release_many([1_000, 1_001, 1_500], 1_000)),
     "pool: acquire many": _pool(lambda pool: pool.acquire_many(300, 2_000)),
-    "pool: acquire": _pool(lambda pool: pool.acquire(2_000), block=1),
     "pool: snapshot": _pool(lambda pool: pool.snapshot()),
     "pool: restore": _pool(lambda pool: Allocator.restore(pool.snapshot())),
 }
