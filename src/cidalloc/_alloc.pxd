@@ -2,8 +2,8 @@
 #
 # Every function needs exclusive access to its pool, but not the GIL, and raises no exception. Those
 # that return an int return a code: OK, or why nothing was changed. Times are ticks of any unit and
-# origin; a time before the latest one seen counts as the latest. An owner is below MAX_OWNERS. An ID
-# that a function takes may have any value. Functions are inlined into the module that cimports
+# origin; a time before the latest one seen counts as the latest. An owner is below MAX_OWNERS. An
+# ID that a function takes may have any value. Functions are inlined into the module that cimports
 # them: compile it again for each version of this package.
 #
 # Make a pool

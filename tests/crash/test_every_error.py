@@ -1,4 +1,4 @@
-"""Lets each call of the system, and each allocation, fail in turn, in everything that a registry does.
+"""Lets each call of the system and each allocation fail in turn, in all that a registry does.
 
 CIDALLOC_ERRORS=all is the long form, `make errors`.
 """
@@ -59,7 +59,9 @@ def test_each_call_fails_once(child: Child, name: str) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", [n for n in OPERATIONS if ALL or n in ("grow by blocks", "enlarge")])
+@pytest.mark.parametrize(
+    "name", [n for n in OPERATIONS if ALL or n in ("grow by blocks", "enlarge")]
+)
 def test_each_call_fails_from_then_on(child: Child, name: str) -> None:
     faults(child, name, CALLS[0], True)
 

@@ -57,8 +57,8 @@ class Faults:
     def begin(self, kind: str, before: int, for_ever: bool) -> Callable[[], object]:
         """Return what lets one call fail after so many, or all from then on, until `end`.
 
-        Of allocations not all, but `MANY`: without any memory for ever, the interpreter itself hangs
-        in a `finally`.
+        Of allocations not all, but `MANY`: without any memory for ever, the interpreter itself
+        hangs in a `finally`.
         """
         if kind == MEMORY:
             import _testcapi
@@ -112,4 +112,3 @@ class Child:
     def end(self) -> None:
         self.process.kill()
         self.process.communicate()
-

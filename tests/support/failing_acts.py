@@ -67,8 +67,10 @@ class Operation:
 
 
 class World(stepped_child.World):
-    """As that one, but a refused release is an error, and few numbers are so small that Python has
-    an object for them already."""
+    """As that one, but a refused release is an error.
+
+    And its numbers are not so small that Python has an object for them already.
+    """
 
     def __init__(self, path: Path, shape: Shape) -> None:
         super().__init__(path, shape)
@@ -289,7 +291,12 @@ class Holders:
     """A process that has the registry, and one that is to get it, though both are this one."""
 
     def __init__(self, path: Path) -> None:
-        values = {"first": SIX.first, "capacity": SIX.capacity, "cooldown_ms": 50, "grace_ms": 1_000}
+        values = {
+            "first": SIX.first,
+            "capacity": SIX.capacity,
+            "cooldown_ms": 50,
+            "grace_ms": 1_000,
+        }
         self.settings = Settings(**values, state=str(path.parent), fresh=True)  # type: ignore[arg-type]
         self.clock = Clock()
         self.old, self.new = self.holder(), None

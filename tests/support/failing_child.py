@@ -1,7 +1,7 @@
 """Does things to registries while calls of the system or allocations fail: see failing.py.
 
-For each failure it forks a process, which does one thing, judges the registry and its file, does the
-same again without a failure, and judges once more.
+For each failure it forks a process, which does one thing, judges the registry and its file, does
+the same again without a failure, and judges once more.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crash_model import BOOT, Facts, facts_of, judge, reopen
+from crash_model import Facts, facts_of, judge, reopen
 from failing import MEMORY, Faults
-from failing_acts import OPERATIONS, Operation, TIMES
+from failing_acts import OPERATIONS, TIMES, Operation
 from sparse import content
 from stepped_child import NOW
 
@@ -139,7 +139,6 @@ class Trial:
         assert kind == MEMORY or not left - may_be_left, f"left: {sorted(left.elements())}"
         if self.path.exists() and not self.operation.damaged:
             reopen(self.path, self.operation.shape, NOW, self.operation.boot).close()
-
 
     def may_be_left(self, outcome: Outcome, for_ever: bool) -> Counter[str]:
         """Return what is no leak: drafts that could not be removed, and a part of a mapping."""

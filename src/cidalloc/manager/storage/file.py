@@ -24,7 +24,7 @@ from ...errors import (
     Unavailable,
 )
 from ._mapping import Mapping
-from .failures import explained, is_passing, unusable
+from .failures import explained, unusable
 from .file_format import (
     GRANULE,
     HEADER_BYTES,
@@ -50,6 +50,7 @@ from .file_lock import (
     unlock_and_close,
     writer_of,
 )
+from .folder import make_folder, sync_folder
 
 __all__ = ["Storage", "enlarge"]
 
@@ -123,7 +124,7 @@ class Storage:
                 if _is_at(fd, path):
                     header, found = _check(fd, path, shape, locked=True)
                     if not header[Word.GENERATION]:  # before the first ID is issued
-                        _sync_folder(path.parent)
+                        sync_folder(path.parent)
                     store = cls(_header_of(fd), found, fd, path)
                     return store
             except OSError as error:
@@ -309,7 +310,7 @@ def enlarge(path: Path, capacity: int) -> Shape:
 
 def _create(path: Path, shape: Shape, boot: bytes, issues_from: int) -> None:
     """Make the file, unless another process is faster. It appears at `path` when it is complete."""
-    _make_folder(path.parent)
+    make_folder(path.parent)
     draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         with explained(path):
@@ -317,7 +318,9 @@ def _create(path: Path, shape: Shape, boot: bytes, issues_from: int) -> None:
             with suppress(FileExistsError):
                 os.link(draft, path)
             if path.is_symlink() and not path.exists():
-                raise InvalidArgument(f"cannot use {path}: it is a link to a file that is not there")
+                raise InvalidArgument(
+                    f"cannot use {path}: it is a link to a file that is not there"
+                )
     finally:
         with suppress(OSError):
             draft.unlink()
@@ -339,34 +342,6 @@ def _fill(draft: Path, shape: Shape, path: Path, boot: bytes, issues_from: int) 
         store.sync()
     finally:
         store.close()
-
-
-def _make_folder(folder: Path) -> None:
-    """Make a folder for this user alone, and those above it; all are on the disk then."""
-    try:
-        if folder.exists():
-            return
-        for each in (*reversed(folder.parents), folder):
-            if not each.exists():
-                _make_one_folder(each, 0o700 if each == folder else 0o777)
-    except OSError as error:
-        if is_passing(error):
-            raise Unavailable(f"cannot make {folder}: {error.strerror}") from None
-        raise InvalidArgument(
-            f"cannot make the state folder {folder}: {error.strerror}; make it for the server's"
-            f" user ('install -d -m 700 -o {os.geteuid()} {folder}'), or name another one"
-            " ('cidalloc model -o --state FOLDER DIR')"
-        ) from None
-
-
-def _make_one_folder(folder: Path, mode: int) -> None:
-    folder.mkdir(mode, exist_ok=True)
-    try:
-        _sync_folder(folder.parent)
-    except OSError:
-        with suppress(OSError):
-            folder.rmdir()  # the next try would find it, and not sync it
-        raise
 
 
 def _check(
@@ -422,14 +397,6 @@ def _is_blank(fd: int, start: int, end: int) -> bool:
         if not data or any(data):
             return not data
         start += len(data)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        close(fd)
 
 
 def _is_at(fd: int, path: Path) -> bool:
