@@ -507,15 +507,16 @@ class Registry:
 
     def _release_anonymous(self, numbers: IDs, reuse_at: int) -> None:
         listed = numbers.tolist()
-        owners = [self.pool.owner_of(number) for number in listed]
-        for number, owner in zip(listed, owners, strict=True):
+        held = [(number, self.pool.owner_of(number)) for number in listed]
+        for number, owner in held:
             if owner not in self.sessions.anonymous:
                 cid = int(self.store.shape.ids(np.array([number], np.uint64))[0])
                 raise NotOwner(f"ID {cid} is held by a session: only that session can release it")
-        if len(set(owners)) == 1:
-            self.pool.release_many(numbers, owners[0], reuse_at)
+        if len({owner for _, owner in held}) == 1:
+            self.pool.release_many(numbers, held[0][1], reuse_at)
             return
         if len(set(listed)) < len(listed):
             raise Duplicate("an ID is given twice in this call")
-        for number, owner in zip(listed, owners, strict=True):  # these need no memory: none fails
-            self.pool.release(number, owner, reuse_at)
+        release = self.pool.release
+        for number, owner in held:  # these need no memory: none fails
+            release(number, owner, reuse_at)
