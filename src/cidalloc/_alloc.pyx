@@ -410,16 +410,16 @@ cdef class Allocator:
         """
         cdef uint32_t own = as_owner(owner)
         cdef int64_t tick = as_time(reuse_at, "reuse_at")
-        cdef uint64_t n
         cdef Pool *pool = alive(self)
+        cdef object released = pool.owners[own].held  # made here, where a MemoryError does no harm
         if guard_enter(&self.guard, pool.owners[own].held >> pool.shift):
             with nogil:
-                n = pool_release_owner(pool, own, tick)
+                pool_release_owner(pool, own, tick)
                 guard_leave(&self.guard)
         else:
-            n = pool_release_owner(pool, own, tick)
+            pool_release_owner(pool, own, tick)
         freed(self)
-        return n
+        return released
 
     @cython.critical_section
     def clear(self, reuse_at=0):
@@ -436,9 +436,10 @@ cdef class Allocator:
         (3, 0)
         """
         cdef int64_t tick = as_time(reuse_at, "reuse_at")
-        cdef uint64_t n = pool_clear(alive(self), tick)
+        cdef object released = pool_held(alive(self))   # as in release_owner()
+        pool_clear(&self.pool, tick)
         freed(self)
-        return n
+        return released
 
     @cython.critical_section
     def reserve(self, ids, owner=0):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import stat
 import struct
 import time
 from dataclasses import replace
@@ -254,24 +255,27 @@ def test_a_horizon_beyond_the_longest_cooldown(tmp_path: Path) -> None:
         registry.close()
 
 
+@pytest.mark.parametrize("fault", [OSError(errno.EIO, "it failed"), MemoryError()], ids=repr)
 def test_a_disk_that_fails_while_the_file_grows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, fsync, calls = tmp_path / "it", os.fsync, iter(range(100))
 
     def failing(fd: int) -> None:
         if next(calls) == 1:  # space was had, and what is said of it does not reach the disk
-            raise OSError(errno.EIO, "it failed")
+            raise fault
         fsync(fd)
 
     Storage.open(path, SHAPE, boot=BOOT).close()
     registry = Registry.in_file(path, SETTINGS, 0, BOOT)
     registry.open(token("a"), 0, ttl_ms=TTL)
     registry.acquire(2040, 0, token=token("a"), seq=1)
+    before = registry.store.granules(Part.RECORDS)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", failing)
-        with pytest.raises(Unavailable, match="it failed"):
+        with pytest.raises((Unavailable, MemoryError)):
             registry.acquire(20, 0, token=token("a"), seq=2)
+    assert registry.store.granules(Part.RECORDS) == before, "used, though it may not be on the disk"
     registry.acquire(20, 0, token=token("a"), seq=3)
     held = registry.held(token("a"), 0).tolist()
     registry.close()
@@ -279,3 +283,29 @@ def test_a_disk_that_fails_while_the_file_grows(
     registry._check()
     assert registry.held(token("a"), 0).tolist() == held
     registry.close()
+
+
+@pytest.mark.parametrize("made_as_well", [False, True])
+def test_a_folder_that_could_not_be_synced(
+    made_as_well: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before an ID is issued, the file is sure to be found after a power cut."""
+    path, fsync = tmp_path / "it", os.fsync
+    if made_as_well:
+        path = tmp_path / "its" / "folder" / "it"
+    fails, synced = True, []
+
+    def noted(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            if fails:
+                raise OSError(errno.EIO, "it failed")
+            synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with pytest.raises(Unavailable, match="it failed"):
+        Registry.in_file(path, SETTINGS, 0, BOOT)
+    fails = False
+    Registry.in_file(path, SETTINGS, 0, BOOT).close()
+    parents = [each for each in path.parents if each.is_relative_to(tmp_path)]
+    assert {*synced} >= {str(each) for each in parents}

@@ -127,7 +127,10 @@ cdef inline object ids_array(object ids):
         if not PySequence_Check(ids):
             raise error(INVALID_ARGUMENT, "ids must be an array or a sequence of ints, "
                                           f"not {type(ids).__name__}")
-        return np.array([max(as_cid(cid, i), 0) for i, cid in enumerate(ids)], np.uint64)
+        numbers = []    # no comprehension: Cython 3.3 frees an element twice without memory
+        for i, cid in enumerate(ids):
+            numbers.append(max(as_cid(cid, i), 0))
+        return np.array(numbers, np.uint64)
     array = np.asarray(ids)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise error(INVALID_ARGUMENT, "ids must be a one-dimensional array of integers, "

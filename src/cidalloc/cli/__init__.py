@@ -83,6 +83,7 @@ def main(context: click.Context) -> None:
         context.color = False  # as rich does; otherwise click checks whether this is a terminal
 
 
+_PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _PLAIN = {"→": "->", "…": "...", "–": "-", "×": "x", "µ": "u"}
 
 
@@ -108,8 +109,10 @@ def run() -> None:
     except CidError as error:
         failure = f"{error.code.name}: {error}"
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        failure = f"{(Code.UNAVAILABLE if full else Code.INVALID_ARGUMENT).name}: {error}"
+        code = Code.UNAVAILABLE if error.errno in _PASSING else Code.INVALID_ARGUMENT
+        failure = f"{code.name}: {error}"
+    except MemoryError:
+        failure = f"{Code.UNAVAILABLE.name}: there is not enough memory"
     else:
         return
     click.echo(f"error: {failure}", err=True)

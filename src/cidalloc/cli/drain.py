@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..errors import InvalidArgument, Unavailable
+from ..errors import CidError, InvalidArgument, Unavailable
 from ..manager.inspection import look, status_of
 from ..manager.service import boottime_ms
 from ..manager.storage.drain import DrainSwitch
@@ -103,19 +104,23 @@ def _begin(switch: DrainSwitch, path: Path) -> None:
         Unavailable: no manager answers. Then the drain is undone.
     """
     until, ours = time.monotonic() + _ANSWER_S, False
-    while not (switch.on and switch.answered):
-        if time.monotonic() >= until:
-            if ours:
+    try:
+        while not (switch.on and switch.answered):
+            if time.monotonic() >= until:
+                raise Unavailable(
+                    f"no manager answers that has {path}, within {_ANSWER_S:g} s: it does not run,"
+                    " or is of an earlier version"
+                )
+            # Again and again, since it may be another server from now on.
+            if not switch.on:
+                ours = True
+                switch.set(True)
+            time.sleep(_LOOK_S / 4)
+    except BaseException:
+        if ours:
+            with suppress(CidError):  # the first error counts
                 switch.set(False)
-            raise Unavailable(
-                f"no manager answers that has {path}, within {_ANSWER_S:g} s: it does not run, or"
-                " is of an earlier version"
-            )
-        # Again and again, since it may be another server from now on.
-        if not switch.on:
-            switch.set(True)
-            ours = True
-        time.sleep(_LOOK_S / 4)
+        raise
 
 
 def _undo(switch: DrainSwitch) -> None:

@@ -92,7 +92,7 @@ class Registry:
         self.settings = settings
         self.expired = ExpiredSessions()
         self.dead = DeadIds()
-        self.released: Counter[str] = Counter()
+        self.released: Counter[str] = Counter(ended=0, cooled=0, expired=0)
         self.acquired = 0
         self.store = store or storage_in_memory(settings, now, boot)
         self.pool, self.sessions, ending = recover(self.store, settings, now, boot, live_snapshot)
@@ -206,9 +206,8 @@ class Registry:
         """
         session = self._renewed(token, now)
         cooldown = self.settings.cooldown_ms if ended else session.cooldown
-        released = self._end(session, cooldown)
-        self.released["ended" if ended else "cooled"] += released
-        return released
+        self.released["ended" if ended else "cooled"] += self.pool.held_count(session.number)
+        return self._end(session, cooldown)
 
     def held(self, token: bytes, now: int, *, seq: int | None = None) -> IDs:
         """Return the IDs that a session holds, sorted. With ``seq``, no earlier change may follow.
@@ -218,7 +217,7 @@ class Registry:
         """
         session = self._renewed(token, now, seq)
         if seq is not None:
-            self.sessions.set_seq(session, seq)
+            self.sessions.set_seq(session, self.sessions.seq_place(session), seq)
         return np.sort(self.store.shape.ids(self.pool.held_by(session.number)))
 
     # ---- IDs
@@ -277,17 +276,23 @@ class Registry:
             )
         if token is not None:
             self._raise_cooldown(session, cooldown_ms)
+        acquired, place = self.acquired + count, self.sessions.seq_place(session)
         try:
-            ids = self.store.shape.ids(self._issue(count, session, wait_ms is not None))
+            numbers = self._issue(count, session, wait_ms is not None)
         except Exhausted:
             if wait_ms is not None:
                 self.waiting.keep(session, count, self.now, wait_ms)
             raise
+        try:
+            ids = self.store.shape.ids(numbers)
+        except BaseException:  # nobody has seen them
+            self.pool.release_many(numbers, session.number, self.now)
+            raise
         if token is not None:
-            self.sessions.set_seq(session, seq, used)
+            self.sessions.set_seq(session, place, seq, used)
             if wait_ms is not None:
                 self.waiting.leave(session)
-        self.acquired += count
+        self.acquired = acquired
         return ids
 
     def release(
@@ -333,17 +338,20 @@ class Registry:
             )
         cooldown = self.settings.cooldown_ms if ended else self.settings.cooldown(cooldown_ms)
         numbers = self.store.shape.numbers(ids)
+        how = "ended" if ended else "cooled"
+        count, released = len(ids), self.released[how] + len(ids)
+        self._reckon(cooldown)
         try:
             if session is None:
-                self._release_anonymous(numbers, cooldown)
+                self._release_anonymous(numbers, self.now + cooldown)
             else:
-                self._reckon(cooldown)
+                place = self.sessions.seq_place(session)
                 self.pool.release_many(numbers, session.number, self.now + cooldown)
-                self.sessions.set_seq(session, seq, used)
+                self.sessions.set_seq(session, place, seq, used)
         except (NotHeld, NotOwner, Duplicate) as error:
             raise self.store.shape.with_id(error) from None
-        self.released["ended" if ended else "cooled"] += len(ids)
-        return len(ids)
+        self.released[how] = released
+        return count
 
     def dead_ids(self, token: bytes, now: int, model: str, count: int) -> IDs:
         """Return at most ``count`` IDs of expired sessions that need END on a model.
@@ -373,9 +381,8 @@ class Registry:
 
     def close(self) -> None:
         """Let go of the file: another process may write it from now on. Nothing is released."""
-        if not self._closed:
-            self._closed = True
-            self.store.close()
+        self.store.close()
+        self._closed = True
 
     def _check(self) -> None:
         """Audit everything; raises AssertionError. Time in proportion to what was ever opened."""
@@ -498,15 +505,18 @@ class Registry:
             b"", self.now, self.now + lease, ttl=lease, cooldown=cooldown, label=""
         )
 
-    def _release_anonymous(self, numbers: IDs, cooldown: int) -> None:
-        owners = [self.pool.owner_of(number) for number in numbers.tolist()]
-        for number, owner in zip(numbers.tolist(), owners, strict=True):
+    def _release_anonymous(self, numbers: IDs, reuse_at: int) -> None:
+        listed = numbers.tolist()
+        held = [(number, self.pool.owner_of(number)) for number in listed]
+        for number, owner in held:
             if owner not in self.sessions.anonymous:
                 cid = int(self.store.shape.ids(np.array([number], np.uint64))[0])
                 raise NotOwner(f"ID {cid} is held by a session: only that session can release it")
-        if len(set(owners)) > 1 and len(np.unique(numbers)) < len(numbers):
+        if len({owner for _, owner in held}) == 1:
+            self.pool.release_many(numbers, held[0][1], reuse_at)
+            return
+        if len(set(listed)) < len(listed):
             raise Duplicate("an ID is given twice in this call")
-        self._reckon(cooldown)
-        for owner in set(owners):
-            part = np.array([owner == each for each in owners])
-            self.pool.release_many(numbers[part], owner, self.now + cooldown)
+        release = self.pool.release
+        for number, owner in held:  # these need no memory: none fails
+            release(number, owner, reuse_at)

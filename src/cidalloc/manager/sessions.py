@@ -7,6 +7,10 @@ The first word of a row has the generation of its session and one of three state
 session stores this word last. The end of a session stores ENDING first; then its IDs are released;
 then FREE is stored. If the process dies in between, no ID goes to the next session of the row, and
 no session that has lost some of its IDs is open.
+
+Python may run out of memory at almost any line. So each change first makes all objects that it
+needs, and then the stores, which need no memory: the file and the objects never contradict each
+other.
 """
 
 from __future__ import annotations
@@ -222,33 +226,42 @@ class Sessions:
             if self._rows_used == self._store.ready_rows:
                 self._store.grow(Part.ROWS, 1)
             number, self._rows_used = self._rows_used, self._rows_used + 1
-        values = (0, digest, ttl, cooldown, now, not digest, label.encode())
-        _REST.pack_into(self._rows, number * _BYTES + 8, *values)
-        self._words[number * _WORDS] = generation << 2 | OPEN
-        session = Session(
-            number,
-            generation,
-            expires,
-            digest=digest,
-            ttl=ttl,
-            cooldown=cooldown,
-            opened_at=now,
-            label=label,
-        )
-        self._add(session)
+        session = None
+        try:
+            session = Session(
+                number,
+                generation,
+                expires,
+                digest=digest,
+                ttl=ttl,
+                cooldown=cooldown,
+                opened_at=now,
+                label=label,
+            )
+            values = (0, digest, ttl, cooldown, now, not digest, label.encode())
+            _REST.pack_into(self._rows, number * _BYTES + 8, *values)
+            place, life = number * _WORDS, generation << 2 | OPEN
+            self._add(session)
+        except BaseException:
+            if session is not None:
+                session.number = 0
+            self._free.append(number)
+            raise
+        self._words[place] = life
         return session
 
     def _add(self, session: Session) -> None:
-        if session.digest:
-            self.named[session.digest] = session
-            self._count(session, 1)
-        else:
-            self.anonymous[session.number] = session
+        """Add a session, or nothing; without memory a lease may be left, which counts as ended."""
+        used, silent = self._counts(session, 1)
         if len(self._leases) > 2 * len(self) + 1000:  # most are of sessions that have ended
             self._leases = [_lease(each) for each in self]
             heapq.heapify(self._leases)
+        heapq.heappush(self._leases, _lease(session))
+        if session.digest:
+            self.named[session.digest] = session
         else:
-            heapq.heappush(self._leases, _lease(session))
+            self.anonymous[session.number] = session
+        self.used, self.silent = used, silent
 
     def due(self, now: int) -> Session | None:
         """Return a session whose lease has ended, or None. It is returned again until `end`."""
@@ -265,28 +278,42 @@ class Sessions:
 
     def end(self, session: Session, reuse_at: int) -> int:
         """End a session: all its IDs cool until `reuse_at`. Return how many IDs these are."""
-        place, life = session.number * _WORDS, session.generation << 2
-        self._words[place] = life | ENDING
-        released = self._pool.release_owner(session.number, reuse_at)
-        self._words[place] = life | FREE
-        self._free.append(session.number)
+        number, life = session.number, session.generation << 2
+        place, states = number * _WORDS, (life | FREE, life | OPEN, life | ENDING)
+        used, silent = self._counts(session, -1)
+        self._free.append(number)
+        self._words[place] = states[ENDING]
+        try:
+            released = self._pool.release_owner(number, reuse_at)
+        except MemoryError:  # nothing was released
+            self._words[place] = states[OPEN]
+            self._free.pop()
+            raise
+        self._words[place] = states[FREE]
         if session.digest:
             del self.named[session.digest]
-            self._count(session, -1)
         else:
-            del self.anonymous[session.number]
-        session.number = 0
+            del self.anonymous[number]
+        self.used, self.silent, session.number = used, silent, 0
         return released
 
     def raise_cooldown(self, session: Session, cooldown: int) -> None:
         """Let the IDs cool for at least so long if the session expires."""
-        session.cooldown = max(session.cooldown, cooldown)
-        self._words[session.number * _WORDS + _COOLDOWN] = session.cooldown
+        cooldown = max(cooldown, session.cooldown)
+        self._words[session.number * _WORDS + _COOLDOWN] = cooldown
+        session.cooldown = cooldown
 
-    def set_seq(self, session: Session, seq: int, used: int | None = None) -> None:
-        """Note the last change that was applied, and call `set_used`."""
-        session.seq = self._words[session.number * _WORDS + _SEQ] = seq
-        self.set_used(session, used)
+    def seq_place(self, session: Session) -> int:
+        """Return the place of a session's seq, for `set_seq`: make it before the change."""
+        return session.number * _WORDS + _SEQ
+
+    def set_seq(self, session: Session, place: int, seq: int, used: int | None = None) -> None:
+        """Note the last change that was applied, and call `set_used`. Needs no memory."""
+        session.seq = self._words[place] = seq
+        try:  # noqa: SIM105 a context manager is an object
+            self.set_used(session, used)
+        except MemoryError:  # the change is done, and this is only for the status
+            pass
 
     def set_used(self, session: Session, used: int | None) -> None:
         """Note how many IDs of a session are in use; None: its client does not say it."""
@@ -295,11 +322,9 @@ class Sessions:
             return
         held = self._pool.held_count(session.number)
         used = held if used > held else used
-        if before is None:
-            self.silent -= 1
-        self.used += used - (before or 0)
-        session.used = used
+        total, silent = self.used + used - (before or 0), self.silent - (before is None)
         self._words[session.number * _WORDS + _KIND] = 2 * used + 2
+        self.used, self.silent, session.used = total, silent, used
 
     def largest(self, most: int, now: int) -> list[Session]:
         """Return the sessions with the most IDs in use, and among equals the most held.
@@ -317,11 +342,13 @@ class Sessions:
             self._choose_at = now + len(self.named) // 100
         return [each for each in self._chosen if each.number]
 
-    def _count(self, session: Session, by: int) -> None:
+    def _counts(self, session: Session, by: int) -> tuple[int, int]:
+        """Return `used` and `silent` with one session more or less."""
+        if not session.digest:
+            return self.used, self.silent
         if session.used is None:
-            self.silent += by
-        else:
-            self.used += by * session.used
+            return self.used, self.silent + by
+        return self.used + by * session.used, self.silent
 
     def __iter__(self) -> Iterator[Session]:
         """Iterate over all sessions; those with a token come first."""

@@ -21,6 +21,7 @@ from .recovery import shape_for
 from .registry import Registry
 from .settings import Settings
 from .storage import drain
+from .storage.failures import is_passing, unusable
 from .storage.file import Storage
 from .storage.file_lock import TakeoverRequest, process_id, writer_of
 
@@ -42,10 +43,13 @@ def boot_id() -> bytes:
 
     Raises:
         InvalidArgument: the kernel does not let them be read.
+        Unavailable: the machine fails.
     """
     try:
         return bytes.fromhex(_BOOT_ID.read_text().replace("-", ""))
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and is_passing(error):
+            raise unusable(_BOOT_ID, error) from None
         raise InvalidArgument(
             f"cannot read {_BOOT_ID}, which identifies this boot of the machine: {error};"
             " let the server read it, or keep no file: 'cidalloc model -o --no-state DIR'"
@@ -92,9 +96,16 @@ class RegistryHolder:
         self._let_go_at: int | None = None
         self._unseen_since: int | None = None  # the process with the file is not visible here
         self._trouble = "the registry is still with the process before"
+        try:
+            self._begin()
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self) -> None:
         if self._path is None:
-            self._registry = Registry(settings, clock())
-            self._log_start()
+            self._registry = Registry(self._settings, self._clock())
+            self._log_start("opened")
             return
         try:
             self._take()
@@ -104,9 +115,9 @@ class RegistryHolder:
             alive = writer != 0 and process_id(writer & 2**22 - 1) == writer
             if alive and writer != self._server:
                 raise
-            self._unseen_since = None if alive else clock()
+            self._unseen_since = None if alive else self._clock()
             # An error of ours must show now, while the old process still has the file.
-            Storage.expect(self._path, shape_for(settings))
+            Storage.expect(self._path, shape_for(self._settings))
             self._takeover_request = TakeoverRequest(self._path)
             self.poll()
 
@@ -151,10 +162,10 @@ class RegistryHolder:
             requester = self._registry.store.takeover_requested_by()
             if requester and requester == self._server:
                 _log.info("handing %s over to a newer process", self._path)
-                self._registry.close()
-                self._registry = None
                 self._let_go_at = self._clock()
                 self._trouble = "a newer process has the registry"
+                self._registry.close()
+                self._registry = None
             else:
                 now = self._clock()
                 self._registry.tick(now)  # first: a forked child has no header
@@ -168,9 +179,11 @@ class RegistryHolder:
         """Let go of the file for good."""
         if self._takeover_request is not None:
             self._takeover_request.close()
+            self._takeover_request = None
         if self._registry is not None:
             self._registry.close()
-        self._takeover_request = self._registry = self._let_go_at = None
+            self._registry = None
+        self._let_go_at = None
         self._trouble = "this process has ended its work"
 
     def _try_take(self) -> None:
@@ -189,17 +202,17 @@ class RegistryHolder:
 
     def _take(self) -> None:
         assert self._path is not None
+        how = "took over" if self.waits or self._let_go_at is not None else "opened"
         self._registry = Registry.in_file(self._path, self._settings, self._clock(), boot_id())
-        self._log_start()
         self._let_go_at = self._unseen_since = None
-        if self._takeover_request is not None:
-            self._takeover_request.close()
-            self._takeover_request = None
+        request, self._takeover_request = self._takeover_request, None
+        if request is not None:
+            request.close()
+        self._log_start(how)
 
-    def _log_start(self) -> None:
+    def _log_start(self, how: str) -> None:
         registry = self._registry
         assert registry is not None
-        how = "took over" if self.waits or self._let_go_at is not None else "opened"
         table, pool = registry.sessions, registry.pool
         _log.info(
             "cidalloc %s %s the registry %s: pool %d to %d%s, %s, sessions: %d, IDs held: %d",

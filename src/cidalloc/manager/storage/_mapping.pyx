@@ -44,7 +44,8 @@ cdef class Mapping:
         if got == MAP_FAILED:
             fail()
         self.base, self.size, self.pid = <char *>got, size, getpid()
-        madvise(self.base, size, MADV_DONTFORK)
+        if madvise(self.base, size, MADV_DONTFORK):
+            fail()
 
     def __dealloc__(self):
         if self.base != NULL and self.pid == getpid():
@@ -76,5 +77,6 @@ cdef class Mapping:
             if mmap(self.base + have, length - have, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_SHARED,
                     fd, offset + have) == MAP_FAILED:
                 fail()
-            madvise(self.base + have, length - have, MADV_DONTFORK)
+            if madvise(self.base + have, length - have, MADV_DONTFORK):
+                fail()
         self.length = length

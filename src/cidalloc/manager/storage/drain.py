@@ -13,9 +13,10 @@ import struct
 from pathlib import Path
 
 from ...errors import InvalidArgument
+from .failures import explained, is_passing, unusable
 from .file import Storage
 from .file_format import HEADER_BYTES, Word, shape_of
-from .file_lock import WRITER, query
+from .file_lock import WRITER, close, query
 
 __all__ = ["DrainSwitch", "answer", "is_draining"]
 
@@ -49,6 +50,7 @@ class DrainSwitch:
 
     Raises:
         InvalidArgument: the file is not there, or may not be written.
+        Unavailable: the machine fails; so may every other call.
         RegistryCorrupt, RegistryMismatch: it is no registry that this version knows.
     """
 
@@ -57,6 +59,8 @@ class DrainSwitch:
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
+            if is_passing(error):
+                raise unusable(path, error) from None
             raise InvalidArgument(
                 f"cannot write {path}: {error.strerror}; who may write the file may drain its"
                 " server"
@@ -64,14 +68,16 @@ class DrainSwitch:
         self._path = path
 
     def _header(self) -> memoryview:
-        header = memoryview(os.pread(self._fd, HEADER_BYTES, 0)).cast("Q")
+        with explained(self._path):
+            header = memoryview(os.pread(self._fd, HEADER_BYTES, 0)).cast("Q")
         shape_of(header, self._path)
         return header
 
     @property
     def runs(self) -> bool:
         """Whether a manager has the file."""
-        return not query(self._fd, WRITER)
+        with explained(self._path):
+            return not query(self._fd, WRITER)
 
     @property
     def on(self) -> bool:
@@ -88,8 +94,9 @@ class DrainSwitch:
     def set(self, on: bool) -> None:
         """Drain the server that has the file, or end that."""
         word = _name_of(self._header()) if on else 0
-        os.pwrite(self._fd, struct.pack("=Q", word), Word.DRAIN * 8)
+        with explained(self._path):
+            os.pwrite(self._fd, struct.pack("=Q", word), Word.DRAIN * 8)
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._fd)
+        close(self._fd)

@@ -26,6 +26,7 @@ from ...errors import (
     Unavailable,
 )
 from ._mapping import Mapping
+from .failures import explained, unusable
 from .file_format import (
     GRANULE,
     HEADER_BYTES,
@@ -41,12 +42,21 @@ from .file_format import (
     read_checked,
     shape_of,
 )
-from .file_lock import REQUEST, WRITER, process_id, query, try_lock, unlock_and_close, writer_of
+from .file_lock import (
+    REQUEST,
+    WRITER,
+    close,
+    process_id,
+    query,
+    try_lock,
+    unlock_and_close,
+    writer_of,
+)
+from .folder import make_folder, sync_folder
 
 __all__ = ["Storage", "enlarge"]
 
 _GET_VERSION = 0x80087601  # FS_IOC_GETVERSION of linux/fs.h, where a long has 8 bytes
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AHEAD = {Part.ROWS: 1, Part.RECORDS: 16}  # granules by which a part grows at least
 
 
@@ -65,13 +75,16 @@ class Storage:
         self.shape = shape
         self.path = path
         self._fd = fd
-        self._file = 0 if fd < 0 else _identity(fd)
+        self._file = 0
         self._signed = False
-        self.rows = Mapping(MAX_ROWS * ROW)
-        self.records = Mapping(shape.granules * GRANULE)
-        for part in Part:
-            self._memory(part).extend(self.granules(part) * GRANULE, fd, part.place)
-            self._grow_to(part, 1)  # a new one gets row 0 and record 0
+        with explained(path):
+            if fd >= 0:
+                self._file = _identity(fd)
+            self.rows = Mapping(MAX_ROWS * ROW)
+            self.records = Mapping(shape.granules * GRANULE)
+            for part in Part:
+                self._memory(part).extend(self.granules(part) * GRANULE, fd, part.place)
+                self._grow_to(part, 1)  # a new one gets row 0 and record 0
         _stores.add(self)
 
     # ---- Making and opening
@@ -102,7 +115,7 @@ class Storage:
             RegistryCorrupt: the file is damaged, truncated, or something else.
             RegistryMismatch: the file has another pool, or another format.
             InvalidArgument: the folder cannot be made, or the file cannot be used.
-            Unavailable: the disk is full.
+            Unavailable: the disk is full, or the machine fails.
         """
         while True:
             try:
@@ -113,17 +126,21 @@ class Storage:
                 _create(path, shape, boot, now, wait_ms)
                 continue
             except OSError as error:
-                raise _unusable(path, error) from None
+                raise unusable(path, error) from None
+            store = None
             try:
                 _lock(fd, path)
-                if not _is_at(fd, path):
-                    os.close(fd)
-                    continue
-                _, found = _check(fd, path, shape, locked=True)
-                return cls(_header_of(fd), found, fd, path)
-            except BaseException:
-                unlock_and_close(fd, WRITER)
-                raise
+                if _is_at(fd, path):
+                    header, found = _check(fd, path, shape, locked=True)
+                    if not header[Word.GENERATION]:  # before the first ID is issued
+                        sync_folder(path.parent)
+                    store = cls(_header_of(fd), found, fd, path)
+                    return store
+            except OSError as error:
+                raise unusable(path, error) from None
+            finally:
+                if store is None:
+                    unlock_and_close(fd, WRITER)
 
     @classmethod
     def look(cls, path: Path) -> Storage:
@@ -136,29 +153,31 @@ class Storage:
         except FileNotFoundError:
             raise InvalidArgument(f"there is no registry at {path}") from None
         except OSError as error:
-            raise _unusable(path, error) from None
+            raise unusable(path, error) from None
         try:
-            store = cls(*_check(fd, path), -1, path)
-            store._file = _identity(fd)
-            for part in Part:
-                length = store.granules(part) * GRANULE
-                _read(fd, memoryview(store._memory(part))[:length], part.place)
-            return store
+            with explained(path):
+                store = cls(*_check(fd, path), -1, path)
+                store._file = _identity(fd)
+                for part in Part:
+                    length = store.granules(part) * GRANULE
+                    _read(fd, memoryview(store._memory(part))[:length], part.place)
+                return store
         finally:
-            os.close(fd)
+            close(fd)
 
     @staticmethod
     def expect(path: Path, shape: Shape) -> None:
         """Check that the file at `path` fits this pool. The file is only read.
 
         Raises:
-            RegistryCorrupt, RegistryMismatch: as `open`.
+            RegistryCorrupt, RegistryMismatch, InvalidArgument, Unavailable: as `open`.
         """
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            _check(fd, path, shape)
-        finally:
-            os.close(fd)
+        with explained(path):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                _check(fd, path, shape)
+            finally:
+                close(fd)
 
     # ---- Content
 
@@ -225,7 +244,8 @@ class Storage:
         self._grow_to(part, min(have + more, len(self._memory(part)) // GRANULE))
 
     def _grow_to(self, part: Part, granules: int) -> None:
-        have, more = self.granules(part), (granules - self.granules(part)) * GRANULE
+        have, before = self.granules(part), self.header[part]
+        more = (granules - have) * GRANULE
         if more <= 0:
             return
         try:
@@ -236,11 +256,13 @@ class Storage:
             self.header[part] = checked(part, granules)
             if self._fd >= 0:
                 os.fsync(self._fd)
-        except OSError as error:
-            self.header[part] = checked(part, have)
+        except BaseException as error:
+            self.header[part] = before  # what is not synced is not used
+            if not isinstance(error, OSError):
+                raise
             raise Unavailable(
-                f"{self.path} cannot grow by {more >> 10} KiB: {error.strerror};"
-                " make room on its disk"
+                f"{self.path or 'the registry'} cannot grow by {more >> 10} KiB: {error.strerror}"
+                + ("; make room on its disk" if self.path else "")
             ) from None
 
     def _memory(self, part: Part) -> Mapping:
@@ -262,8 +284,9 @@ class Storage:
 
     def takeover_requested_by(self) -> int:
         """Return the `process_id` of the server whose process waits to be the writer, or 0."""
-        if self._fd < 0 or query(self._fd, REQUEST):
-            return 0
+        with explained(self.path):
+            if self._fd < 0 or query(self._fd, REQUEST):
+                return 0
         return int(self.header[Word.REQUESTER])
 
     def sign(self) -> None:
@@ -276,10 +299,10 @@ class Storage:
     def close(self) -> None:
         """Let another process write the file. The memory must not be used any more."""
         if self._fd >= 0:
-            fd, self._fd = self._fd, -1
             if self._signed:
                 self.header[Word.PID] = 0
-            unlock_and_close(fd, WRITER)
+            unlock_and_close(self._fd, WRITER)
+            self._fd = -1
         _stores.discard(self)
 
 
@@ -312,19 +335,20 @@ def enlarge(path: Path, capacity: int) -> Shape:
 
 def _create(path: Path, shape: Shape, boot: bytes, now: int, wait_ms: int) -> None:
     """Make the file, unless another process is faster. It appears at `path` when it is complete."""
-    _make_folder(path.parent)
+    make_folder(path.parent)
     draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        _fill(draft, shape, path, boot, now, wait_ms)
-        with suppress(FileExistsError):
-            os.link(draft, path)
-        if path.is_symlink() and not path.exists():
-            raise InvalidArgument(f"cannot use {path}: it is a link to a file that is not there")
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise error if isinstance(error, Unavailable) else _unusable(path, error) from None
+        with explained(path):
+            _fill(draft, shape, path, boot, now, wait_ms)
+            with suppress(FileExistsError):
+                os.link(draft, path)
+            if path.is_symlink() and not path.exists():
+                raise InvalidArgument(
+                    f"cannot use {path}: it is a link to a file that is not there"
+                )
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()
 
 
 def _fill(draft: Path, shape: Shape, path: Path, boot: bytes, now: int, wait_ms: int) -> None:
@@ -335,7 +359,7 @@ def _fill(draft: Path, shape: Shape, path: Path, boot: bytes, now: int, wait_ms:
         fill_header(header, shape)
         store = Storage(header, shape, fd, path)
     except BaseException:
-        os.close(fd)
+        close(fd)
         raise
     try:
         store.wait(now, wait_ms)
@@ -344,20 +368,6 @@ def _fill(draft: Path, shape: Shape, path: Path, boot: bytes, now: int, wait_ms:
         store.sync()
     finally:
         store.close()
-
-
-def _make_folder(folder: Path) -> None:
-    if folder.exists():
-        return
-    try:
-        folder.mkdir(0o700, parents=True, exist_ok=True)
-        _sync_folder(folder.parent)
-    except OSError as error:
-        raise InvalidArgument(
-            f"cannot make the state folder {folder}: {error.strerror}; make it for the server's"
-            f" user ('install -d -m 700 -o {os.geteuid()} {folder}'), or name another one"
-            " ('cidalloc model -o --state FOLDER DIR')"
-        ) from None
 
 
 def _check(
@@ -384,7 +394,7 @@ def _check(
     # The length of a part is stored before anything beyond it. Without the lock, a writer may store
     # both between our reads.
     blank = _is_blank(fd, rows, Part.RECORDS.place) and _is_blank(fd, records, status.st_size)
-    if not blank and (locked or not header[Word.PID]):
+    if not blank and (locked or not header[Word.PID] or query(fd, WRITER)):
         raise RegistryCorrupt(f"{path} is damaged: it has records beyond what it says is in use")
     return header, shape
 
@@ -418,34 +428,14 @@ def _is_blank(fd: int, start: int, end: int) -> bool:
     while True:
         try:
             start = os.lseek(fd, start, os.SEEK_DATA)
-        except OSError:  # there is no more data
-            return True
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return True  # there is no more data
         data = os.pread(fd, min(1 << 20, max(end - start, 0)), start)
         if not data or any(data):
             return not data
         start += len(data)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _unusable(path: Path, error: OSError) -> InvalidArgument | Unavailable:
-    if error.errno == errno.EROFS:
-        return InvalidArgument(
-            f"cannot use {path}: its file system is read-only; mount it for writing, or name a"
-            " folder elsewhere ('cidalloc model -o --state FOLDER DIR')"
-        )
-    if error.errno in _FULL:
-        return Unavailable(f"cannot make {path}: {error.strerror}; make room on its disk")
-    return InvalidArgument(
-        f"cannot use {path}: {error.strerror}; the server's user (uid {os.geteuid()}) must be able"
-        " to read and write the file and its folder"
-    )
 
 
 def _is_at(fd: int, path: Path) -> bool:

@@ -11,12 +11,14 @@ import os
 import struct
 from pathlib import Path
 
+from .failures import explained, is_passing, unusable
 from .file_format import Word
 
 __all__ = [
     "REQUEST",
     "WRITER",
     "TakeoverRequest",
+    "close",
     "process_id",
     "query",
     "try_lock",
@@ -34,10 +36,16 @@ def process_id(pid: int) -> int:
     """Return a number of this process that no other one has had since the machine was started.
 
     It is 0 if there is no such process, or if it has ended and its parent did not look yet.
+
+    Raises:
+        Unavailable: the machine fails, so that this is not known.
     """
+    file = Path(f"/proc/{pid}/stat")
     try:
-        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+        after_name = file.read_text().rpartition(")")[2].split()
+    except OSError as error:
+        if is_passing(error):
+            raise unusable(file, error) from None
         return 0
     if after_name[0] in "ZX":
         return 0
@@ -46,6 +54,9 @@ def process_id(pid: int) -> int:
 
 def _flock(kind: int, byte: int) -> bytes:
     return struct.pack("@hhqqi0q", kind, os.SEEK_SET, byte, 1, 0)
+
+
+_UNLOCKED = tuple(_flock(fcntl.F_UNLCK, byte) for byte in (WRITER, REQUEST))
 
 
 def try_lock(fd: int, byte: int) -> bool:
@@ -58,10 +69,21 @@ def try_lock(fd: int, byte: int) -> bool:
 
 
 def unlock_and_close(fd: int, byte: int) -> None:
-    """Unlock a byte and close the file."""
+    """Unlock a byte and close the file. An error of the system is ignored, as by `close`."""
     # A mapping or a forked child may keep the file open, so closing it alone would not unlock it.
-    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, byte))
-    os.close(fd)
+    try:  # noqa: SIM105 a context manager would need memory
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _UNLOCKED[byte])
+    except (OSError, MemoryError):  # it is unlocked, and there was no memory for the result
+        pass
+    close(fd)
+
+
+def close(fd: int) -> None:
+    """Close a file. Whatever the system answers, it is closed: what counts was synced before."""
+    try:  # noqa: SIM105 a context manager would need memory
+        os.close(fd)
+    except OSError:
+        pass
 
 
 def query(fd: int, byte: int) -> bool:
@@ -71,13 +93,18 @@ def query(fd: int, byte: int) -> bool:
 
 
 def writer_of(file: int | Path) -> tuple[int, int]:
-    """Return who writes a file: its process ID, and the `process_id` of its server."""
+    """Return who writes a file: its process ID, and the `process_id` of its server.
+
+    Raises:
+        InvalidArgument, Unavailable: the file at a path cannot be read.
+    """
     if isinstance(file, Path):
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return writer_of(fd)
-        finally:
-            os.close(fd)
+        with explained(file):
+            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                return writer_of(fd)
+            finally:
+                close(fd)
     pid, server = struct.unpack("=QQ", os.pread(file, 16, Word.PID * 8))
     return pid, server
 
@@ -85,19 +112,23 @@ def writer_of(file: int | Path) -> tuple[int, int]:
 class TakeoverRequest:
     """A request to become the writer of a file that another process writes.
 
-    It is a lock on a byte of the file, so the kernel withdraws it when this process dies.
+    It is a lock on a byte of the file, so the kernel withdraws it when this process dies. Its calls
+    raise `InvalidArgument` or `Unavailable` if the file cannot be used.
     """
 
     def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._path = path
         self._made = False
+        with explained(path):
+            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
     def make(self) -> bool:
         """Make the request. Return False if another process has made one before."""
-        if not self._made and try_lock(self._fd, REQUEST):
-            self._made = True
-            word = struct.pack("=Q", process_id(os.getppid()))
-            os.pwrite(self._fd, word, Word.REQUESTER * 8)
+        with explained(self._path):
+            if not self._made and try_lock(self._fd, REQUEST):
+                word = struct.pack("=Q", process_id(os.getppid()))
+                os.pwrite(self._fd, word, Word.REQUESTER * 8)
+                self._made = True
         return self._made
 
     def close(self) -> None:
