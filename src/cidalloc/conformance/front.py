@@ -21,7 +21,7 @@ __all__ = ["IDLE_MS", "SEQUENCE_MODEL", "Call", "ConnectionCut", "Front"]
 
 SEQUENCE_MODEL = "sequence"
 """The model, which takes every request of a sequence."""
-IDLE_MS = 600
+IDLE_MS = 3_000
 """The idle time of its sequences."""
 
 _LENGTH = "inference-header-content-length"

@@ -170,6 +170,7 @@ class Ledger:
         self._opened_at: dict[int, float] = {}  # by session, when its OPEN came
         self._changes: dict[tuple[str, int], Message] = {}
         self._doubt: dict[str, dict[int, Message]] = {}  # by token and seq
+        self._settled: dict[str, int] = {}  # by token, the seq of the last HELD that was answered
         self._closed: set[str] = set()
         self._holds: list[_Hold] = []
 
@@ -247,7 +248,7 @@ class Ledger:
             words = f"seq={message.seq} was used for two different changes"
             self.find("seq used twice", words, token=token)
         doubt = self._doubt.setdefault(token, {})
-        other = next((each for seq, each in doubt.items() if seq != message.seq), None)
+        other = next((each for seq, each in doubt.items() if seq < message.seq), None)
         if other is not None:
             words = (
                 f"{message.name} seq={message.seq} was sent while the result of {other.name}"
@@ -256,7 +257,8 @@ class Ledger:
             )
             self.find("change in doubt", words, token=token)
             doubt.clear()  # it is told once
-        doubt[message.seq] = message
+        if message.seq > self._settled.get(token, 0):  # else it comes late, and can do nothing
+            doubt[message.seq] = message
 
     def _judge_release(self, message: Message, cooldown_ms: object) -> None:
         session = self._of(message.token)
@@ -314,6 +316,7 @@ class Ledger:
         doubt = self._doubt.get(token, {})
         code = answer.code.name if isinstance(answer, CidError) else ""
         if message.operation is Operation.HELD and not code:
+            self._settled[token] = message.seq
             for seq in [each for each in doubt if each < message.seq]:
                 del doubt[seq]
         elif code == "SESSION_UNKNOWN":

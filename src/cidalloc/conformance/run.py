@@ -47,6 +47,7 @@ _LEASE_S = (TTL_MS + _SETTINGS.grace_ms) / 1000
 _RULES = Rules(TTL_MS / 1000, _SETTINGS.grace_ms / 1000, _SETTINGS.cooldown_ms / 1000, slack=0.02)
 _ANSWER_S = 10.0  # for which the program may take to answer
 _LOOK_S = 0.1
+_PIPE_S = 0.02  # a line is in the pipe by then
 _PAGE = (
     b"HTTP/1.1 502 Bad Gateway\r\nContent-Type: text/html\r\nContent-Length: 25\r\n"
     b"Connection: close\r\n\r\n<html>Bad Gateway</html>\r\n"[:-1]
@@ -261,6 +262,7 @@ class Run:
                     for _ in range(self._dice.randint(3, 7)):
                         await self._step()
                     if trouble is not None:
+                        await self._acquire(1)
                         await trouble()
                 for _ in range(3):
                     await self._step()
@@ -287,27 +289,25 @@ class Run:
             await self._release(dice.choice(held), dice.random() < 0.6)
         await asyncio.sleep(dice.choice([0.0, 0.05, 0.3]))
 
-    async def _use_all(self) -> None:
-        for cid in list(self.ledger.held)[:5]:
-            await self._use(cid)
-
     async def _outage(self) -> None:
         """Lose all messages for longer than a lease."""
         self.ledger.note(_now(), "(from here on all messages are lost)")
         self._cut_off = True
         await asyncio.sleep(TTL_MS / 1000 * self._dice.uniform(1.05, 1.7))
-        await self._use_all()
+        for cid in list(self.ledger.held)[-3:]:
+            await self._use(cid)
         self._cut_off = False
         self.ledger.note(_now(), "(the network is back)")
 
     async def _freeze(self) -> None:
-        """Stop the program for longer than a lease."""
+        """Stop the program for longer than a lease, with a question in its input."""
         self.ledger.note(_now(), "(the program is stopped with SIGSTOP)")
         self._program.signal(signal.SIGSTOP)
         await asyncio.sleep(TTL_MS / 1000 * self._dice.uniform(1.05, 1.7))
-        self._program.signal(signal.SIGCONT)
         self.ledger.note(_now(), "(it goes on)")
-        await self._use_all()
+        asyncio.get_running_loop().call_later(_PIPE_S, self._program.signal, signal.SIGCONT)
+        for cid in list(self.ledger.held)[-3:]:
+            await self._use(cid)
 
     async def _restart(self) -> None:
         """Restart the manager."""
