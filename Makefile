@@ -24,6 +24,8 @@
 #   make simulate  2000 fleets of clients with virtual time and every fault: ARGS="SEED --runs N"
 #   make chaos   a real server and 20 client processes for three minutes, while all is broken in
 #                turns: ARGS="--seed N --seconds S --clients C"; a full disk only as root
+#   make conformance  500 seeds of a manager behind faults for each of the clients in Python and
+#                JavaScript, and clients that are wrong on purpose: 6 minutes; needs node
 #   make bench-gate  instructions per call against their limits; needs valgrind
 #   make fuzz    anything for what reads requests, files, URLs and settings: SECONDS=30 each
 #   make sanitize  the tests of the core and the registry under ASan and UBSan
@@ -58,7 +60,7 @@ define install
 endef
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
 
-.PHONY: help demo test lint dist bench bench-client bench-registry bench-gate load scale simulate chaos fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy drill-route proxies simulate-fleet clean
+.PHONY: help demo test lint dist bench bench-client bench-registry bench-gate load scale simulate chaos fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy drill-route proxies simulate-fleet conformance clean
 .DELETE_ON_ERROR:
 
 help:
@@ -117,6 +119,10 @@ simulate: .venv/.built .venv/.dev
 
 chaos: .venv/.built .venv/.dev
 	$(BIN)/python tests/support/chaos.py $(ARGS)
+
+conformance: .venv/.built .venv/.dev
+	@command -v node >/dev/null || { echo "error: node is not on PATH: install nodejs" >&2; exit 1; }
+	CIDALLOC_CONFORMANCE=500 $(BIN)/python -m pytest -q tests/integration/test_conformance.py
 
 bench: .venv/.bench
 	$(BIN)/python -m pytest -q bench/test_peers.py
