@@ -1,7 +1,4 @@
-"""The faults of a run: what happens to each message, decided by the seed and the message's number.
-
-So the same seed does the same to the n-th message, as far as the client sends the same messages.
-"""
+"""The faults of a run: what happens to each message, by the seed and the number of the message."""
 
 from __future__ import annotations
 
@@ -47,14 +44,13 @@ _KINDS = {
     Fate("answer replaced by the error page of a proxy", page=True): 2,
 }
 """How often each happens; a time of 1 stands for a random one."""
-_DELAY_S = (0.02, 0.6)
 
 
 def fate_of(seed: int, number: int) -> Fate:
-    """Return what happens to the message of this number."""
+    """Return what happens to the message of this number: always the same."""
     dice = random.Random(seed * 1_000_003 + number)  # noqa: S311 not for secrets
     (kind,) = dice.choices(list(_KINDS), list(_KINDS.values()))
-    delay = dice.uniform(*_DELAY_S)
+    delay = dice.uniform(0.02, 0.6)
     return kind._replace(
         before=kind.before and delay, after=kind.after and delay, again=kind.again and delay
     )
