@@ -21,15 +21,14 @@ from mutants import WRONG_CLIENTS, Mutant, write
 from cidalloc.conformance import ledger
 
 ROOT = Path(__file__).parent.parent.parent
-EXAMPLES = ROOT / "examples"
+EXAMPLES, CPP = ROOT / "examples", ROOT / "cpp"
 SEEDS = int(os.environ.get("CIDALLOC_CONFORMANCE", "6"))
-WRONG_SEEDS = 16
+WRONG_SEEDS = {"used too late": 16}  # else 4
 NODE = shutil.which("node")
 PYTHON = [sys.executable, str(EXAMPLES / "conformance" / "python_client.py")]
-CLIENTS = {
-    "python": PYTHON,
-    "javascript": [NODE or "", str(EXAMPLES / "javascript" / "conformance_client.mjs")],
-}
+JAVASCRIPT = [NODE or "", str(EXAMPLES / "javascript" / "conformance_client.mjs")]
+LONG = SEEDS >= 100
+BUILDS = LONG and (CPP / "include").is_dir()
 KIT = [sys.executable, "-m", "cidalloc", "conformance"]
 
 pytestmark = [
@@ -40,6 +39,7 @@ pytestmark = [
 needs_node = pytest.mark.skipif(
     NODE is None, reason="node is not installed: apt-get install nodejs"
 )
+needs_cpp = pytest.mark.skipif(not BUILDS, reason="`make conformance` builds the client in C++")
 
 
 class Kit(subprocess.Popen[str]):
@@ -48,6 +48,7 @@ class Kit(subprocess.Popen[str]):
     def __init__(self, folder: Path, client: list[str], seeds: int) -> None:
         self.junit = folder / "junit.xml"
         arguments = ["--seeds", str(seeds), "--junit", str(self.junit), "--keep", str(folder)]
+        arguments += ["--jobs", "8"] if LONG else []
         pipe = subprocess.PIPE
         super().__init__([*KIT, *arguments, "--", *client], stdout=pipe, stderr=pipe, text=True)
 
@@ -55,27 +56,47 @@ class Kit(subprocess.Popen[str]):
 @pytest.fixture(scope="module")
 def kits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Kit]]:
     with ExitStack() as stack:
-        started = {}
-        for name, command in CLIENTS.items():
-            if command[0]:
-                started[name] = Kit(tmp_path_factory.mktemp(name), command, SEEDS)
+        commands = {"python": PYTHON}
+        if NODE:
+            commands["javascript"] = JAVASCRIPT
+        if BUILDS:
+            commands["cpp"] = built(tmp_path_factory.mktemp("build"))
+        started = {
+            name: Kit(tmp_path_factory.mktemp(name), command, SEEDS)
+            for name, command in commands.items()
+        }
         for mutant in WRONG_CLIENTS:
             folder = tmp_path_factory.mktemp("wrong")
             write(mutant, folder)
             client = ["env", f"PYTHONPATH={folder}", "PYTHONDONTWRITEBYTECODE=1", *PYTHON]
-            started[mutant.name] = Kit(folder, client, WRONG_SEEDS)
+            started[mutant.name] = Kit(folder, client, WRONG_SEEDS.get(mutant.rules, 4))
         for kit in started.values():
             stack.enter_context(kit)
             stack.callback(kit.kill)
         yield started
 
 
-@pytest.mark.parametrize("name", ["python", pytest.param("javascript", marks=needs_node)])
+def built(folder: Path) -> list[str]:
+    """Build the client in C++, and return its command."""
+    program, source = str(folder / "client"), str(CPP / "tests" / "conformance_client.cc")
+    include, libraries = f"-I{CPP / 'include'}", ["-lcurl", "-lpthread"]
+    subprocess.run(["g++", "-std=c++17", include, source, "-o", program, *libraries], check=True)
+    return [program]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "python",
+        pytest.param("javascript", marks=needs_node),
+        pytest.param("cpp", marks=needs_cpp),
+    ],
+)
 def test_a_right_client(kits: dict[str, Kit], name: str) -> None:
     shown, words = kits[name].communicate()
     assert kits[name].returncode == 0, shown + words
     assert words == ""
-    found = re.fullmatch(rf"{SEEDS} seeds, ([\d,]+) messages, \d+ s: all passed\n", shown)
+    found = re.search(rf"^{SEEDS} seeds, ([\d,]+) messages, \d+ s: all passed\n$", shown, re.M)
     assert found
     assert int(found[1].replace(",", "")) > 10 * SEEDS
     suite = ElementTree.parse(kits[name].junit).getroot()

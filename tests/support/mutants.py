@@ -189,6 +189,20 @@ WRONG_CLIENTS = [
         "unended, idle_s = self.state.close() and False, plan.target.idle_s",
         "released as ended",
     ),
+    Mutant(
+        "no CLOSE",
+        "client/core/lease.py",
+        'yield from self._ask(Operation.CLOSE, deadline, {"ended": ended})',
+        "yield from ()",
+        "leaked",
+    ),
+    Mutant(
+        "no heartbeat",
+        "client/core/lease.py",
+        "self.renew_at = sent + self._link.ttl * self._link.rng.uniform(0.25, 0.35)",
+        "self.renew_at = sent + 1e6",
+        "not usable",
+    ),
 ]
 """Clients that `cidalloc conformance` must tell from a right one; ``rules`` is what it finds."""
 

@@ -21,6 +21,7 @@ __all__ = ["conformance"]
 
 _SEEDS = 100
 _JOBS = 12 * (os.cpu_count() or 1)  # seeds mostly wait
+_LATE_S = 0.3
 _NAMED = 10  # other seeds with the same finding
 
 
@@ -107,6 +108,9 @@ def _report(client: Sequence[str], results: Sequence[Result], took: float) -> No
         where = f" ({len(seeds) - 1} more: {others}{more})" if others else ""
         click.echo(f"  seed {seed}{where}")
         click.echo(f"  repeat: cidalloc conformance --seed {seed} -- {' '.join(client)}\n")
+    if (late := max(each.late for each in results)) > _LATE_S:
+        words = f"the machine was busy, and the kit late by up to {late:.1f} s: try fewer --jobs"
+        click.echo(f"note: {words}")
     failed = sum(bool(each.findings) for each in results)
     messages = sum(each.messages for each in results)
     click.echo(

@@ -125,7 +125,8 @@ class Ledger:
         self.held: dict[int, _Hold] = {}
         self.sessions: set[int] = set()  # those that the client has an answer of
         self._recorder, self._rules, self._unended_s = recorder, rules, unended
-        self._answered_at = 0.0
+        self._renewed_at = 0.0  # when the last answer that renewed a lease came
+        self._lease: dict[int, float] = {}  # by session, until when its IDs may be used
         self._holds: list[_Hold] = []
         self._owner: dict[int, int] = {}  # by ID, the session that it was issued to
         self._unended: dict[int, int] = {}  # IDs used and released without END: by which session
@@ -252,7 +253,6 @@ class Ledger:
 
     def answered(self, now: float, message: Message) -> None:
         """Note that the client gets the manager's answer now, and judge that."""
-        self._answered_at = now
         answer, token, session = message.answer, message.token, message.session
         code = answer.code.name if isinstance(answer, CidError) else ""
         doubt = self._doubt.get(token, {})
@@ -269,6 +269,8 @@ class Ledger:
             opened = message.operation is Operation.OPEN
             first = self._opened_at[session] if opened else None
             self._recorder.done(message.number, session=session, first=first)
+            until = (first or message.at) + self._rules.ttl
+            self._renewed_at, self._lease[session] = now, max(until, self._lease.get(session, 0.0))
         if code in (*_WRONG_RELEASES, *_REFUSALS):
             kind = "released wrongly" if code in _WRONG_RELEASES else "request refused"
             words = f"the manager refused {message.text}: {answer}"
@@ -290,11 +292,20 @@ class Ledger:
             self._holds.append(hold)
             self._recorder.note("hold", need=self._unended_s, **hold.who)
 
-    def used(self, began: float, cid: int) -> None:
-        """Note that the program has said that it may use an ID; it was asked at ``began``."""
+    def may_use(self, now: float, cid: int) -> bool:
+        """Whether the lease of an ID is good, by the answers that have come."""
+        return now < self._lease.get(self.held[cid].session, 0.0)
+
+    def used(self, at: float, cid: int, good: bool) -> None:
+        """Note that the program may use an ID, as it says.
+
+        Args:
+            at: when it was asked.
+            cid: the ID.
+            good: the lease was good then. Otherwise the program may have waited for an answer.
+        """
         hold = self.held[cid]
-        # If an answer came meanwhile, the program may have waited for it.
-        hold.used_at = max(began, self._answered_at)
+        hold.used_at = at if good else max(at, self._renewed_at)
         self._recorder.note("use", now=hold.used_at, **hold.who)
 
     def releases(self, cid: int, ended: bool) -> None:
