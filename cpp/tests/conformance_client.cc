@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <cidalloc.hpp>
+#include <exception>
 #include <iostream>
 #include <map>
 #include <memory>
@@ -15,8 +16,8 @@ using cidalloc::Client;
 using cidalloc::Id;
 using cidalloc::Sequence;
 
-/// Each ID is that of a sequence on the model `sequence`, which the kit serves. Its requests are only
-/// noted, not sent: END counts as answered.
+/// Each ID is that of a sequence on the model `sequence`, which the kit serves. Its requests are
+/// only noted, not sent: END counts as answered.
 class Adapter {
  public:
   std::string run(const std::string& name, std::istringstream& words) {
@@ -33,8 +34,10 @@ class Adapter {
     } else if (name == "acquire") {
       std::size_t count = 0;
       words >> count;
+      cidalloc::SequenceOptions options;
+      options.timeout = std::chrono::seconds(1);
       std::vector<Sequence> found;
-      while (found.size() < count) found.push_back(client_->sequence("sequence", LIMITS));
+      while (found.size() < count) found.push_back(client_->sequence("sequence", options));
       for (auto& each : found) {
         const Id id = each.id();
         said += " " + std::to_string(id);
@@ -56,8 +59,6 @@ class Adapter {
   }
 
  private:
-  inline static const cidalloc::SequenceOptions LIMITS{std::chrono::seconds(1), std::nullopt};
-
   Sequence& at(std::istringstream& words) {
     Id id = 0;
     words >> id;
@@ -70,7 +71,7 @@ class Adapter {
 
 }  // namespace
 
-int main() {
+int main() try {
   Adapter adapter;
   for (std::string line; std::getline(std::cin, line);) {
     std::istringstream words(line);
@@ -83,4 +84,7 @@ int main() {
       std::cout << "error " << error.what() << std::endl;
     }
   }
+} catch (const std::exception& error) {
+  std::cerr << error.what() << std::endl;
+  return 1;
 }

@@ -157,7 +157,8 @@ class Ledger:
             for each in self.lines
             if each.at <= until and (any_line or wanted & each.cids or each.token == token != "")
         ]
-        self.findings.append(Finding(kind, words, shown[-_MOST_LINES:]))
+        lines = [_printable(each) for each in shown[-_MOST_LINES:]]
+        self.findings.append(Finding(kind, _printable(words), lines))
 
     # ---- Messages
 
@@ -328,6 +329,11 @@ class Ledger:
                 hold = holds[found[0]]
                 token, until = tokens.get(hold.session, ""), hold.used_at
             self.find(kind, words, cids, token, until)
+
+
+def _printable(text: str) -> str:
+    """Return a text without what the client may have put into it to confuse terminals and XML."""
+    return "".join(each if each.isprintable() else "?" for each in text)
 
 
 def _some(numbers: Sequence[object]) -> str:
