@@ -3,7 +3,8 @@
 #   make test    the whole test suite, with the tests on a real Triton server: 6 to 9 minutes
 #   make lint    style, types and layers
 #   make dist    sdist and wheel, the wheel tested in environments of its own
-#   make bench   the allocator next to its peers: half an hour; fills docs/performance.md in
+#   make bench   the allocator next to its peers: 40 minutes; fills docs/performance.md and
+#                docs/choosing.md in
 #   make bench-registry  what the manager's registry costs: sessions, opening it again
 #   make bench-client  the client next to plain tritonclient, and an ID next to uuid4 and Redis:
 #                5 minutes; fills docs/performance.md in
@@ -25,8 +26,10 @@
 #   make chaos   a real server and 20 client processes for three minutes, while all is broken in
 #                turns: ARGS="--seed N --seconds S --clients C"; a full disk only as root
 #   make conformance  500 seeds of a manager behind faults for each of the clients in Python and
-#                JavaScript, and clients that are wrong on purpose: 6 minutes; needs node
+#                JavaScript, and clients that are wrong on purpose: 8 minutes; needs node
 #   make bench-gate  instructions per call against their limits; needs valgrind
+#   make pythons  the wheel and the tests of the allocator on each Python that is there: 3.10 to
+#                3.14 and the free-threaded 3.14t, on PATH, of pyenv or in /opt
 #   make fuzz    anything for what reads requests, files, URLs and settings: SECONDS=30 each
 #   make sanitize  the tests of the core and the registry under ASan and UBSan
 #   make coverage  which branches of the Python code, and lines of the Cython code, no test reaches
@@ -60,7 +63,7 @@ define install
 endef
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
 
-.PHONY: help demo test lint dist bench bench-client bench-registry bench-gate load scale simulate chaos fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy drill-route proxies simulate-fleet conformance clean
+.PHONY: help demo test lint dist pythons bench bench-client bench-registry bench-gate load scale simulate chaos fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy drill-route proxies simulate-fleet conformance clean
 .DELETE_ON_ERROR:
 
 help:
@@ -205,6 +208,18 @@ dist: .venv/.built .venv/.dev
 		manager metrics,tests/integration/test_$(name).py)
 	$(call clean_environment,client) 'numpy>=2'
 	cd build/dist/cidalloc-*/ && $(SHORT) -m 'not server' $(DRILLS)
+
+# The tests of the allocator need neither tritonclient nor a server, so neither does this.
+PYTHONS := 3.10 3.11 3.12 3.13 3.14 3.14t
+pythons: | .cache/tmp
+	@set -e; for v in $(PYTHONS); do \
+		found=$$(for p in python$$v ~/.pyenv/versions/$$v.*/bin/python /opt/python$$v/bin/python$$v; do \
+			"$$p" -c '' 2>/dev/null && { echo "$$p"; break; }; done || true); \
+		[ "$$found" ] || { echo "== Python $$v: skipped, since it is not there"; continue; }; \
+		echo "== Python $$v: $$found"; to=build/pythons/$$v; \
+		"$$found" -m venv --clear $$to; $$to/bin/python -m pip install -q -U 'pip>=25.1'; \
+		$$to/bin/python -m pip install -q . pytest pytest-timeout hypothesis; \
+		$$to/bin/python -m pytest -q --noconftest tests/unit/test_alloc*.py; done
 
 define clean_environment
 	$(BIN)/python -m venv --clear build/clean

@@ -22,7 +22,8 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from peers import FullPython, NumpyStack, UuidSet
+from compiled import module
+from peers import NUMBERS, PEERS, FullPython, NumpyStack, UuidSet
 from workloads import (
     ARRAY_BULK,
     MAIN,
@@ -35,9 +36,11 @@ from workloads import (
     Churn,
     EmptyLoop,
     Expire,
+    FromC,
     Pair,
     PairInFull,
     Rig,
+    Statements,
     make,
 )
 
@@ -49,22 +52,26 @@ WARM = 4  # times a slice runs untimed before: enough to touch the records of a 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 LOOP = "empty loop"
 TWO_CORES = 1.85  # CPU time per time that two threads reach if both have a core
-PAIRS = (
-    "floor",
-    "floor, no optional arguments",
-    "floor, existing int",
-    *OURS,
-    "list, unchecked",
-    "list + set",
-    "deque + set",
-    "heapq + set",
-    "getrandbits + set",
-    UuidSet.name,
-    "bitarray",
-    "pyroaring",
-    NumpyStack.name,
-    FullPython.name,
-)
+FLOORS = ("floor", "floor, no optional arguments", "floor, existing int")
+POOLS = tuple(peer.name for peer in PEERS)
+AT_ONCE = (1, 1000)
+"""How many a loop in C holds at once."""
+IDIOMS = {
+    "acquire + release": "pool.release(pool.acquire())",
+    "acquire_wait + release": "pool.release(pool.acquire_wait())",
+    "acquire, try, finally": "cid = pool.acquire()\ntry:\n  pass\nfinally:\n  pool.release(cid)",
+    "lease": "with pool.lease():\n  pass",
+}
+LOOPS = {
+    "range": "for i in range(1000):\n  pass",
+    "acquire and release in a loop": "for i in range(1000):\n  pool.release(pool.acquire())",
+    "acquire_many, loop, release_many": "ids = pool.acquire_many(1000)\n"
+    "for cid in memoryview(ids):\n  pass\n"
+    "pool.release_many(ids)",
+    "iterate over the held IDs": "for cid in full:\n  pass",
+    "held, loop": "for cid in full.held().tolist():\n  pass",
+}
+"""What a user writes, with one ID and with a thousand of them."""
 Measured = dict[str, dict[str, list[float]]]
 
 
@@ -112,10 +119,12 @@ def summary(label: str, taken: dict[str, list[float]], reference: str, unit: str
 
 
 def pairs(full: bool, rounds: int, seed: int) -> list[dict[str, Any]]:
-    """Scalar pairs, less the empty loop around them."""
-    names = ("floor", *OURS, FullPython.name) if full else PAIRS
+    """Scalar pairs, or numbers that are only made, less the empty loop around them."""
+    names = ("floor", *OURS, FullPython.name) if full else (*FLOORS, *OURS, *POOLS)
     kind = PairInFull if full else Pair
     rigs: dict[str, Rig] = {name: kind(make(name, 2**16)) for name in names}
+    if not full:
+        rigs |= {each.name: Statements(each.call, vars(make(each.name))) for each in NUMBERS}
     rigs[LOOP] = EmptyLoop()
     taken = rounds_of(rigs, rounds * 4, random.Random(seed))["pair"]  # noqa: S311
     loop = taken.pop(LOOP)
@@ -124,6 +133,31 @@ def pairs(full: bool, rounds: int, seed: int) -> list[dict[str, Any]]:
     }
     label = "pair, owner and times given" if full else "pair"
     return [summary(label, less, "floor", "ns per pair")]
+
+
+def from_c(at_once: int, rounds: int, seed: int) -> list[dict[str, Any]]:
+    """Pairs in C, so many at once."""
+    loops = module("from_c")
+    rigs: dict[str, Rig] = {name: FromC(at_once, loops.from_pool, make(name)) for name in OURS}
+    rigs["bump pointer"] = FromC(at_once, loops.from_bump)
+    rigs["malloc + free"] = FromC(at_once, loops.from_malloc)
+    taken = rounds_of(rigs, rounds * 4, random.Random(seed))["pair"]  # noqa: S311
+    return [summary(f"from C, {at_once} at once", taken, MAIN, "ns per pair")]
+
+
+def idioms(rounds: int, seed: int) -> list[dict[str, Any]]:
+    """Pairs as users write them."""
+    pool, full = make(MAIN), make(MAIN)
+    full.acquire_many(1000)
+    found = []
+    for label, sources, count in (("idioms", IDIOMS, 1), ("loops", LOOPS, 1000)):
+        names = {"pool": pool, "full": full}
+        rigs: dict[str, Rig] = {
+            name: Statements(source, names, count) for name, source in sources.items()
+        }
+        taken = rounds_of(rigs, rounds * 2, random.Random(seed))["pair"]  # noqa: S311
+        found.append(summary(label, taken, next(iter(sources)), "ns per ID"))
+    return found
 
 
 def churn(n: int, ints: bool, rounds: int, seed: int) -> list[dict[str, Any]]:
@@ -217,8 +251,8 @@ def private_dirty() -> int:
 
 def memory(name: str, n: int, _rounds: int, seed: int) -> list[dict[str, Any]]:
     """Bytes per live ID, freshly acquired and after churn; the caller's own array not counted."""
-    _hold(name, 2000, seed, lambda: None)  # the code paths, once
-    live = np.ones(n, np.uint64)
+    live = np.ones(n, object if name == UuidSet.name else np.uint64)  # its IDs have 128 bits
+    _hold(name, 2000, seed, lambda: None, live)  # the code paths, once
     figures: list[float] = []
     before = 0
 
@@ -234,9 +268,8 @@ def memory(name: str, n: int, _rounds: int, seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def _hold(name: str, n: int, seed: int, look: Callable[[], None], live: Any | None = None) -> None:
+def _hold(name: str, n: int, seed: int, look: Callable[[], None], live: Any) -> None:
     # The live IDs stand in the caller's array, even those of plain Python, which pays for its ints.
-    live = np.ones(n, np.uint64) if live is None else live
     pool = make(name)
     for at in range(0, n, 1000):
         live[at : at + 1000] = pool.acquire_many(1000)
@@ -317,10 +350,11 @@ def _one_and_two(rigs: list[Rig]) -> tuple[float, float]:
     return one / two, cpu / two
 
 
-MEMORY = (*OURS, "list + set", "heapq + set", "getrandbits + set", "bitarray", *ARRAY_BULK)
 CASES: dict[str, tuple[Any, ...]] = {
     "pair": (pairs, False),
     "pair-full": (pairs, True),
+    **{f"from-c-{n}": (from_c, n) for n in AT_ONCE},
+    "idioms": (idioms,),
     **{f"churn-{n}": (churn, n, False) for n in SIZES},
     "churn-ints": (churn, SIZES[-1], True),
     **{f"bulk-churn-{n}": (bulk_churn, n) for n in SIZES},
@@ -333,10 +367,7 @@ CASES: dict[str, tuple[Any, ...]] = {
         for percent in (10, 50, 90, 99)
     },
     "filling": (filling, 2**14),
-    **{
-        f"memory-{name.replace(' ', '-')}": (memory, name, SIZES[-1])
-        for name in (*MEMORY, FullPython.name)
-    },
+    **{f"memory-{name.replace(' ', '-')}": (memory, name, SIZES[-1]) for name in (*OURS, *POOLS)},
     **{f"threads-{n}": (threads, n) for n in SIZES[1:]},
 }
 """Every case: a function and its arguments, after which come the number of rounds and a seed."""

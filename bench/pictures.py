@@ -38,6 +38,8 @@ LOOKS = {
     "NumPy stack + owner": ("#2da44e", "-", 1.6),
     "pyroaring": ("#1b9e9e", "-", 1.6),
     "list + set": ("#218bff", "-", 1.6),
+    "sortedcontainers + set": ("#8250df", "--", 1.6),
+    "intbitset": ("#1b9e9e", ":", 1.6),
     "deque + set": ("#218bff", "--", 1.6),
     "heapq + set": ("#8250df", "-", 1.6),
     "full Python": ("#bf3989", "-", 1.6),
@@ -47,6 +49,13 @@ LOOKS = {
 
 WORKERS = {1: ("#d1242f", "o"), 8: ("#8250df", "s"), 64: ("#218bff", "D")}
 """Colour and marker of each number of threads or tasks."""
+
+KINDS = {
+    "cidalloc": ("#d1242f", "o"),
+    "takes IDs back, does less": ("#218bff", "s"),
+    "only makes numbers, keeps none": ("#7d8590", "D"),
+}
+"""Colour and marker of each kind of peer."""
 
 KEPT = {
     "living sequences": "#7d8590",
@@ -143,6 +152,54 @@ def _names(axes: Axes, ends: dict[str, tuple[float, str]]) -> None:
             color=colour,
             va="center",
         )
+
+
+def draw_peers(found: dict[str, tuple[str, Any, Any]], path: Path) -> None:
+    """Draw the time and the memory of the allocator and its peers, with their spread.
+
+    Args:
+        found: the kind of each, and a `report.Figure` of its time and of its memory, or None.
+        path: the picture.
+    """
+    if not found:
+        return
+    kinds = list(KINDS)
+    order = sorted(found, key=lambda name: (kinds.index(found[name][0]), found[name][1].middle))
+    canvas = Canvas(figsize=(8.6, 1.6 + 0.3 * len(order)), layout="constrained")
+    panels = canvas.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    titles = ("time, divided by cidalloc's", "bytes per held ID, in long use")
+    for at, (axes, title) in enumerate(zip(panels, titles, strict=True), 1):
+        for place, name in enumerate(order):
+            colour, marker = KINDS[found[name][0]]
+            each = found[name][at]
+            if each is not None:
+                axes.hlines(place, each.low, each.high, color=colour, alpha=0.35, linewidth=4)
+                axes.plot(each.middle, place, marker, color=colour, markersize=6)
+                axes.annotate(
+                    f"{each.middle:.2g}" if each.middle < 10 else f"{each.middle:.0f}",
+                    (each.high, place),
+                    xytext=(6, 0),
+                    textcoords="offset points",
+                    color=colour,
+                    fontsize=9,
+                    va="center",
+                )
+        axes.set_xscale("log")
+        axes.margins(x=0.12)
+        axes.set_title(title, fontsize=11)
+        axes.grid(True, axis="x", color="#7d8590", alpha=0.25, linewidth=0.6)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+    panels[0].axvline(1.0, color="#7d8590", linewidth=1.2)
+    panels[0].set_yticks(range(len(order)), order)
+    panels[0].set_ylim(len(order) - 0.5, -0.5)
+    handles = [
+        Line2D([], [], color=colour, marker=marker, linestyle="", label=kind)
+        for kind, (colour, marker) in KINDS.items()
+    ]
+    canvas.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    canvas.suptitle("An ID acquired and released, or a number made: left is better", fontsize=12)
+    _save(canvas, path)
 
 
 def draw_ratios(

@@ -1,7 +1,8 @@
 """The study of `make bench`: allocator, floor and peers side by side, in many fresh processes.
 
 Runs every case of measure.py in processes of its own, in random order, and writes what they found
-as results.json, a table and pictures; report.py then fills docs/performance.md in.
+as results.json, a table and pictures; report.py then fills docs/performance.md and
+choosing.md in.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ DOCS = ROOT / "docs" / "performance"
 QUICK = ROOT / "build" / "bench" / "quick"
 FEW = ("memory", "filling", "expire-scattered")
 """Cases that are counted, or take long and leave no doubt: three processes are enough."""
-PACKAGES = ("cidalloc", "numpy", "cython", "bitarray", "pyroaring")
+PACKAGES = ("cidalloc", "numpy", "cython", "bitarray", "fastuuid", "intbitset", "pyroaring")
+PACKAGES += ("sortedcontainers", "uuid_utils")
 
 
 def run(cases: list[str], processes: int, rounds: int, seed: int) -> list[dict[str, Any]]:
@@ -88,6 +90,16 @@ def instructions() -> float | None:
     return gate.measured(["pair"])["pair"][0] if shutil.which("valgrind") else None
 
 
+def add(before: dict[str, Any], results: dict[str, Any], only: str) -> dict[str, Any]:
+    """Put the results of some cases in place of those of an earlier study, and note when and where.
+
+    The note stands until the next whole study.
+    """
+    said = f"the cases that begin with `{only}`: {report.conditions(results)}"
+    later = before.get("later", {}) | {only: said}
+    return before | {"cases": before["cases"] | results["cases"], "later": later}
+
+
 def main() -> None:
     """Run the study and write everything."""
     options = argparse.ArgumentParser(description=__doc__)
@@ -95,7 +107,7 @@ def main() -> None:
     options.add_argument("--processes", type=int, help="per case; 8, or 1 with --quick")
     options.add_argument("--rounds", type=int, help="per process; 25, or 5 with --quick")
     options.add_argument("--seed", type=int, default=int(time.time()))
-    options.add_argument("--only", default="", help="cases that begin with this")
+    options.add_argument("--only", default="", help="cases that begin with this; others stay")
     options.add_argument("--output", type=Path, help="where to write")
     given = options.parse_args()
     folder = given.output or (QUICK if given.quick else DOCS)
@@ -114,7 +126,10 @@ def main() -> None:
         "minutes": round((time.time() - began) / 60, 1),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(report.compact(results))
+    path = folder / "results.json"
+    if given.only and path.exists():
+        results = add(json.loads(path.read_text()), results, given.only)
+    path.write_text(report.compact(results))
     report.write(folder)
 
 

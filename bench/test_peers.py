@@ -7,23 +7,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-from peers import PEERS, Full, FullPython, NumpyStack, Peer, Refused
-from workloads import FIRST, MAKERS, OURS, make
+from compiled import module
+from duties import CLAIMS, does, many
+from measure import IDIOMS, LOOPS
+from peers import DUTIES, NUMBERS, PEERS, Full
+from workloads import FIRST, MAKERS, OURS, Statements, make
 
-from cidalloc.errors import CidError
+from cidalloc import Allocator
+from cidalloc.errors import Exhausted
 
-CHECKED = [peer for peer in PEERS if peer.checks]
-FULL = (Full, CidError)
-REFUSED = (Refused, CidError)
-ALL = [*OURS, *(peer.name for peer in PEERS)]
-
-
-def checks(name: str) -> frozenset[str]:
-    """Return what a contestant refuses; the allocator refuses everything."""
-    return next((peer.checks for peer in PEERS if peer.name == name), FullPython.checks)
+POOLS = [*OURS, *(peer.name for peer in PEERS)]
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("duty", DUTIES)
+@pytest.mark.parametrize("name", CLAIMS)
+def test_contestants_do_what_they_say_and_no_more(name: str, duty: str) -> None:
+    """Each tick and each dash of the table of peers is tried."""
+    assert does(name, duty) == (duty in CLAIMS[name])
+
+
+@pytest.mark.parametrize("name", POOLS)
 def test_no_id_is_held_twice(name: str) -> None:
     """A long random mixture of all calls, against a plain set."""
     pool = make(name, 4000)
@@ -39,87 +42,31 @@ def test_no_id_is_held_twice(name: str) -> None:
             some = held[-5:] if chance.random() < 0.3 else held[-1:]
             del held[-len(some) :]
             if len(some) > 1:
-                pool.release_many(np.array(some, np.uint64) if array_like(name) else some)
+                pool.release_many(many(pool, some))
             else:
                 pool.release(some[0])
 
 
-def array_like(name: str) -> bool:
-    """Tell whether a contestant takes arrays."""
-    return name in OURS or name == NumpyStack.name
-
-
-@pytest.mark.parametrize("name", ["cidalloc 1", *(peer.name for peer in PEERS if peer.bounded)])
+@pytest.mark.parametrize(
+    "name", ["cidalloc 1", *(peer.name for peer in PEERS if "reuse" in peer.does)]
+)
 def test_every_id_is_issued_before_the_pool_is_full(name: str) -> None:
     """The whole pool and nothing else, and again after everything came back."""
     pool = make(name, 50)
     for _ in range(3):
         ids = [int(cid) for cid in pool.acquire_many(20)] + [pool.acquire() for _ in range(30)]
         assert sorted(ids) == list(range(FIRST, FIRST + 50))
-        with pytest.raises(FULL):
+        with pytest.raises((Full, Exhausted)):
             pool.acquire()
-        with pytest.raises(FULL):
+        with pytest.raises((Full, Exhausted)):
             pool.acquire_many(1)
         for cid in ids[:10]:
             pool.release(cid)
-        rest = ids[10:]
-        pool.release_many(np.array(rest, np.uint64) if array_like(name) else rest)
+        pool.release_many(many(pool, ids[10:]))
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if "double" in checks(name)])
-def test_what_nobody_holds_is_refused(name: str) -> None:
-    """Released before, never issued, outside the pool; and a refused bulk call changes nothing."""
-    pool = make(name, 64)
-    cid, other = pool.acquire(), pool.acquire()
-    pool.release(cid)
-    for wrong in (cid, FIRST + 40, FIRST + 64, FIRST - 1):
-        with pytest.raises(REFUSED):
-            pool.release(wrong)
-        if "twice" in checks(name) and wrong != FIRST - 1:
-            with pytest.raises(REFUSED):
-                pool.release_many([other, wrong])
-    pool.release(other)
-
-
-@pytest.mark.parametrize("name", [name for name in ALL if "twice" in checks(name)])
-def test_one_id_twice_in_a_call_is_refused(name: str) -> None:
-    """And neither is released."""
-    pool = make(name, 64)
-    cid = pool.acquire()
-    with pytest.raises(REFUSED):
-        pool.release_many([cid, cid])
-    pool.release(cid)
-
-
-@pytest.mark.parametrize("name", [name for name in ALL if "owner" in checks(name)])
-def test_another_owner_is_refused(name: str) -> None:
-    """By the scalar and by the bulk call."""
-    pool = make(name, 1000)
-    cid, ids = pool.acquire(3), pool.acquire_many(5, 3)
-    with pytest.raises(REFUSED):
-        pool.release(cid, 4)
-    with pytest.raises(REFUSED):
-        pool.release_many(ids, 4)
-    pool.release(cid, 3)
-    pool.release_many(ids, 3)
-
-
-@pytest.mark.parametrize("name", [name for name in ALL if "cooling" in checks(name)])
-def test_released_ids_cool(name: str) -> None:
-    """An ID comes back at its time and not before, and expiry gives all of an owner's."""
-    pool = make(name, 64)
-    ids = pool.acquire_many(64, 5, 0)
-    assert pool.release_owner(5, 10) == 64
-    with pytest.raises(FULL):
-        pool.acquire(6, 9)
-    again = pool.acquire_many(64, 6, 10)
-    assert sorted(map(int, again)) == sorted(map(int, ids))
-    with pytest.raises(REFUSED):
-        pool.release(int(ids[0]), 5)
-
-
-@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
-def test_peers_say_what_they_are(peer: type[Peer]) -> None:
+@pytest.mark.parametrize("peer", [*PEERS, *NUMBERS], ids=lambda peer: peer.name)
+def test_peers_say_what_they_are(peer: Any) -> None:
     """Each has a name of its own, an explanation, and stands among the contestants."""
     assert peer.__doc__
     assert peer.name in MAKERS
@@ -133,3 +80,22 @@ def test_the_floor_counts_and_does_nothing() -> None:
     out = np.empty(3, np.uint64)
     assert floor.acquire_many(3, out=out) is out
     assert floor.acquire_many(3).shape == (3,)
+
+
+def test_loops_in_c_release_what_they_acquire() -> None:
+    """And count what is refused, so none of them can be fast by failing."""
+    loops, pool = module("from_c"), Allocator(10, block=1)
+    assert loops.from_pool(pool, 1000, 10) == 0
+    assert len(pool) == 0
+    assert loops.from_pool(pool, 20, 20) == 10 + 10
+    assert loops.from_bump(1000, 10) == loops.from_malloc(1000, 10) == 0
+
+
+@pytest.mark.parametrize("source", [*IDIOMS.values(), *LOOPS.values()])
+def test_what_users_write_gives_everything_back(source: str) -> None:
+    """The statements run, so many times, and leave the pool as it was."""
+    pool, full, turns = Allocator(2000), Allocator(2000), []
+    full.acquire_many(1000)
+    names = {"pool": pool, "full": full, "turns": turns}
+    Statements(f"{source}\nturns.append(1)", names).run(3)
+    assert (len(turns), len(pool), len(full)) == (3, 0, 1000)

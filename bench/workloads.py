@@ -6,13 +6,14 @@ import random
 from array import array
 from collections.abc import Callable, MutableSequence
 from itertools import repeat
+from textwrap import indent
 from time import perf_counter_ns
 from types import FunctionType, MethodType
 from typing import Any, Protocol
 
 import numpy as np
-from build_floor import floor_module
-from peers import PEERS, FullPython, NumpyStack
+from compiled import module
+from peers import NUMBERS, PEERS, FullPython, NumpyStack
 
 from cidalloc import Allocator
 
@@ -33,10 +34,10 @@ def _peer(kind: Callable[[int, int], Any]) -> Callable[[int], Any]:
     return lambda capacity: kind(capacity, FIRST)
 
 
-floor = floor_module()
+floor = module("floor")
 MAKERS: dict[str, Callable[[int], Any]] = {
     **{name: _ours(width) for name, width in zip(OURS, WIDTHS, strict=True)},
-    **{peer.name: _peer(peer) for peer in PEERS},
+    **{peer.name: _peer(peer) for peer in (*PEERS, *NUMBERS)},
     "floor": lambda capacity: floor.Floor(FIRST),
     "floor, no optional arguments": lambda capacity: floor.NoArguments(FIRST),
     "floor, existing int": lambda capacity: floor.Existing(FIRST),
@@ -283,6 +284,44 @@ class Calls:
         return {}
 
 
+class Statements:
+    """Statements as a user writes them, in a loop that is compiled for them alone.
+
+    Args:
+        source: the statements.
+        names: the local variables that they use.
+        per_turn: how many operations they do.
+    """
+
+    def __init__(self, source: str, names: dict[str, Any], per_turn: int = 1) -> None:
+        text = f"def loop(count, repeat, {', '.join(names)}):\n  for _ in repeat(None, count):\n"
+        space: dict[str, Any] = {}
+        exec(text + indent(source, "    "), space)  # noqa: S102
+        self.loop, self.names, self.per_turn = space["loop"], names, per_turn
+
+    def run(self, count: int) -> dict[str, float]:
+        """Execute them so many times."""
+        start = perf_counter_ns()
+        self.loop(count, repeat, **self.names)
+        return {"pair": (perf_counter_ns() - start) / (count * self.per_turn)}
+
+
+class FromC:
+    """A loop of from_c.pyx: a function and its arguments, with so many at once."""
+
+    def __init__(self, at_once: int, function: Callable[..., int], *arguments: Any) -> None:
+        self.at_once, self.function, self.arguments = at_once, function, arguments
+
+    def run(self, count: int) -> dict[str, float]:
+        """Do at least so many pairs, in whole turns."""
+        pairs = -(-count // self.at_once) * self.at_once
+        start = perf_counter_ns()
+        wrong = self.function(*self.arguments, pairs, self.at_once)
+        took = perf_counter_ns() - start
+        assert not wrong
+        return {"pair": took / pairs}
+
+
 def _fill(pool: Any, n: int) -> Any:
     # Acquire n IDs in chunks, as one array or list, in random order.
     chunks = [pool.acquire_many(min(CHUNK, n - at)) for at in range(0, n, CHUNK)]
@@ -291,8 +330,11 @@ def _fill(pool: Any, n: int) -> Any:
     return [cid for chunk in chunks for cid in chunk]
 
 
-PYTHON_BULK = ("list + set", "deque + set", "heapq + set", FullPython.name)
-"""The plain Python peers of the bulk and churn cases."""
+PYTHON_BULK = (
+    *("list + set", "deque + set", "heapq + set", "sortedcontainers + set", "intbitset"),
+    FullPython.name,
+)
+"""The peers of the bulk and churn cases that issue lists of ints."""
 
 ARRAY_BULK = (NumpyStack.name, "pyroaring")
-"""The peers with bulk calls in C."""
+"""The peers that issue arrays."""

@@ -2,8 +2,8 @@
 #
 # Every function needs exclusive access to its pool, but not the GIL, and raises no exception. Those
 # that return an int return a code: OK, or why nothing was changed. Times are ticks of any unit and
-# origin; a time before the latest one seen counts as the latest. An owner is below MAX_OWNERS. An ID
-# that a function takes may have any value. Functions are inlined into the module that cimports
+# origin; a time before the latest one seen counts as the latest. An owner is below MAX_OWNERS. An
+# ID that a function takes may have any value. Functions are inlined into the module that cimports
 # them: compile it again for each version of this package.
 #
 # Make a pool
@@ -71,7 +71,9 @@ cdef class Allocator:
     cdef Py_buffer memory           # the given buffer, if any
     cdef readonly object _line      # a WaitingLine: the callers that wait for an ID
 
-# Return the pool of a Python object. The caller needs the GIL, and may use the pool until other
-# Python code runs. Waits for a call that uses the pool without the GIL; raises `Forked`. Callers
-# that wait in Python for an ID do not notice what is released through it.
+# Return the pool of a Python object. The caller may use it until other Python code runs, or until
+# it releases the GIL. On free-threaded Python both this call and the use of the pool must be in one
+# critical section of the object: `with cython.critical_section(allocator)`. That costs next to
+# nothing on other Pythons. Waits for a call that uses the pool without the GIL; raises `Forked`.
+# Callers that wait in Python for an ID do not notice what is released through it.
 cdef Pool *pool_of(Allocator self) except NULL

@@ -1,9 +1,12 @@
 # cython: language_level=3, binding=False, embedsignature=True, embedsignature.format=clinic
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-# cython: autotestdict=False
+# cython: autotestdict=False, freethreading_compatible=True
 """The allocator as a Python class: arguments, exceptions, threads and forks around the C pool."""
 
+cimport cython
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_INCREF
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 
 import math
@@ -12,13 +15,15 @@ import os
 import numpy as np
 
 from ._core.acquire cimport see
-from ._core.args cimport (FITS, as_capacity, as_cid, as_int, as_owner, as_shift, as_time, ids_array,
-                          is_zero, read_int, small_int, sorted_ids, view_ids, view_memory)
+from ._core.args cimport (FITS, as_capacity, as_cid, as_int, as_owner, as_shift, as_time,
+                          check_timeout, ids_array, int_value, read_int, sorted_ids, view_ids,
+                          view_memory)
 from ._core.audit cimport audit
 from ._core.guard cimport guard_enter, guard_init, guard_leave, guard_wait
 from ._core.held cimport ALL, held_ids
-from ._core.intrinsics cimport unlikely
+from ._core.intrinsics cimport likely, unlikely
 from ._core.messages cimport error, exhausted, refusal, unreservable
+from ._core.methods cimport Method, Section, enter_section, leave_section, replace
 from ._core.past cimport recover
 from ._core.reserve cimport pool_can_reserve, pool_clear, pool_reserve
 from ._core.owners cimport Counts
@@ -30,6 +35,10 @@ from . import snapshots
 from .errors import InvalidArgument, RegistryCorrupt
 from .waiting_line import WaitingLine
 
+cdef extern from *:
+    PyObject *new_int "PyLong_FromLongLong"(long long value) noexcept
+
+cdef object empty = np.empty, UINT64 = np.dtype(np.uint64)
 cdef int forks = 0      # between the first process and this one
 
 
@@ -47,7 +56,8 @@ cdef int wait(Allocator self) except -1:
 
 
 cdef inline Pool *alive(Allocator self) except NULL:
-    # Return the pool. No Python code may run between this call and the use of the pool.
+    # Return the pool. The caller is in the critical section of `self`; no Python code may run
+    # between this call and the use of the pool.
     if unlikely(self.guard.forks != forks):
         wait(self)
     return &self.pool
@@ -81,6 +91,10 @@ cdef inline int freed(Allocator self) except -1:
     return serve(self) if unlikely(self.guard.queued) else 0
 
 
+cdef object new_ids(uint64_t n):
+    return empty(n, UINT64)
+
+
 cdef Pool *pool_of(Allocator self) except NULL:
     return alive(self)
 
@@ -93,17 +107,27 @@ cdef class Lease:
 
     def __enter__(self):
         """Issue the ID and return it."""
-        if self.cid is not None:
+        with cython.critical_section(self):
+            used = self.cid is not None
+            if not used:
+                self.cid = 0    # no other thread enters while this one may wait for an ID
+        if used:
             raise error(INVALID_ARGUMENT, "this lease is in use: each `with` needs its own")
-        if self.timeout is None:
-            self.cid = self.pool.acquire(self.owner, self.now)
-        else:
-            self.cid = self.pool.acquire_wait(self.owner, self.now, self.timeout)
-        return self.cid
+        cid = None
+        try:
+            if self.timeout is None:
+                cid = self.pool.acquire(self.owner, self.now)
+            else:
+                cid = self.pool.acquire_wait(self.owner, self.now, self.timeout)
+        finally:
+            with cython.critical_section(self):
+                self.cid = cid
+        return cid
 
     def __exit__(self, kind, exception, traceback):
         """Release the ID."""
-        cid, self.cid = self.cid, None
+        with cython.critical_section(self):
+            cid, self.cid = self.cid, None
         due = self.reuse_at() if callable(self.reuse_at) else self.reuse_at
         self.pool.release(cid, self.owner, due)
 
@@ -178,6 +202,7 @@ cdef class Allocator:
         cdef int64_t n = as_capacity(capacity)
         return pool_size(n, as_shift(block, n))
 
+    @cython.critical_section
     def acquire(self, owner=0, now=0):
         """Issue one ID, an int.
 
@@ -187,19 +212,14 @@ cdef class Allocator:
 
         Raises `Exhausted`. Amortised constant time.
         """
-        cdef uint32_t own
-        cdef int64_t tick
+        cdef uint32_t own = as_owner(owner)
+        cdef int64_t tick = as_time(now, "now")
         cdef uint64_t cid = 0
-        cdef int code
-        if is_zero(owner) and is_zero(now):
-            code = pool_acquire(in_turn(self, 0), 0, 0, &cid)
-        else:
-            own, tick = as_owner(owner), as_time(now, "now")
-            code = pool_acquire(in_turn(self, tick), own, tick, &cid)
-        if unlikely(code):
+        if pool_acquire(in_turn(self, tick), own, tick, &cid):
             raise exhausted(&self.pool, "an ID")
         return <int64_t>cid
 
+    @cython.critical_section
     def acquire_many(self, n, owner=0, now=0, out=None):
         """Issue `n` IDs, or none, as a uint64 array of shape (n,).
 
@@ -221,7 +241,7 @@ cdef class Allocator:
         if many > pool.capacity - pool_held(pool):    # or too many for an array
             see(pool, tick)
             raise exhausted(pool, f"{many} IDs")
-        ids = np.empty(many, np.uint64) if out is None else out
+        ids = new_ids(many) if out is None else out
         if not view_ids(ids, &view, PyBUF_WRITABLE):
             raise error(INVALID_ARGUMENT, "out must be a writable contiguous uint64 array")
         try:
@@ -259,6 +279,15 @@ cdef class Allocator:
         >>> pool.acquire_wait(timeout=5)
         1
         """
+        cdef uint32_t own = as_owner(owner)
+        cdef int64_t tick = as_time(now, "now")
+        cdef uint64_t cid = 0
+        cdef int code
+        check_timeout(timeout)
+        with cython.critical_section(self):
+            code = pool_acquire(in_turn(self, tick), own, tick, &cid)
+        if code == OK:
+            return <int64_t>cid
         return self._line.wait(self, owner, now, timeout)
 
     def acquire_async(self, owner=0, now=0, timeout=math.inf):
@@ -285,6 +314,7 @@ cdef class Allocator:
         >>> asyncio.run(main())
         1
         """
+        check_timeout(timeout)
         return self._line.wait_async(self, owner, now, timeout)
 
     def lease(self, owner=0, now=0, reuse_at=0, timeout=None):
@@ -311,6 +341,7 @@ cdef class Allocator:
         lease.reuse_at, lease.timeout = reuse_at, timeout
         return lease
 
+    @cython.critical_section
     def release(self, cid, owner=0, reuse_at=0):
         """Release one ID.
 
@@ -321,25 +352,15 @@ cdef class Allocator:
 
         Raises `OutOfRange`, `NotHeld`, `NotOwner`. Constant time.
         """
-        cdef int64_t number = 0
-        if unlikely(not small_int(cid, &number)):
-            number = as_cid(cid)
-        cdef uint32_t own
-        cdef int64_t tick
-        cdef int code
-        if is_zero(owner) and is_zero(reuse_at):
-            if unlikely(self.guard.forks != forks):     # as alive(), which is not inlined here
-                wait(self)
-            code = pool_release(&self.pool, number, 0, 0)
-        else:
-            own, tick = as_owner(owner), as_time(reuse_at, "reuse_at")
-            if unlikely(self.guard.forks != forks):
-                wait(self)
-            code = pool_release(&self.pool, number, own, tick)
-        if unlikely(code):
+        cdef int64_t number = as_cid(cid)
+        cdef uint32_t own = as_owner(owner)
+        cdef int64_t tick = as_time(reuse_at, "reuse_at")
+        cdef int code = pool_release(alive(self), number, own, tick)
+        if code:
             raise refusal(&self.pool, code, number)
         freed(self)
 
+    @cython.critical_section
     def release_many(self, ids, owner=0, reuse_at=0):
         """Release IDs, all or none.
 
@@ -377,6 +398,7 @@ cdef class Allocator:
             PyBuffer_Release(&view)
         freed(self)
 
+    @cython.critical_section
     def release_owner(self, owner, reuse_at=0):
         """Release all IDs of an owner; return their number.
 
@@ -399,6 +421,7 @@ cdef class Allocator:
         freed(self)
         return n
 
+    @cython.critical_section
     def clear(self, reuse_at=0):
         """Release all IDs of all owners; return their number.
 
@@ -417,6 +440,7 @@ cdef class Allocator:
         freed(self)
         return n
 
+    @cython.critical_section
     def reserve(self, ids, owner=0):
         """Mark given free IDs as held, all or none, also those that are cooling.
 
@@ -454,6 +478,7 @@ cdef class Allocator:
         if pool_reserve(pool, &cids[0], n, own):
             raise MemoryError("not enough memory to reserve the IDs")
 
+    @cython.critical_section
     def resize(self, capacity):
         """Make the pool larger: it gets the IDs that follow its highest one.
 
@@ -490,7 +515,9 @@ cdef class Allocator:
         >>> Allocator.restore(pool.snapshot()).acquire()
         4
         """
-        return snapshots.pack(save_state(alive(self)))
+        with cython.critical_section(self):
+            state = save_state(alive(self))
+        return snapshots.pack(snapshots.State._make(state))
 
     @classmethod
     def restore(cls, snapshot):
@@ -518,6 +545,7 @@ cdef class Allocator:
             raise InvalidArgument("the snapshot is damaged: no pool has such blocks") from None
         return pool
 
+    @cython.critical_section
     def owner_of(self, cid):
         """Return the owner of an ID. Raises `OutOfRange`, `NotHeld`. Constant time."""
         cdef int64_t number = as_cid(cid)
@@ -537,11 +565,14 @@ cdef class Allocator:
         >>> pool.held_by(7, ordered=True)
         array([1, 2, 3], dtype=uint64)
         """
-        ids = held_ids(&self.pool, &self.guard, &forks, as_owner(owner))
+        cdef uint32_t own = as_owner(owner)
+        with cython.critical_section(self):
+            ids = held_ids(&self.pool, &self.guard, &forks, own)
         if ordered:
             ids.sort()
         return ids
 
+    @cython.critical_section
     def held(self):
         """Return all held IDs in ascending order, as a uint64 array of shape (n,).
 
@@ -554,11 +585,13 @@ cdef class Allocator:
         """
         return held_ids(&self.pool, &self.guard, &forks, ALL)
 
+    @cython.critical_section
     def held_count(self, owner):
         """Return the number of IDs that an owner holds. Constant time."""
         cdef uint32_t own = as_owner(owner)
         return alive(self).owners[own].held
 
+    @cython.critical_section
     def __contains__(self, cid):
         """Return whether `cid` is held; False for any object that is not an ID. Constant time."""
         cdef int64_t value = 0
@@ -567,31 +600,37 @@ cdef class Allocator:
         cdef Pool *pool = alive(self)
         return kind == FITS and pool_owner_of(pool, value, &owner) == OK
 
+    @cython.critical_section
     def __len__(self):
         """Return the number of held IDs. Constant time."""
         return pool_held(alive(self))
 
     @property
+    @cython.critical_section
     def capacity(self):
         """Number of IDs in the pool."""
         return alive(self).capacity
 
     @property
+    @cython.critical_section
     def first(self):
         """The lowest ID."""
         return alive(self).first
 
     @property
+    @cython.critical_section
     def block(self):
         """Number of IDs in a block."""
         return 1 << alive(self).shift
 
     @property
+    @cython.critical_section
     def active(self):
         """Number of held IDs."""
         return pool_held(alive(self))
 
     @property
+    @cython.critical_section
     def free(self):
         """Number of IDs that any owner can get now, as of the latest `now` seen. Time as `cooling`.
 
@@ -607,12 +646,14 @@ cdef class Allocator:
         return pool_ids(pool, pool.ready) - pool_held(pool) - n.cooling - n.pinned
 
     @property
+    @cython.critical_section
     def inactive(self):
         """Number of IDs that were issued at least once and are not held now."""
         cdef Pool *pool = alive(self)
         return pool.issued - pool_held(pool)
 
     @property
+    @cython.critical_section
     def cooling(self):
         """Number of IDs that are not held and not due, as of the latest `now` seen.
 
@@ -621,27 +662,32 @@ cdef class Allocator:
         return pool_count(alive(self)).cooling
 
     @property
+    @cython.critical_section
     def pinned(self):
         """Number of IDs that are not held, in a block with a held ID. Time as `cooling`."""
         return pool_count(alive(self)).pinned
 
     @property
+    @cython.critical_section
     def peak(self):
         """Highest number of IDs that were held at once."""
         return alive(self).peak
 
     @property
+    @cython.critical_section
     def opened(self):
         """Number of blocks that were ever opened, in the order of their IDs."""
         return alive(self).opened
 
     @property
+    @cython.critical_section
     def high_water(self):
         """Number of IDs in the blocks that were ever opened."""
         cdef Pool *pool = alive(self)
         return pool_ids(pool, pool.opened)
 
     @property
+    @cython.critical_section
     def ready(self):
         """Number of blocks that may be opened so far. It can only be raised.
 
@@ -650,12 +696,15 @@ cdef class Allocator:
         return alive(self).ready
 
     @ready.setter
+    @cython.critical_section
     def ready(self, blocks):
         cdef int64_t value = as_int(blocks, alive(self).ready, alive(self).count, "ready")
-        alive(self).ready = value
+        cdef Pool *pool = alive(self)
+        pool.ready = max(pool.ready, <uint64_t>value)   # another thread may have raised it
         freed(self)
 
     @property
+    @cython.critical_section
     def next_due(self):
         """Time at which the first queued block is or was due; None if no block is queued."""
         cdef int64_t due = 0
@@ -673,6 +722,7 @@ cdef class Allocator:
         """
         return iter(self.held().tolist())
 
+    @cython.critical_section
     def __repr__(self):
         """Return the arguments of the pool and its number of held IDs."""
         cdef Pool *pool = alive(self)
@@ -683,6 +733,7 @@ cdef class Allocator:
         """Raise TypeError: a copy would issue the same IDs."""
         raise TypeError("an Allocator cannot be pickled or copied: both would issue the same IDs")
 
+    @cython.critical_section
     def _take(self, owner):
         # Issue an ID without regard to those that wait; return 0 if there is none.
         cdef uint32_t own = as_owner(owner)
@@ -692,6 +743,7 @@ cdef class Allocator:
         pool_acquire_many(pool, 1, own, pool.now, &cid)
         return cid
 
+    @cython.critical_section
     def _set_queued(self, queued):
         # Tell whether other callers wait for an ID.
         cdef bint value = queued
@@ -699,9 +751,55 @@ cdef class Allocator:
         self.guard.queued = value
         self.guard.forks = ~forks if value else forks
 
+    @cython.critical_section
     def _check(self):
         """Check every invariant; raises AssertionError. Linear in the opened blocks.
 
         No other thread may use the pool at the same time.
         """
         audit(alive(self))
+
+
+# acquire() and release() once more, for calls without keywords and without an error. In the methods
+# of the class Cython spends more time on the arguments than the pool spends on the ID. Every other
+# call goes to these methods: the quick functions change nothing that they would have to undo.
+cdef Method any_acquire, any_release
+
+
+cdef PyObject *quick_acquire(PyObject *self, PyObject *const *args, Py_ssize_t n,
+                             PyObject *names) noexcept:
+    cdef Section section
+    cdef int code = FORKED
+    cdef uint64_t cid = 0
+    cdef uint64_t owner = int_value(args[0]) if n > 0 else 0
+    cdef int64_t now = int_value(args[1]) if n > 1 else 0
+    if likely(names == NULL and n <= 2 and owner < MAX_OWNERS and now >= 0):
+        enter_section(&section, self)
+        if likely((<Allocator>self).guard.forks == forks):
+            code = pool_acquire(&(<Allocator>self).pool, owner, now, &cid)
+        leave_section(&section)
+        if likely(code == OK):
+            return new_int(cid)
+    return any_acquire(self, args, n, names)
+
+
+cdef PyObject *quick_release(PyObject *self, PyObject *const *args, Py_ssize_t n,
+                             PyObject *names) noexcept:
+    cdef Section section
+    cdef int code = FORKED
+    cdef uint64_t cid = int_value(args[0]) if n > 0 else 0
+    cdef uint64_t owner = int_value(args[1]) if n > 1 else 0
+    cdef int64_t reuse_at = int_value(args[2]) if n > 2 else 0
+    if likely(names == NULL and n <= 3 and owner < MAX_OWNERS and reuse_at >= 0):
+        enter_section(&section, self)
+        if likely((<Allocator>self).guard.forks == forks):
+            code = pool_release(&(<Allocator>self).pool, cid, owner, reuse_at)
+        leave_section(&section)
+        if likely(code == OK):
+            Py_INCREF(None)
+            return <PyObject *>None
+    return any_release(self, args, n, names)
+
+
+any_acquire = replace(Allocator, "acquire", quick_acquire)
+any_release = replace(Allocator, "release", quick_release)

@@ -14,20 +14,27 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, SupportsIndex
 
-from .errors import Exhausted, InvalidArgument
+from .errors import Exhausted
 
 if TYPE_CHECKING:
     from ._alloc import Allocator
 
 
 class Caller:
-    """One that waits for an ID: for whom it is, the ID when it is there, and how to wake it up."""
+    """One that waits for an ID: for whom it is, how to wake it up, and the ID when it is there."""
 
-    __slots__ = ("cid", "owner", "wake")
+    __slots__ = ("cids", "owner", "wake")
 
     def __init__(self, owner: SupportsIndex, wake: Callable[[], object]) -> None:
         self.owner, self.wake = owner, wake
-        self.cid = 0
+        self.cids: list[int] = []
+
+    def take(self) -> int:
+        """Return the ID, or 0 if it is not there. Only one of several threads gets it."""
+        try:
+            return self.cids.pop()
+        except IndexError:
+            return 0
 
 
 class WaitingLine:
@@ -43,16 +50,13 @@ class WaitingLine:
     def wait(
         self, pool: Allocator, owner: SupportsIndex, now: SupportsIndex, timeout: float
     ) -> int:
-        """Issue an ID, or wait in this thread for one; see `Allocator.acquire_wait`."""
-        seconds = _seconds(timeout)
-        with suppress(Exhausted):
-            return pool.acquire(owner, now)
+        """Wait in this thread for an ID, for at most so many seconds. Raises `Exhausted`."""
         woken = threading.Lock()
         woken.acquire()
         caller = Caller(owner, woken.release)
         try:
             self.join(pool, caller)
-            woken.acquire(timeout=-1 if seconds is None else seconds)
+            woken.acquire(timeout=timeout if timeout < threading.TIMEOUT_MAX else -1)
             return self.result(pool, caller, now)
         except BaseException:
             self.give_up(pool, caller)
@@ -61,19 +65,23 @@ class WaitingLine:
     async def wait_async(
         self, pool: Allocator, owner: SupportsIndex, now: SupportsIndex, timeout: float
     ) -> int:
-        """Issue an ID, or wait in this task for one; see `Allocator.acquire_async`."""
+        """Issue an ID, or wait in this task for one, for at most so many seconds.
+
+        Raises `Exhausted`.
+        """
         import asyncio
 
-        seconds = _seconds(timeout)
         with suppress(Exhausted):
             return pool.acquire(owner, now)
         loop, woken = asyncio.get_running_loop(), asyncio.Event()
         caller = Caller(owner, lambda: loop.call_soon_threadsafe(woken.set))
         try:
             self.join(pool, caller)
-            if not caller.cid:
+            if not caller.cids:
                 with suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(woken.wait(), seconds)
+                    await asyncio.wait_for(
+                        woken.wait(), timeout if timeout < threading.TIMEOUT_MAX else None
+                    )
             return self.result(pool, caller, now)
         except BaseException:
             self.give_up(pool, caller)
@@ -97,13 +105,13 @@ class WaitingLine:
         """Remove a caller, which does not want its ID any more if it has one."""
         if self.leave(caller):
             self.serve(pool)  # the next may be for an owner with room, or there is none
-        elif caller.cid:
-            pool.release(caller.cid, caller.owner)
+        elif cid := caller.take():
+            pool.release(cid, caller.owner)
 
     def result(self, pool: Allocator, caller: Caller, now: SupportsIndex) -> int:
         """Return the ID of a caller whose wait is over; if there is none, try once more."""
         if not self.leave(caller):
-            return caller.cid
+            return caller.cids[0]
         self.serve(pool)  # as in give_up()
         return pool.acquire(caller.owner, now)
 
@@ -118,9 +126,10 @@ class WaitingLine:
                 self._again = False
                 while self._callers and self._serve_first(pool):
                     pass
-                pool._set_queued(False)
-                if self._callers:  # also one that came just now
-                    pool._set_queued(True)
+                if not self._callers:
+                    pool._set_queued(False)
+                    if self._callers:  # one that came just now, and serves the line after this
+                        pool._set_queued(True)
             finally:
                 self._serving.release()
 
@@ -133,18 +142,11 @@ class WaitingLine:
         cid = pool._take(caller.owner)
         if not cid:
             return False
-        caller.cid = cid
+        caller.cids.append(cid)
         try:
             self._callers.remove(caller)
             caller.wake()
         except (ValueError, RuntimeError):  # it left meanwhile, or its event loop is closed
-            caller.cid = 0
-            pool.release(cid, caller.owner)
+            if caller.take():  # and has not given the ID back itself
+                pool.release(cid, caller.owner)
         return True
-
-
-def _seconds(timeout: float) -> float | None:
-    """Return a timeout in seconds; None for one without end. Raises `InvalidArgument`."""
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0:
-        raise InvalidArgument(f"timeout must be seconds, at least 0, not {timeout!r}")
-    return timeout if timeout < threading.TIMEOUT_MAX else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from cidalloc.errors import Exhausted
 from cidalloc.manager.registry import Registry
 from cidalloc.manager.sessions import Session as Holder
 from cidalloc.manager.settings import Settings
-from cidalloc.manager.storage.file import Storage
+from cidalloc.manager.storage.file import Storage, _identity
 from cidalloc.manager.storage.file_format import Shape, Word
 
 BOOT, NEXT_BOOT, LAST_BOOT = (bytes([n]) * 16 for n in (1, 2, 3))
@@ -47,6 +48,25 @@ def reopen(path: Path, shape: Shape, now: int, boot: bytes = BOOT) -> Registry:
     except BaseException:
         store.close()
         raise
+
+
+def adopted(path: Path, of: Path | None = None) -> Path:
+    """Let a copy of a registry's file pass for the file itself; return its path.
+
+    If ``of`` is given, it does only if that file is what its writer took it for.
+    """
+
+    def identity(file: Path) -> bytes:
+        with file.open("rb") as opened:
+            return _identity(opened.fileno()).to_bytes(8, sys.byteorder)
+
+    with path.open("r+b") as file:
+        file.seek(Word.FILE * 8)
+        found = file.read(8)
+        if found == identity(of) if of else any(found):
+            file.seek(Word.FILE * 8)
+            file.write(identity(path))
+    return path
 
 
 class Session(NamedTuple):

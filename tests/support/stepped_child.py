@@ -251,7 +251,7 @@ def steps(name: str, path: Path) -> Iterator[None]:
     if name.startswith("make"):
         registry = Registry.in_file(path, settings(SIX, fresh=name == "make"), NOW, BOOT)
     else:
-        boot = BOOT if name == "reopen" else NEXT_BOOT
+        boot = NEXT_BOOT if name == "reboot" else BOOT
         registry = reopen(path, SCENARIOS[MIDDLE].shape, NOW, boot)
     yield
     registry.close()

@@ -271,8 +271,8 @@ class Histories(RuleBasedStateMachine):
         """Let the first callers in the line have what the pool gave them."""
         while self.line and self.model.available(int(self.line[0].owner)):
             caller = self.line.pop(0)
-            self.model.issue(int(caller.owner), caller.cid)
-        assert not any(caller.cid for caller in self.line)
+            self.model.issue(int(caller.owner), caller.cids[0])
+        assert not any(caller.cids for caller in self.line)
 
     @rule(owner=owners)
     def wait(self, owner: int) -> None:

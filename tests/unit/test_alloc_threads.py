@@ -17,6 +17,11 @@ from cidalloc import Allocator, CidError, errors
 
 LARGE = 4096  # IDs, from which on a call lets go of the GIL
 
+needs_gil = pytest.mark.skipif(
+    not getattr(sys, "_is_gil_enabled", lambda: True)(),
+    reason="without a GIL another thread may run at any time",
+)
+
 
 @pytest.fixture
 def busy_switching() -> Iterator[None]:
@@ -106,6 +111,7 @@ def calls(pool: Allocator, n: int) -> dict[str, Callable[[], object]]:
     }
 
 
+@needs_gil
 @pytest.mark.usefixtures("no_switching")
 @pytest.mark.parametrize("n", [LARGE - 1, 3_000_000])
 def test_a_large_call_lets_other_threads_run(n: int) -> None:
@@ -126,6 +132,7 @@ def test_a_large_call_lets_other_threads_run(n: int) -> None:
     pool._check()
 
 
+@needs_gil
 @pytest.mark.usefixtures("no_switching")
 @pytest.mark.parametrize(
     ("call", "answer"),
@@ -162,6 +169,7 @@ def test_other_calls_wait_until_a_large_one_is_over(
     thread.join()
 
 
+@needs_gil
 @pytest.mark.usefixtures("no_switching")
 @pytest.mark.parametrize(
     ("call", "answer"),

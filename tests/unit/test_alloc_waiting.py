@@ -7,6 +7,7 @@ import math
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -41,20 +42,22 @@ def test_a_release_in_another_thread_ends_the_wait() -> None:
 
 
 @pytest.mark.parametrize(
-    "free",
+    ("free", "cooling"),
     [
-        lambda pool: pool.release(1),
-        lambda pool: pool.release_many([1]),
-        lambda pool: pool.release_owner(0),
-        lambda pool: pool.clear(),
-        lambda pool: setattr(pool, "ready", 2),
-        lambda pool: pool.acquire_many(0, 0, 60),
+        (lambda pool: pool.release(1), False),
+        (lambda pool: pool.release_many([1]), False),
+        (lambda pool: pool.release_owner(0), False),
+        (lambda pool: pool.clear(), False),
+        (lambda pool: setattr(pool, "ready", 2), False),
+        (lambda pool: pool.acquire_many(0, 0, 60), True),
     ],
 )
-def test_all_that_frees_an_id_ends_the_wait(free: Callable[[Allocator], object]) -> None:
+def test_all_that_frees_an_id_ends_the_wait(
+    free: Callable[[Allocator], object], cooling: bool
+) -> None:
     pool = Allocator(3, ready=1)
     pool.acquire()
-    if free.__code__.co_consts and 60 in free.__code__.co_consts:
+    if cooling:
         pool.release(1, reuse_at=60)
     with ThreadPoolExecutor() as threads:
         got = threads.submit(pool.acquire_wait, timeout=30)
@@ -188,6 +191,44 @@ def test_a_large_call_while_others_wait() -> None:
         pool.release_many(ids)
         assert sorted(each.result(30) for each in got) == [1, 2, 3]
     assert len(pool.acquire_many(9_997)) == 9_997
+    pool._check()
+
+
+def test_no_release_is_missed_while_the_line_is_served() -> None:
+    class Busy(Allocator):
+        # Another thread may release the ID as soon as calls do not serve the line.
+        def _set_queued(self, queued: bool) -> None:
+            super()._set_queued(queued)
+            if not queued and waiting(self):
+                self.release(1)
+
+    pool = Busy(1)
+    pool.acquire()
+    with ThreadPoolExecutor() as threads:
+        got = threads.submit(pool.acquire_wait, timeout=20)
+        until(lambda: waiting(pool) == 1 and not pool._line._serving.locked())
+        if 1 in pool:
+            pool.release(1)
+        assert got.result(5) == 1
+
+
+def test_who_gives_up_while_it_is_served_releases_the_id_once() -> None:
+    pool = Allocator(1)
+    pool.acquire()
+    served = threading.current_thread()
+
+    class Slow(deque[Any]):
+        def remove(self, caller: Any) -> None:
+            if threading.current_thread() is served:
+                assert isinstance(got.exception(30), errors.Exhausted)
+            super().remove(caller)
+
+    pool._line._callers = Slow()
+    with ThreadPoolExecutor() as threads:
+        got = threads.submit(pool.acquire_wait, timeout=0.2)
+        until(lambda: waiting(pool) == 1)
+        pool.release(1)  # the line has the ID for the caller, which gives up before it is served
+    assert len(pool) == waiting(pool) == 0
     pool._check()
 
 

@@ -4,6 +4,7 @@ from cpython.buffer cimport (PyBUF_FORMAT, PyBUF_ND, PyBUF_WRITABLE, PyBuffer_Re
                              PyObject_CheckBuffer, PyObject_GetBuffer)
 from cpython.long cimport PyLong_CheckExact
 from cpython.number cimport PyNumber_Index
+from cpython.object cimport PyObject
 from cpython.sequence cimport PySequence_Check
 from libc.stdint cimport INT64_MAX, INT64_MIN, int64_t, uint32_t, uint64_t, uintptr_t
 
@@ -26,8 +27,18 @@ cdef extern from *:
         *value = DIGIT(x);
         return 1;
     }
+    /* Return the value of an int that fits, or -1 for any other object. Both need no reference. */
+    static __attribute__((noinline, unused)) int64_t long_value(PyObject *x) {
+        int overflow;
+        return PyLong_CheckExact(x) ? PyLong_AsLongLongAndOverflow(x, &overflow) : -1;
+    }
+    static inline int64_t int_value(PyObject *x) {
+        int64_t value;
+        return small_int(x, &value) ? value : long_value(x);
+    }
     """
     bint small_int(object x, int64_t *value) noexcept
+    int64_t int_value(PyObject *x) noexcept
 
 cdef extern from "Python.h":
     long long PyLong_AsLongLongAndOverflow(object x, int *overflow) except? -1
@@ -69,11 +80,19 @@ cdef inline int64_t as_int(object x, int64_t low, int64_t high, const char *name
 
 
 cdef inline int64_t as_time(object x, const char *name) except? -1:
-    return 0 if likely(is_zero(x)) else as_int(x, INT64_MIN, INT64_MAX, name)
+    cdef int64_t value = 0 if is_zero(x) else int_value(<PyObject *>x)
+    return value if likely(value >= 0) else as_int(x, INT64_MIN, INT64_MAX, name)
 
 
 cdef inline uint32_t as_owner(object x) except? 0xFFFFFFFF:
-    return 0 if likely(is_zero(x)) else <uint32_t>as_int(x, 0, MAX_OWNERS - 1, "owner")
+    cdef uint64_t value = 0 if is_zero(x) else int_value(<PyObject *>x)
+    return value if likely(value < MAX_OWNERS) else as_int(x, 0, MAX_OWNERS - 1, "owner")
+
+
+cdef inline int check_timeout(object x) except -1:
+    if not isinstance(x, (int, float)) or isinstance(x, bool) or not x >= 0:
+        raise error(INVALID_ARGUMENT, f"timeout must be seconds, at least 0, not {x!r}")
+    return 0
 
 
 cdef inline uint32_t as_shift(object block, int64_t capacity) except? 0xFFFFFFFF:

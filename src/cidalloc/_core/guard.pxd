@@ -6,6 +6,10 @@
 # when Python ends; the next call restores `forks`. Any Python code may let another thread run, so
 # there must be none between the comparison and the use of the pool.
 #
+# Free-threaded Python has no GIL. There each method runs in a critical section of its object, which
+# is like a GIL of this pool alone: `with nogil` leaves it, and any Python code may leave it for a
+# while. All that is said of the GIL here holds for it.
+#
 # While other threads or tasks wait for an ID (`queued`), `forks` stays changed, so that every call
 # notices that, too, and no call releases the GIL.
 

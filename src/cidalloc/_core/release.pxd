@@ -12,13 +12,22 @@ from .pool cimport DUPLICATE, INTERNAL, NOT_HELD, NOT_OWNER, OK, Block, Owner, P
 from .queue cimport enqueue
 
 cdef enum:
-    AHEAD = 12      # IDs to prefetch ahead: the memory has time to answer, the cache has room
+    AHEAD = 64      # IDs to prefetch ahead: the memory has time to answer, the cache has room
     CACHED = 2048   # blocks that the first caches hold: a smaller pool needs no prefetch
+    RUN = 57        # an offset has fewer bits
 
 cdef struct Change:     # an entry in the log of a bulk release, which keeps two lists
     uint64_t raised     # a block whose reuse_at was raised
     int64_t reuse_at    # its former value
     uint64_t emptied    # another block, whose last held ID was released
+
+cdef struct Log:
+    Change *changes
+    uint64_t raised     # entries of each list
+    uint64_t emptied
+    uint64_t *runs      # released IDs: the offset of the first; from bit RUN, how many follow it
+    uint64_t steps      # runs
+    uint64_t refused    # the offset of the ID that was refused
 
 
 cdef inline int pool_release(Pool *pool, uint64_t cid, uint32_t owner,
@@ -61,20 +70,94 @@ cdef inline uint64_t held_run(const Block *block, uint64_t offset, const uint64_
     return low_bit(free_ones) - (offset & 63) if free_ones else some
 
 
-cdef inline bint undo(Pool *pool, const Change *log, uint64_t raised, const uint64_t *runs,
-                      uint64_t steps, uint64_t refused) noexcept nogil:
-    # Undo the steps of a bulk release. Returns whether one of them released the ID at offset
-    # `refused`.
+cdef inline int clear_bits(Pool *pool, const uint64_t *cids, uint64_t n, uint32_t owner,
+                           int64_t reuse_at, Log *log, uint64_t *at) noexcept nogil:
+    # Clear the bits of `n` IDs, and log it. Stops at the first that is refused, whose position
+    # becomes `at`. A run of consecutive IDs in one block is cleared at once.
+    #
+    # The time of this loop is that of its instructions. So what an ID needs is in local variables,
+    # for which there are just enough registers; the compiler reads the pool's again after a store.
+    cdef const uint64_t *here = cids
+    cdef const uint64_t *end = cids + n
+    cdef const uint64_t *fetched = cids     # IDs before it have an ID that is AHEAD
+    cdef uint64_t *run = log.runs
+    cdef uint64_t base = pool.base, limit = pool.limit
+    cdef uint32_t shift = pool.shift
+    cdef Block *blocks = pool.blocks
+    cdef Block *block
+    cdef uint64_t i, some, cid, offset = 0, left, bit
+    cdef int code = OK
+    # Random IDs are in random blocks. A wrong ID does no harm: any address may be prefetched.
+    if n > AHEAD and pool.opened > CACHED:
+        fetched = end - AHEAD
+        for i in range(AHEAD):
+            prefetch(&blocks[(cids[i] - base) >> shift])
+    while here < end:
+        if here < fetched:
+            prefetch(&blocks[(here[AHEAD] - base) >> shift])
+        cid = read_once(here)
+        offset = cid - base
+        if unlikely(offset >= limit):
+            code = not_found(pool, cid)
+            break
+        block = &blocks[offset >> shift]
+        left, bit = block.used, bits(1, offset)
+        if unlikely(not left & bit or block.owner != owner):
+            code = NOT_OWNER if left & bit else not_found(pool, cid)
+            break
+        run[0] = offset
+        here += 1
+        if unlikely(here < end and here[0] == cid + 1):
+            some = held_run(block, offset, here - 1,
+                            min(<uint64_t>(end - here) + 1, block.end - (offset & pool.mask)))
+            bit = bits(some, offset)
+            run[0] |= (some - 1) << RUN
+            here += some - 1
+        run += 1
+        if reuse_at > block.reuse_at:
+            log.changes[log.raised].reuse_at = block.reuse_at
+            log.changes[log.raised].raised = block - blocks
+            log.raised += 1
+            block.reuse_at = reuse_at
+            keep_order()
+        left &= ~bit
+        block.used = left
+        if unlikely(not left):
+            log.changes[log.emptied].emptied = block - blocks
+            log.emptied += 1
+            prefetch(&blocks[block.next])   # for end_blocks()
+            prefetch(&blocks[block.prev])
+    log.steps = run - log.runs
+    if code:
+        log.refused, at[0] = offset, here - cids
+    return code
+
+
+cdef inline bint undo(Pool *pool, const Log *log) noexcept nogil:
+    # Undo the steps of a bulk release. Returns whether one of them released the refused ID.
     cdef uint64_t j, offset, some
     cdef bint found = False
-    for j in range(steps):
-        offset, some = runs[j] >> 7, runs[j] & 127
-        found |= refused - offset < some
+    for j in range(log.steps):
+        offset, some = log.runs[j] & (<uint64_t>1 << RUN) - 1, (log.runs[j] >> RUN) + 1
+        found |= log.refused - offset < some
         pool.blocks[offset >> pool.shift].used |= bits(some, offset)
     keep_order()
-    for j in range(raised):
-        pool.blocks[log[j].raised].reuse_at = log[j].reuse_at
+    for j in range(log.raised):
+        pool.blocks[log.changes[j].raised].reuse_at = log.changes[j].reuse_at
     return found
+
+
+cdef inline void end_blocks(Pool *pool, Owner *own, const Log *log) noexcept nogil:
+    # Handle the blocks that became empty, in this order.
+    cdef uint64_t i, n = log.emptied
+    cdef Block *block
+    for i in range(n):
+        if n > AHEAD:   # the first ones may have left the cache; so may their neighbours
+            prefetch(&pool.blocks[log.changes[min(i + AHEAD, n - 1)].emptied])
+            block = &pool.blocks[log.changes[min(i + AHEAD // 2, n - 1)].emptied]
+            prefetch(&pool.blocks[block.next])
+            prefetch(&pool.blocks[block.prev])
+        emptied(pool, own, &pool.blocks[log.changes[i].emptied])
 
 
 cdef inline int pool_release_many(Pool *pool, const uint64_t *cids, uint64_t n, uint32_t owner,
@@ -85,48 +168,24 @@ cdef inline int pool_release_many(Pool *pool, const uint64_t *cids, uint64_t n, 
     # Bits are cleared until an ID is refused; then they are set again from the log. Lists and
     # counters change only after the last bit, in the order in which the blocks became empty.
     # Another thread may write to `cids` at the same time, so the log alone tells what was done.
-    cdef uint64_t i = 0, j, some, cid, offset = 0, steps = 0, raised = 0, gone = 0
     cdef Owner *own = &pool.owners[owner]
-    cdef Block *block = NULL
-    cdef int code = OK
     cdef uint64_t changes = min(n, pool.opened) + 1, most = min(n, own.held)
-    cdef Change *log = <Change *>malloc(changes * sizeof(Change) + most * sizeof(uint64_t))
-    cdef uint64_t *runs = <uint64_t *>(log + changes)   # offset << 7 | how many IDs from there
-    if log == NULL:
+    cdef int code
+    cdef Log log
+    log.changes = <Change *>malloc(changes * sizeof(Change) + most * sizeof(uint64_t))
+    if log.changes == NULL:
         return INTERNAL
-    # Random IDs are in random blocks. A wrong ID does no harm: any address may be prefetched.
-    cdef uint64_t fetched = n - AHEAD if n > AHEAD and pool.opened > CACHED else 0
-    while i < n:
-        if i < fetched:
-            prefetch(&pool.blocks[(cids[i + AHEAD] - pool.base) >> pool.shift])
-        cid = read_once(cids + i)
-        block = find(pool, cid, &offset)
-        if block == NULL or block.owner != owner:
-            code = not_found(pool, cid) if block == NULL else NOT_OWNER
-            break
-        some = held_run(block, offset, cids + i, min(n - i, block.end - (offset & pool.mask)))
-        if reuse_at > block.reuse_at:
-            log[raised].reuse_at, log[raised].raised = block.reuse_at, block - pool.blocks
-            raised += 1
-            block.reuse_at = reuse_at
-        keep_order()
-        block.used &= ~bits(some, offset)
-        runs[steps] = offset << 7 | some
-        steps += 1
-        if not block.used:
-            log[gone].emptied = block - pool.blocks
-            gone += 1
-        i += some
+    log.runs = <uint64_t *>(log.changes + changes)
+    log.raised = log.emptied = 0
+    code = clear_bits(pool, cids, n, owner, reuse_at, &log, at)
     if code:
-        at[0] = i
-        if undo(pool, log, raised, runs, steps, offset) and code == NOT_HELD:
+        if undo(pool, &log) and code == NOT_HELD:
             code = DUPLICATE
     else:
         own.held -= n
         pool.below += n
-        for j in range(gone):
-            emptied(pool, own, &pool.blocks[log[j].emptied])
-    free(log)
+        end_blocks(pool, own, &log)
+    free(log.changes)
     return code
 
 

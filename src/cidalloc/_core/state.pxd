@@ -24,14 +24,13 @@ cdef inline uint64_t queue_order(const Pool *pool, uint64_t *order) noexcept nog
     return n
 
 
-cdef inline object save_state(const Pool *pool):
-    # Return the `State` of a pool.
-    from cidalloc.snapshots import State
+cdef inline tuple save_state(const Pool *pool):
+    # Return the fields of the `State` of a pool. No Python code runs meanwhile.
     blocks = PyBytes_FromStringAndSize(<char *>(pool.blocks + 1), pool.opened * sizeof(Block))
     order = PyBytes_FromStringAndSize(NULL, queue_order(pool, NULL) * sizeof(uint64_t))
     queue_order(pool, <uint64_t *><char *>order)
-    return State(pool.capacity, pool.first, pool.mask + 1, pool.ready, pool.now, pool.last,
-                 pool.peak, blocks, order)
+    return (pool.capacity, pool.first, pool.mask + 1, pool.ready, pool.now, pool.last, pool.peak,
+            blocks, order)
 
 
 cdef inline int load_state(Pool *pool, bytes blocks, bytes order, int64_t now, int64_t last,

@@ -46,9 +46,9 @@ def _twins(servers: list[_Server]) -> Iterator[Finding]:
         yield Finding(
             "FAIL",
             f"{_names(group)} answer with one registry, {group[0].status['registry']} (host:"
-            f" {', '.join(hosts)}): they are one server, or the file of one is a copy of the"
+            f" {', '.join(hosts)}): they are one server, or the disk of one is a copy of the"
             " other's, and then both issue the same IDs",
-            "name each server once; stop a server with a copied file, move the file away, and start"
+            "name each server once; stop a server on a copied disk, move its file away, and start"
             " it again",
         )
 

@@ -59,10 +59,13 @@ def show(file: Path, as_json: bool) -> None:
     )
     for name, value in rows:
         console.print(f"{name:<12} {value}", soft_wrap=True)
-    if found.store.boot != boot_id():
-        console.print(
-            "[dim]The machine has restarted since the last write: see docs/operations.md[/dim]"
-        )
+    told = ""
+    if found.store.is_copy:
+        told = "This is a copy: a manager takes it for another registry"
+    elif found.store.boot != boot_id():
+        told = "The machine has restarted since the last write"
+    if told:
+        console.print(f"[dim]{told}, see docs/operations.md[/dim]")
     sessions = status["sessions"]
     if sessions:
         table = Table("session", box=None, pad_edge=False)

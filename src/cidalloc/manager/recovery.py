@@ -1,7 +1,8 @@
 """Recovery: a new pool and a new table of sessions over what is in a storage.
 
 The storage may be new, or what a process left behind that was killed, or what is on the disk after
-a power cut, of which any store since the last sync may be missing.
+a power cut, of which any store since the last sync may be missing; or a copy of a file, which lacks
+all that was stored after it was made.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def storage_in_memory(settings: Settings, now: int, boot: bytes) -> Storage:
     """Return a new storage in memory."""
     store = Storage.memory(shape_for(settings))
     store.boot = boot
-    store.header[Word.ISSUES_FROM] = now + waiting_for(settings)
+    store.wait(now, waiting_for(settings))
     return store
 
 
@@ -68,7 +69,8 @@ def recover(
         RegistryCorrupt: the records are damaged. Then nothing was written.
     """
     generation, horizon = store.header[Word.GENERATION], store.header[Word.HORIZON]
-    after_power_loss = store.boot != boot
+    is_copy = store.is_copy
+    after_power_loss = is_copy or store.boot != boot
     if after_power_loss:
         # The times are of another clock, and the last stores may be lost. Generations leap, so that
         # none comes twice. All IDs that sessions may have had cool for long enough.
@@ -90,12 +92,15 @@ def recover(
     except RegistryCorrupt as error:
         raise RegistryCorrupt(f"{store.path}: {shape.with_id(error)}") from None
     store.header[Word.GENERATION] = generation
-    if after_power_loss and store.header[Word.ISSUES_FROM]:
-        store.header[Word.ISSUES_FROM] = now + waiting_for(settings)
+    if is_copy:  # what was issued since it was made is unknown
+        store.wait(now, max(horizon, settings.max_ttl_ms + settings.grace_ms))
+    elif after_power_loss and store.header[Word.ISSUES_FROM]:
+        store.wait(now, store.header[Word.WAIT])
     sessions = Sessions(store, pool)
     store.sign()
     ending = sessions.recover(owners, now, settings.grace_ms)
     if after_power_loss:
         store.sync()
         store.boot = boot
+        store.adopt()  # last: until then it is known as a copy
     return pool, sessions, ending

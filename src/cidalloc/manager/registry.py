@@ -112,8 +112,8 @@ class Registry:
 
         Raises what `Storage.open` does.
         """
-        issues_from = now + waiting_for(settings)
-        store = Storage.open(path, shape_for(settings), boot=boot, issues_from=issues_from)
+        wait_ms = waiting_for(settings)
+        store = Storage.open(path, shape_for(settings), boot=boot, now=now, wait_ms=wait_ms)
         try:
             return cls(settings, now, store, boot)
         except BaseException:

@@ -1,5 +1,5 @@
 # cython: language_level=3, binding=False, embedsignature=True, embedsignature.format=clinic
-# cython: autotestdict=False
+# cython: autotestdict=False, freethreading_compatible=True
 """End this process when its parent has ended, whatever its Python code is doing."""
 
 from libc.errno cimport EAGAIN
@@ -14,7 +14,9 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_detach(pthread_t thread)
 
 cdef int parent = 0
-cdef int watching = 0   # the process that a thread watches over; a forked child has none
+# The process that a thread watches over; a forked child has none. Without a GIL two threads may
+# both begin to watch: that does no harm.
+cdef int watching = 0
 
 
 cdef void *watch(void *argument) noexcept nogil:

@@ -1,6 +1,7 @@
-# cython: language_level=3
+# cython: language_level=3, freethreading_compatible=True
 """An extension module of somebody else's, on the C functions of cidalloc._alloc alone."""
 
+cimport cython
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
@@ -62,4 +63,5 @@ def run(bint given):
 
 def held(Allocator pool):
     """Look into a Python object's pool."""
-    return pool_held(pool_of(pool))
+    with cython.critical_section(pool):
+        return pool_held(pool_of(pool))

@@ -344,7 +344,7 @@ class FleetBase(ForkGuard):
                 f"{both} have one slice, {server.slice}: give each manager another one"
             )
         return RegistryMismatch(
-            f"{both} answer with one registry, {server.registry}: they are one server, or the file"
+            f"{both} answer with one registry, {server.registry}: they are one server, or the disk"
             " of one is a copy of the other's"
         )
 

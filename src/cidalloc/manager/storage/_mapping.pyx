@@ -1,10 +1,11 @@
 # cython: language_level=3, binding=False, embedsignature=True, embedsignature.format=clinic
-# cython: autotestdict=False
+# cython: autotestdict=False, freethreading_compatible=True
 """Memory at a fixed address, which a file may lie under, and of which more and more can be used.
 
 Python's own mmap cannot do that: it moves when it grows.
 """
 
+cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from libc.errno cimport errno
 from libc.stdint cimport uint64_t
@@ -55,6 +56,7 @@ cdef class Mapping:
     def __getbuffer__(self, Py_buffer *view, int flags):
         PyBuffer_FillInfo(view, self, self.base, self.size, 0, flags)
 
+    @cython.critical_section
     def extend(self, uint64_t length, int fd=-1, uint64_t offset=0):
         """Let the first `length` bytes be written, which are whole pages.
 

@@ -8,6 +8,8 @@ the last stores before a power cut are lost), and a scan of the part may stop th
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
 import os
 import secrets
 import stat
@@ -43,6 +45,7 @@ from .file_lock import REQUEST, WRITER, process_id, query, try_lock, unlock_and_
 
 __all__ = ["Storage", "enlarge"]
 
+_GET_VERSION = 0x80087601  # FS_IOC_GETVERSION of linux/fs.h, where a long has 8 bytes
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AHEAD = {Part.ROWS: 1, Part.RECORDS: 16}  # granules by which a part grows at least
 
@@ -62,6 +65,7 @@ class Storage:
         self.shape = shape
         self.path = path
         self._fd = fd
+        self._file = 0 if fd < 0 else _identity(fd)
         self._signed = False
         self.rows = Mapping(MAX_ROWS * ROW)
         self.records = Mapping(shape.granules * GRANULE)
@@ -80,7 +84,9 @@ class Storage:
         return cls(header, shape, -1, None)
 
     @classmethod
-    def open(cls, path: Path, shape: Shape | None, *, boot: bytes, issues_from: int = 0) -> Storage:
+    def open(
+        cls, path: Path, shape: Shape | None, *, boot: bytes, now: int = 0, wait_ms: int = 0
+    ) -> Storage:
         """Return the storage in the file at `path`; make the file if it does not exist.
 
         Args:
@@ -88,7 +94,8 @@ class Storage:
             shape: the pool. An existing file must fit it, see `Shape.fits`. With None any pool
                 will do, and no file is made.
             boot: 16 bytes that identify this boot of the machine.
-            issues_from: if the file is made: the time before which no ID may be issued.
+            now: the time.
+            wait_ms: if the file is made: for how long no ID may be issued from now on.
 
         Raises:
             RegistryLocked: another process writes the file.
@@ -103,7 +110,7 @@ class Storage:
             except FileNotFoundError:
                 if shape is None:
                     raise InvalidArgument(f"there is no registry at {path}") from None
-                _create(path, shape, boot, issues_from)
+                _create(path, shape, boot, now, wait_ms)
                 continue
             except OSError as error:
                 raise _unusable(path, error) from None
@@ -132,6 +139,7 @@ class Storage:
             raise _unusable(path, error) from None
         try:
             store = cls(*_check(fd, path), -1, path)
+            store._file = _identity(fd)
             for part in Part:
                 length = store.granules(part) * GRANULE
                 _read(fd, memoryview(store._memory(part))[:length], part.place)
@@ -167,8 +175,9 @@ class Storage:
 
     @property
     def uuid(self) -> uuid.UUID:
-        """The registry's identity."""
-        return uuid.UUID(bytes=self.header[Word.UUID : Word.UUID + 2].tobytes())
+        """The registry's identity. A copy of a file is another registry."""
+        found = self.header[Word.UUID : Word.UUID + 2].tobytes() + _packed(self.header[Word.FILE])
+        return uuid.UUID(bytes=hashlib.blake2b(found, digest_size=16).digest())
 
     @property
     def secret(self) -> bytes:
@@ -184,6 +193,20 @@ class Storage:
     def boot(self, boot: bytes) -> None:
         # The times are believed only if both words fit, so the order of the stores does not matter.
         self.header[Word.BOOT], self.header[Word.BOOT + 1] = struct.unpack("=QQ", boot)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the file is a copy, or was restored, since it was written last."""
+        return self.header[Word.FILE] not in (0, self._file)
+
+    def adopt(self) -> None:
+        """Note that this file is written, and no longer the one that it is a copy of."""
+        self.header[Word.FILE] = self._file
+
+    def wait(self, now: int, wait_ms: int) -> None:
+        """Let no ID be issued from ``now`` on, for so long."""
+        self.header[Word.WAIT] = wait_ms
+        self.header[Word.ISSUES_FROM] = now + wait_ms
 
     def granules(self, part: Part) -> int:
         """Return the length of a part so far, in granules."""
@@ -287,12 +310,12 @@ def enlarge(path: Path, capacity: int) -> Shape:
         store.close()
 
 
-def _create(path: Path, shape: Shape, boot: bytes, issues_from: int) -> None:
+def _create(path: Path, shape: Shape, boot: bytes, now: int, wait_ms: int) -> None:
     """Make the file, unless another process is faster. It appears at `path` when it is complete."""
     _make_folder(path.parent)
     draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        _fill(draft, shape, path, boot, issues_from)
+        _fill(draft, shape, path, boot, now, wait_ms)
         with suppress(FileExistsError):
             os.link(draft, path)
         if path.is_symlink() and not path.exists():
@@ -304,7 +327,7 @@ def _create(path: Path, shape: Shape, boot: bytes, issues_from: int) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _fill(draft: Path, shape: Shape, path: Path, boot: bytes, issues_from: int) -> None:
+def _fill(draft: Path, shape: Shape, path: Path, boot: bytes, now: int, wait_ms: int) -> None:
     fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.posix_fallocate(fd, 0, GRANULE)
@@ -315,8 +338,9 @@ def _fill(draft: Path, shape: Shape, path: Path, boot: bytes, issues_from: int) 
         os.close(fd)
         raise
     try:
-        store.header[Word.ISSUES_FROM] = issues_from
+        store.wait(now, wait_ms)
         store.boot = boot
+        store.adopt()
         store.sync()
     finally:
         store.close()
@@ -363,6 +387,19 @@ def _check(
     if not blank and (locked or not header[Word.PID]):
         raise RegistryCorrupt(f"{path} is damaged: it has records beyond what it says is in use")
     return header, shape
+
+
+def _identity(fd: int) -> int:
+    """Return a number that no other file has, nor a later one in its place."""
+    inode, version = os.fstat(fd).st_ino, bytes(8)
+    with suppress(OSError):  # not all file systems have versions; ext4 soon reuses an inode
+        version = fcntl.ioctl(fd, _GET_VERSION, version)
+    found = hashlib.blake2b(_packed(inode) + version, digest_size=8).digest()
+    return int.from_bytes(found, "little") or 1
+
+
+def _packed(word: int) -> bytes:
+    return struct.pack("=Q", word)
 
 
 def _header_of(fd: int) -> memoryview:

@@ -88,8 +88,10 @@ class Word(IntEnum):
     REQUESTER = 20  # the same of the process that waits for the file
     DRAIN = 21  # by the command `cidalloc drain`: which server is being drained, see drain.py
     DRAIN_SEEN = 22  # the writer's answer: the same, or 0 if it is not being drained
-    ISSUES_FROM = 23  # a registry without a past waits until then; 0 once it has issued IDs
-    END = 24
+    ISSUES_FROM = 23  # a registry that lacks its past waits until then; 0 once it has issued IDs
+    WAIT = 24  # milliseconds: for how long, from when it was opened first in a boot of the machine
+    FILE = 25  # the identity of the file that was written last, by which a copy is known
+    END = 26
 
 
 HEADER_BYTES = Word.END * 8
