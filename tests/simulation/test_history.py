@@ -7,7 +7,8 @@ import json
 from typing import Any
 
 import pytest
-from history import Event, Rules, check, counts, gap, read
+
+from cidalloc.conformance.history import Event, Rules, check, counts, gap, read
 
 RULES = Rules(ttl=10.0, grace=2.0, cooldown=2.0)
 

@@ -28,7 +28,6 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-import history
 import tritonclient.http
 from chaos_client import IDLE_S, TTL_S
 from proxy import Proxy
@@ -38,6 +37,7 @@ from tritonclient.utils import InferenceServerException
 from cidalloc.client import Client
 from cidalloc.client.sync.transport import connect
 from cidalloc.codes import Operation
+from cidalloc.conformance import history
 from cidalloc.devserver import demo
 from cidalloc.errors import CidError, Unavailable
 from cidalloc.manager.settings import Settings
@@ -62,10 +62,9 @@ FAULTS = (
 )
 
 MANAGER = """
-import os, sys
-sys.path.insert(0, {here!r})
+import os
 from pathlib import Path
-import recorder
+from cidalloc.conformance import recorder
 from cidalloc.manager.registry import Registry
 recorder.writer = recorder.append_to(Path({file!r}), f"manager{{os.getpid()}}")
 recorder.watched(Registry).__enter__()
@@ -125,9 +124,7 @@ class Chaos:
         text = re.sub(r"idle_microseconds: \d+", idle, config.read_text())
         config.write_text(text)
         self._code = models / "cidmgr" / "1" / "model.py"
-        self._code.write_text(
-            MANAGER.format(here=str(_HERE), file=str(self.logs / "manager.jsonl"))
-        )
+        self._code.write_text(MANAGER.format(file=str(self.logs / "manager.jsonl")))
         self._models = models
         self.server = self._serve()
         self.proxy = Proxy(self.server.grpc_port)

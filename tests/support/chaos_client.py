@@ -14,11 +14,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from recorder import Recorder, append_to
-
 from cidalloc.client import Client
 from cidalloc.client.sync.transport import connect
 from cidalloc.codes import Code, Operation
+from cidalloc.conformance.recorder import Recorder, append_to
 from cidalloc.devserver.demo import MODEL
 from cidalloc.devserver.demo.sequences import number
 from cidalloc.errors import CidError

@@ -25,12 +25,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import history
 import numpy as np
-import recorder
 from disk import Disk
 from nodes import CLIENTS, DRIFT, IDLE_S, TTL_S, Node, SimSequence
-from recorder import Recorder
 from streams import SimStream
 from tritonclient.utils import InferenceServerException
 
@@ -38,6 +35,8 @@ from cidalloc import protocol
 from cidalloc.client.core import tidy
 from cidalloc.client.core.effects import Reply
 from cidalloc.codes import Operation
+from cidalloc.conformance import history, recorder
+from cidalloc.conformance.recorder import Recorder
 from cidalloc.errors import CidError, Draining, Unavailable
 from cidalloc.manager import dead_ids, registry
 from cidalloc.manager import takeover as handover

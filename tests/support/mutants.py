@@ -167,6 +167,45 @@ MUTANTS = [
     ),
 ]
 
+WRONG_CLIENTS = [
+    Mutant(
+        "no lease deadline",
+        "client/core/lease.py",
+        "if now >= self.deadline:\n            raise SessionExpired(self.expired())",
+        "if False:\n            raise SessionExpired(self.expired())",
+        "used too late",
+    ),
+    Mutant(
+        "a lost change is sent again with a new seq",
+        "client/core/lease.py",
+        "        if self.doubtful:\n            yield from self.reconcile(deadline)\n        link",
+        "        link",
+        "change in doubt",
+    ),
+    Mutant(
+        "an ID without END is released as ended",
+        "client/core/sequence.py",
+        "unended, idle_s = not self.state.close(), plan.target.idle_s",
+        "unended, idle_s = self.state.close() and False, plan.target.idle_s",
+        "released as ended",
+    ),
+    Mutant(
+        "no CLOSE",
+        "client/core/lease.py",
+        'yield from self._ask(Operation.CLOSE, deadline, {"ended": ended})',
+        "yield from ()",
+        "leaked",
+    ),
+    Mutant(
+        "no heartbeat",
+        "client/core/lease.py",
+        "self.renew_at = sent + self._link.ttl * self._link.rng.uniform(0.25, 0.35)",
+        "self.renew_at = sent + 1e6",
+        "not usable",
+    ),
+]
+"""Clients that `cidalloc conformance` must tell from a right one; ``rules`` is what it finds."""
+
 # Sessions.end gives the IDs back before the number is free; here they go to somebody else first.
 _LEAVE = """
     def _leave(self, session: Session, reuse_at: int) -> int:

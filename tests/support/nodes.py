@@ -10,7 +10,6 @@ from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from recorder import Recorder
 from streams import SimStream
 
 from cidalloc.client.core.client import Base
@@ -20,6 +19,7 @@ from cidalloc.client.core.lease import Acquired
 from cidalloc.client.core.plan import Plan
 from cidalloc.client.core.sequence import SequenceCore
 from cidalloc.client.core.tidy import Tidier
+from cidalloc.conformance.recorder import Recorder
 from cidalloc.errors import CidError, Unavailable
 
 if TYPE_CHECKING:

@@ -42,6 +42,9 @@ _GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "acquire": ("ask", "Acquire IDs and print them."),
         "release": ("ask", "Release IDs that 'acquire' printed."),
     },
+    "Write a client": {
+        "conformance": ("conformance", "Judge a client of the manager, in any language."),
+    },
     "Repair": {
         "registry": ("registry", "Show, check or enlarge a manager's file."),
     },

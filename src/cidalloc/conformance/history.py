@@ -67,7 +67,7 @@ def ops(events: Iterable[Event]) -> list[Op]:
     found: dict[tuple[str, int], Op] = {}
     for event in events:
         key = event["by"], event["op"]
-        op = found.setdefault(key, Op(event.get("now", event["at"])))
+        op = found.setdefault(key, Op(event["now"] if "now" in event else event["at"]))
         op.more |= event
         if event["type"] != "invoke":
             op.ended, op.outcome = event["at"], event["type"]
