@@ -27,13 +27,10 @@
 #   make simulate  2000 fleets of clients with virtual time and every fault: ARGS="SEED --runs N"
 #   make chaos   a real server and 20 client processes for three minutes, while all is broken in
 #                turns: ARGS="--seed N --seconds S --clients C"; a full disk only as root
-<<<<<<< HEAD
 #   make errors  every call of the system and every allocation of a registry fails in turn: half an
 #                hour; needs a C compiler
-=======
 #   make conformance  500 seeds of a manager behind faults for each of the clients in Python and
 #                JavaScript, and clients that are wrong on purpose: 8 minutes; needs node
->>>>>>> e6fc6d03bec7e03c5f765e1b9ba1d1192a32c254
 #   make bench-gate  instructions per call against their limits; needs valgrind
 #   make pythons  the wheel and the tests of the allocator on each Python that is there: 3.10 to
 #                3.14 and the free-threaded 3.14t, on PATH, of pyenv or in /opt
@@ -139,14 +136,12 @@ simulate: .venv/.built .venv/.dev
 chaos: .venv/.built .venv/.dev
 	$(BIN)/python tests/support/chaos.py $(ARGS)
 
-<<<<<<< HEAD
 errors: .venv/.built .venv/.dev
 	CIDALLOC_ERRORS=all $(BIN)/python -m pytest -q -rP -n 2 tests/crash/test_every_error.py $(ARGS)
-=======
+
 conformance: .venv/.built .venv/.dev
 	@command -v node >/dev/null || { echo "error: node is not on PATH: install nodejs" >&2; exit 1; }
 	CIDALLOC_CONFORMANCE=500 $(BIN)/python -m pytest -q tests/integration/test_conformance.py
->>>>>>> e6fc6d03bec7e03c5f765e1b9ba1d1192a32c254
 
 bench: .venv/.bench
 	$(BIN)/python -m pytest -q bench/test_peers.py
