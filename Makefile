@@ -24,7 +24,8 @@
 #   make proxies  install nginx and HAProxy with apt-get, for the tests behind them
 #   make drill-route  100,000 requests behind nginx and HAProxy, while servers are killed and started
 #                again: 5 minutes
-#   make simulate  2000 fleets of clients with virtual time and every fault: ARGS="SEED --runs N"
+#   make simulate  2000 fleets of clients with virtual time and every fault: ARGS="SEED --runs N"; with
+#                --table docs/testing.md it writes there how often rare states were reached
 #   make chaos   a real server and 20 client processes for three minutes, while all is broken in
 #                turns: ARGS="--seed N --seconds S --clients C"; a full disk only as root
 #   make errors  every call of the system and every allocation of a registry fails in turn: half an
@@ -131,7 +132,7 @@ cpp: .venv/.built .venv/.dev
 
 simulate: ARGS = 1000 --runs 2000
 simulate: .venv/.built .venv/.dev
-	$(BIN)/python tests/support/fleet.py $(ARGS)
+	$(BIN)/python tests/support/simulate.py $(ARGS)
 
 chaos: .venv/.built .venv/.dev
 	$(BIN)/python tests/support/chaos.py $(ARGS)

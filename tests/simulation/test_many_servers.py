@@ -11,6 +11,7 @@ from typing import Any
 import many_servers
 import pytest
 from many_servers import NOTICE_S, PAUSE_S, World
+from sometimes import reached
 from virtual_servers import LAG_S, SimTransport
 
 SERVERS, CLIENTS, SUBSET = 20, 300, 4
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[World]:
+    reached.clear()
     world = World(1, SERVERS, CLIENTS, SUBSET)
     world.run()
     yield world
@@ -39,6 +41,7 @@ def test_no_sequence_meets_the_state_of_another(fleet: World) -> None:
     assert fleet.counts["sequences"] > 10 * CLIENTS
     assert fleet.counts["lost: SequenceLost"] > CLIENTS / 10
     assert fleet.counts["lost: Unavailable"] > CLIENTS / 10
+    assert reached["moved before START"] > CLIENTS / 10
 
 
 def test_every_client_gets_on(fleet: World) -> None:

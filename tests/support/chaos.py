@@ -260,13 +260,13 @@ class Chaos:
                 cids = ask(Operation.NEW, as_ids([]), seq=next(seq), count=self._hoarded)
                 ask(Operation.DELETE, cids, seq=next(seq), ended=True)
                 return "OK"
-            except Unavailable as error:
+            except CidError as error:
                 if "make room" in str(error):
                     return "FULL"
+                if not isinstance(error, Unavailable):
+                    return error.code.name
                 if time.monotonic() > deadline:
                     raise TimeoutError from None
-            except CidError as error:
-                return error.code.name
             self._revive()
             time.sleep(0.1)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from pathlib import Path
 
+from sometimes import sometimes
 from sparse import PAGE, Content, content
 
 VERSIONS = 6  # of the file since the last sync, among which a page on the disk may be
@@ -14,19 +16,31 @@ VERSIONS = 6  # of the file since the last sync, among which a page on the disk 
 class Disk:
     """A file that is whole and synced now, and what of it is on the disk for certain.
 
-    Whoever makes one puts `sync` in the place of ``os.fsync``.
+    Whoever makes one puts `sync` in the place of ``os.fsync``, and `allocate` in that of
+    ``os.posix_fallocate``.
+
+    Attributes:
+        full: no file can grow.
     """
 
     def __init__(self, path: Path, chance: random.Random) -> None:
         self.path, self.chance = path, chance
         self.versions = [content(path)]
-        self._fsync = os.fsync
+        self._fsync, self._allocate = os.fsync, os.posix_fallocate
+        self.full = False
 
     def sync(self, fd: int) -> None:
         """Sync a file; if it is ours, all of it is on the disk."""
         self._fsync(fd)
         if os.path.samestat(os.fstat(fd), self.path.stat()):
             self.versions = [content(self.path)]
+
+    def allocate(self, fd: int, place: int, length: int) -> None:
+        """Let a file grow, unless the disk is full."""
+        sometimes("the disk refuses to grow", self.full)
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._allocate(fd, place, length)
 
     def note(self) -> None:
         """Some page may reach the disk as it is now."""

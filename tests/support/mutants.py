@@ -146,6 +146,7 @@ MUTANTS = [
         "open_stream(receive, END_WITHIN_MS / 1000)",
         "open_stream(receive, 1000.0)",
         "FU",
+        60,
     ),
     Mutant(
         "no cooldown after the window for END for the dead",
@@ -164,6 +165,98 @@ MUTANTS = [
             stream = self._runner.transport.open_stream(stream._receive, within)  # type: ignore
         stream.send(model, request.pop("inputs"), **request)""",
         "FU",
+    ),
+    Mutant(
+        "the heartbeat ends after a failure",
+        "client/core/session.py",
+        'if self.state == "closed":\n                    return',
+        "if True:\n                    return",
+        "P",
+    ),
+    Mutant(
+        "no reset of the pauses after a success",
+        "client/core/session.py",
+        "                tries = 0\n            except CidError",
+        "            except CidError",
+        "P",
+    ),
+    Mutant(
+        "pauses without a limit",
+        "client/core/link.py",
+        "min(_BACK_OFF_S * 2.0 ** min(tries - 1, 10), _BACK_OFF_MOST_S, self.ttl / 8)",
+        "_BACK_OFF_S * 2.0 ** min(tries - 1, 10)",
+        "P",
+    ),
+    Mutant(
+        "a call that waits is never woken",
+        "client/core/session.py",
+        "ask_at = min(self.now() + min(wait, _PAUSE_S[1]), until)",
+        'ask_at = float("inf")',
+        "P",
+    ),
+    Mutant(
+        "calls of a client wait in no order",
+        "client/core/session.py",
+        "place, waiting = next(iter(self.line.items()))",
+        "place, waiting = next(reversed(self.line.items()))",
+        "P",
+    ),
+    Mutant(
+        "who waits last comes first",
+        "manager/waiting_list.py",
+        "self.places[session] = count, until",
+        "self.places = {session: (count, until), **self.places}",
+        "P",
+    ),
+    Mutant(
+        "a turn that is never given back",
+        "client/core/session.py",
+        "while runs(self._turn):",
+        "while self._turn is not None:",
+        "P",
+    ),
+    Mutant(
+        "a lost session is never replaced",
+        "client/core/session.py",
+        "if self.lease.spent and not self.lease.opened:",
+        "if False:",
+        "P",
+    ),
+    Mutant(
+        "clients keep unused IDs in a drain",
+        "client/core/id_cache.py",
+        "unwanted = self.draining and (self.fresh or self.cooling)",
+        "unwanted = False",
+        "P",
+    ),
+    Mutant(
+        "a drain that is never over",
+        "manager/service.py",
+        "draining = is_draining(registry.store.header)",
+        'draining = vars(self).get("_stuck") or is_draining(registry.store.header)\n'
+        "        self._stuck = draining",
+        "P",
+    ),
+    Mutant(
+        "a manager that never hands its file over",
+        "manager/takeover.py",
+        "if requester and requester == self._server:",
+        "if False:",
+        "P",
+    ),
+    Mutant(
+        "nothing is tidied after a failure",
+        "client/core/tidy.py",
+        "                self._warn(error)\n            until",
+        "                return\n            until",
+        "P",
+    ),
+    Mutant(
+        "the IDs of sessions that expired do not come back",
+        "manager/registry.py",
+        "while session := self.sessions.due(self.now):",
+        "while session := None:",
+        "P",
     ),
 ]
 
@@ -236,7 +329,7 @@ def run(mutant: Mutant, runs: int, seed: int = 0) -> str:
     with tempfile.TemporaryDirectory() as name:
         write(mutant, Path(name))
         done = subprocess.run(
-            [sys.executable, str(_HERE / "fleet.py"), str(seed), "--runs", str(runs)],
+            [sys.executable, str(_HERE / "simulate.py"), str(seed), "--runs", str(runs)],
             env={**os.environ, "PYTHONPATH": name, "PYTHONDONTWRITEBYTECODE": "1"},
             capture_output=True,
             text=True,

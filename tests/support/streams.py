@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from sometimes import sometimes
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
 from cidalloc import protocol
@@ -46,7 +47,7 @@ class SimStream:
         if self.over:
             raise Unavailable("the stream broke")
         if "sequence_end" in options:  # the process may be stopped before the message leaves it
-            self._fleet.provoke(self._node, self)
+            self._fleet.nemesis.provoke(self._node, self)
         self._carry(THERE, lambda: self._serve(inputs, options))
 
     def end(self) -> None:
@@ -81,6 +82,9 @@ class SimStream:
                 fleet.at(self._node.cut_until + fleet.delay(), lambda: self._arrive(way))
         elif fleet.dice.random() < fleet.lost:
             self._lose()
+        elif way == BACK and self._node.deaf:
+            sometimes("a client without answers")
+            on_way.clear()
         elif on_way:
             on_way.popleft()()
 
@@ -137,7 +141,7 @@ class SimStream:
             tensors[name].reshape(1, -1) for name in (protocol.CODE, protocol.CORRELATION_ID)
         )
         request = protocol.Request.decode(code, ids, json.dumps(options["parameters"]))
-        reply = self._fleet.manage(request, self._here)
+        reply = self._fleet.manage(request, self._here, self._node.name)
         if reply.error is not None:
             return None, InferenceServerException(protocol.error_text(reply.error))
         self._fleet.named.update(reply.output.tolist())

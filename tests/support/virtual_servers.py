@@ -13,14 +13,18 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from loopback import Loopback
+from sometimes import sometimes
 from tritonclient.utils import InferenceServerException
 
 from cidalloc import protocol
 from cidalloc.client.asyncio.client import AsyncClient
 from cidalloc.client.asyncio.fleet import AsyncFleet
+from cidalloc.client.core.fleet import FleetServer
 from cidalloc.client.core.grpc_calls import LIBRARY
+from cidalloc.client.core.sequence import SequenceCore
 from cidalloc.client.core.transport import _INSIDE, Done, translating
 from cidalloc.codes import Operation
+from cidalloc.errors import CidError
 from cidalloc.manager.settings import Settings
 from cidalloc.manager.storage import drain
 from cidalloc.manager.storage.file_format import Word
@@ -198,3 +202,13 @@ class SimFleet(AsyncFleet):
         name = f"dns:{NAME}-{world.dice.uniform(0, LAG_S):.2f}:8001"
         super().__init__(name, subset=subset, label=f"client{number}", world=world)
         self._rng, self.now = world.dice, world.loop.time
+        self._moved: set[asyncio.Task[Any] | None] = set()  # tasks whose server was passed over
+
+    def _passes(self, server: FleetServer, error: CidError) -> None:
+        super()._passes(server, error)
+        self._moved.add(asyncio.current_task())
+
+    def _begins(self, server: FleetServer, core: SequenceCore, until: float) -> None:
+        super()._begins(server, core, until)
+        sometimes("moved before START", asyncio.current_task() in self._moved)
+        self._moved.discard(asyncio.current_task())

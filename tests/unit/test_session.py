@@ -259,7 +259,8 @@ def test_an_id_of_a_lost_lease_is_not_that_of_its_successor(world: World) -> Non
 # ---- Time
 
 
-def test_heartbeats_only_when_nothing_else_was_sent(world: World, session: Session) -> None:
+def test_heartbeats_also_of_a_busy_client(world: World, session: Session) -> None:
+    """Other requests renew the lease, too. But only RENEW tells of models, and of who waits."""
     world.acquire(session)
     world.operations()
     began = world.now
@@ -269,10 +270,24 @@ def test_heartbeats_only_when_nothing_else_was_sent(world: World, session: Sessi
             world.acquire(session, 5)
     names = world.operations()
     assert names.count("NEW") >= 40
-    quiet = names[len(names) - 1 - names[::-1].index("NEW") :]
-    assert names[: len(names) - len(quiet)].count("RENEW") == 0
-    assert 500 / (0.35 * TTL) - 2 < quiet.count("RENEW") < 500 / (0.25 * TTL) + 2
+    busy = len(names) - names[::-1].index("NEW")
+    for part in (names[:busy], names[busy:]):
+        assert 500 / (0.35 * TTL) - 2 < part.count("RENEW") < 500 / (0.25 * TTL) + 2
     assert world.now < session.lease.deadline
+
+
+def test_a_busy_client_announces_its_models_again(world: World, session: Session) -> None:
+    """A manager that was reloaded has forgotten them."""
+    (cid,) = world.acquire(session)
+    session.lease.begin_sequence(cid, "model")
+    world.keep(session, world.now + 1)
+    sessions = world.read(lambda registry: list(registry.sessions.named.values()))
+    assert [each.models for each in sessions] == [("model",)]
+    sessions[0].models = ()  # as a reload leaves it
+    for _ in range(10):
+        world.keep(session, world.now + TTL / 20)
+        world.acquire(session, 5)
+    assert sessions[0].models == ("model",)
 
 
 def test_the_lease_counts_from_when_the_request_was_sent(world: World, session: Session) -> None:
@@ -301,7 +316,8 @@ def test_the_lease_of_a_repeated_open_counts_from_the_first(world: World, sessio
     assert session.lease.deadline == began + TTL
 
 
-def test_without_an_answer_its_ids_are_not_used(world: World, session: Session) -> None:
+def test_without_an_answer_its_ids_are_not_used(world: World) -> None:
+    session = world.session(TTL, timeout=5.0)
     (cid,) = world.acquire(session)
     lease, sent = session.lease, world.now
     world.fates = ["lost"] * 1000

@@ -589,6 +589,24 @@ def test_a_drain_on_a_full_disk(disk: Disk) -> None:
     registry.close()
 
 
+def test_waiting_on_a_full_disk(disk: Disk) -> None:
+    """Clients that wait have places, so that others return what they do not need."""
+    values = Settings(first=1, capacity=10**6, fresh=True, cooldown_ms=0, max_anonymous=10**6)
+    registry = opened(disk.folder / "registry", values)
+    one, other = bytes(16), bytes(15) + b"1"
+    for token in (one, other):
+        registry.open(token, 0, ttl_ms=10_000)
+    disk.leave(0)
+    held = registry.acquire(registry.pool.ready, 0)
+    with pytest.raises(Exhausted, match="make room on its disk"):
+        registry.acquire(1, 0, token=one, seq=1, wait_ms=1000)
+    assert registry.waiting.any(0)
+    registry.release(held[:1], 0, ended=True)
+    with pytest.raises(Exhausted, match="others wait before"):
+        registry.acquire(1, 0, token=other, seq=1)
+    assert len(registry.acquire(1, 0, token=one, seq=2, wait_ms=0)) == 1
+
+
 def test_a_disk_that_fills_up(disk: Disk) -> None:
     path = disk.folder / "registry"
     values = Settings(first=1, capacity=10**6, fresh=True, cooldown_ms=0, max_anonymous=10**6)
@@ -599,12 +617,12 @@ def test_a_disk_that_fills_up(disk: Disk) -> None:
     ready = registry.pool.ready
     rest = registry.acquire(ready - 100, 0)
     for _ in range(3):
-        with pytest.raises(Unavailable, match=r"cannot grow by .*make room on its disk"):
+        with pytest.raises(Exhausted, match=r"cannot grow by .*make room on its disk"):
             registry.acquire(1, 0)
         registry._check()
     registry.release(first, 0, ended=True)
     assert len(registry.acquire(50, 0)) == 50, "what was given back goes on"
-    with pytest.raises(Unavailable):
+    with pytest.raises(Exhausted):
         registry.acquire(51, 0)
     for name in range(1, GRANULE // 128 - 2):
         registry.open(name.to_bytes(16, "big"), 0, ttl_ms=10_000)

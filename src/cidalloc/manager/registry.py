@@ -252,8 +252,8 @@ class Registry:
             InvalidArgument: ``wait_ms`` without a token.
             Repeated: ``seq`` is not above the last one.
             LimitExceeded: more than a setting allows.
-            Exhausted: the pool cannot give so many now.
-            Unavailable: the disk is full.
+            Exhausted: the pool cannot give so many now, maybe since the disk is full.
+            Unavailable: the disk fails.
         """
         limits = self.settings
         if token is not None:
@@ -475,18 +475,20 @@ class Registry:
             )
         if self._issues_from:
             self._issues_from = self.store.header[Word.ISSUES_FROM] = 0
-        if self.waiting.places:  # else nobody waits
-            self.waiting.check(session if waits else None, count, self.now)
         if pool.opened + count > pool.ready < pool.capacity:
             try:
                 self.store.grow(Part.RECORDS, count)
             except Unavailable as error:
                 full = error  # what was released may be enough
             pool.ready = self.store.ready_ids
+        if self.waiting.places:  # else nobody waits
+            room = pool.capacity if full is None else pool.ready
+            self.waiting.check(session if waits else None, count, self.now, room)
         try:
             return pool.acquire_many(count, session.number, self.now)
         except Exhausted:
-            raise full or exhausted(pool, count, self.now) from None
+            why = f"; {full}" if full else ""
+            raise exhausted(pool, count, self.now, why) from None
 
     def _anonymous_session(self, now: int) -> Session:
         """Return the session that holds what is acquired without one at about this time."""

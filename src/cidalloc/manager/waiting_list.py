@@ -34,7 +34,7 @@ class WaitingList:
         """Return how many sessions wait."""
         return sum(now < until for _, until in self.places.values())
 
-    def check(self, session: Session | None, count: int, now: int) -> None:
+    def check(self, session: Session | None, count: int, now: int, room: int) -> None:
         """Check that a request takes no ID that a place before it needs.
 
         The time that it takes grows with the number of free IDs, and not with that of the places.
@@ -44,13 +44,14 @@ class WaitingList:
                 for more IDs than its place, comes after all others.
             count: the number of IDs that it asks for.
             now: the time.
+            room: the number of IDs that the pool can have now; a full disk limits it.
 
         Raises:
             Exhausted: it has to wait for the others.
         """
         pool = self._pool
         pool.acquire_many(0, now=now)  # so that it knows the time
-        free = pool.capacity - pool.active - pool.cooling
+        free = room - pool.active - pool.cooling
         before, over = 0, []
         for each, (needed, until) in self.places.items():
             if until <= now:

@@ -243,17 +243,19 @@ class Lease:
         self.cache.cooldown = cooldown_ms / 1000
         # The first OPEN of this token that arrived began the session; later ones renew nothing.
         self._renewed(self.first_sent)
+        self._plan_renewal(self.first_sent)
         self.generation = generation  # the last step, so that all is done or nothing
         _log.info("%r: opened, generation %d of %s", self, generation, self.registry)
 
     def renew(self, deadline: float, announced_ms: int | None = None) -> Flow[None]:
         """Renew the session; announce this cooldown."""
         what: dict[str, Parameter] = {} if announced_ms is None else {"cooldown_ms": announced_ms}
-        models = len(self.models)
+        sent, models = self._link.now(), len(self.models)
         if models:  # each time, since a manager that was reloaded does not know it
             what["models"] = json.dumps(self.models)
         reply = yield from self._ask(Operation.RENEW, deadline, what)
         self._announced_models = models
+        self._plan_renewal(sent)
         answer = reply.output.tolist()
         if answer[:1] != [self.generation]:
             # A late OPEN made that session, and it holds no ID of this one.
@@ -307,8 +309,14 @@ class Lease:
 
     def _renewed(self, sent: float) -> None:
         self.deadline = max(self.deadline, sent + self._link.ttl)
-        self.renew_at = sent + self._link.ttl * self._link.rng.uniform(0.25, 0.35)
         self.retry_at = NEVER
+
+    def _plan_renewal(self, sent: float) -> None:
+        """Plan the next RENEW, also of a client whose other requests renew the lease.
+
+        Only RENEW tells a manager that was reloaded the models, and the client that others wait.
+        """
+        self.renew_at = sent + self._link.ttl * self._link.rng.uniform(0.25, 0.35)
 
     def _ask(
         self,
