@@ -24,6 +24,8 @@
 #   make simulate  2000 fleets of clients with virtual time and every fault: ARGS="SEED --runs N"
 #   make chaos   a real server and 20 client processes for three minutes, while all is broken in
 #                turns: ARGS="--seed N --seconds S --clients C"; a full disk only as root
+#   make faults  each request and each answer of a client is spoilt in turn, in every way: 15
+#                minutes; fills docs/testing.md in
 #   make bench-gate  instructions per call against their limits; needs valgrind
 #   make fuzz    anything for what reads requests, files, URLs and settings: SECONDS=30 each
 #   make sanitize  the tests of the core and the registry under ASan and UBSan
@@ -58,7 +60,7 @@ define install
 endef
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
 
-.PHONY: help demo test lint dist bench bench-client bench-registry bench-gate load scale simulate chaos fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy drill-route proxies simulate-fleet clean
+.PHONY: help demo test lint dist bench bench-client bench-registry bench-gate load scale simulate chaos faults fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy drill-route proxies simulate-fleet clean
 .DELETE_ON_ERROR:
 
 help:
@@ -82,6 +84,9 @@ lint: .venv/.built .venv/.dev
 		--allowlist tests/stubtest.allowlist \
 		cidalloc._alloc cidalloc.manager.storage._mapping \
 		cidalloc.triton_model._parent_watch
+
+faults: .venv/.built .venv/.dev
+	CIDALLOC_FAULTS=all $(BIN)/python -m pytest -q -s tests/unit/test_client_faults_in_turn.py
 
 crowd: .venv/.built .venv/.dev
 	CIDALLOC_CROWD=50x20x60 $(BIN)/python -m pytest -q -s tests/integration/test_crowd.py
