@@ -32,6 +32,8 @@
 #                hour; needs a C compiler
 #   make conformance  500 seeds of a manager behind faults for each of the clients in Python and
 #                JavaScript, and clients that are wrong on purpose: 8 minutes; needs node
+#   make faults  each request and each answer of a client is spoilt in turn, in every way: 15
+#                minutes; fills docs/testing.md in
 #   make bench-gate  instructions per call against their limits; needs valgrind
 #   make pythons  the wheel and the tests of the allocator on each Python that is there: 3.10 to
 #                3.14 and the free-threaded 3.14t, on PATH, of pyenv or in /opt
@@ -68,7 +70,7 @@ define install
 endef
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
 
-.PHONY: help demo test lint dist pythons bench bench-client bench-registry bench-gate load scale simulate chaos errors fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy drill-route proxies simulate-fleet cpp conformance clean
+.PHONY: help demo test lint dist pythons bench bench-client bench-registry bench-gate load scale simulate chaos errors fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy drill-route proxies simulate-fleet cpp conformance faults clean
 .DELETE_ON_ERROR:
 
 help:
@@ -92,6 +94,9 @@ lint: .venv/.built .venv/.dev
 		--allowlist tests/stubtest.allowlist \
 		cidalloc._alloc cidalloc.manager.storage._mapping \
 		cidalloc.triton_model._parent_watch
+
+faults: .venv/.built .venv/.dev
+	CIDALLOC_FAULTS=all $(BIN)/python -m pytest -q -s tests/unit/test_client_faults_in_turn.py
 
 crowd: .venv/.built .venv/.dev
 	CIDALLOC_CROWD=50x20x60 $(BIN)/python -m pytest -q -s tests/integration/test_crowd.py

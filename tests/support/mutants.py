@@ -159,11 +159,11 @@ MUTANTS = [
     Mutant(
         "END for the dead goes to another server than DEAD",
         "client/core/tidy.py",
-        'stream.send(model, request.pop("inputs"), **request)',
+        'stream.send(model, request.pop("inputs"), request_id=str(self._sent), **request)',
         """if model != self._runner.model:
             within = END_WITHIN_MS / 1000
             stream = self._runner.transport.open_stream(stream._receive, within)  # type: ignore
-        stream.send(model, request.pop("inputs"), **request)""",
+        stream.send(model, request.pop("inputs"), request_id=str(self._sent), **request)""",
         "FU",
     ),
     Mutant(

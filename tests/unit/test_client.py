@@ -15,7 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 from cidalloc import errors
 from cidalloc.client import AsyncClient, Client
-from cidalloc.client.core.transport import parse_url, translate, unreachable
+from cidalloc.client.core.transport import NOT_TRITON, parse_url, translate, unreachable
 from cidalloc.client.sync.grpc import GrpcTransport
 from cidalloc.client.sync.http import HttpTransport
 from cidalloc.client.sync.transport import connect
@@ -242,7 +242,7 @@ def test_each_status_of_grpc_has_a_meaning() -> None:
         ("Socket closed", "StatusCode.UNAVAILABLE", True),
         ("Exceeds maximum queue size", "StatusCode.UNAVAILABLE", False),
         ("Exceeds maximum queue size", "503", False),
-        ("<html>503 Service Temporarily Unavailable</html>", "503", True),
+        (f"{NOT_TRITON}: 503 Service Temporarily Unavailable", "503", True),
         ("upstream timed out", "504", True),
         ("the model failed", "StatusCode.INTERNAL", False),
         ("the model failed", "500", False),

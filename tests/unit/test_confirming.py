@@ -27,6 +27,7 @@ from cidalloc.client.sync.http import HttpTransport, _Connection
 from cidalloc.codes import Operation
 from cidalloc.errors import Unavailable
 from cidalloc.manager.settings import Settings
+from cidalloc.protocol import parse_error
 
 
 class Breaking(Model):
@@ -34,7 +35,7 @@ class Breaking(Model):
 
     def __init__(self, settings: Settings = SETTINGS) -> None:
         super().__init__(settings)
-        self.is_broken = self.away = False
+        self.is_broken = self.away = self.taking_over = False
         self.notes: list[str] = []  # what arrives
 
     def broke(self) -> bool:
@@ -45,6 +46,10 @@ class Breaking(Model):
         self.notes.append(request.operation.name)
         if self.away:
             raise Unavailable("serves no model cidmgr")
+        if self.taking_over:
+            error = parse_error("[CIDALLOC 14 UNAVAILABLE] another process is taking over")
+            assert error is not None
+            raise error
         return super().call(model, request, timeout)
 
     def submit(
@@ -102,6 +107,33 @@ def test_all_that_wait_fail_together() -> None:
         model.away = False
         sequence.infer([], end=True)
         assert "infer" not in model.notes[:-1]
+
+
+def test_requests_wait_while_a_process_of_the_manager_takes_over() -> None:
+    """The manager says so: it was reloaded just when a connection broke."""
+    model = Breaking()
+    with Client(transport=model) as cids, cids.sequence("model", timeout=5) as sequence:
+        sequence.infer([])
+        model.is_broken = model.taking_over = True
+        model.notes.clear()
+        future = sequence.async_infer([])
+        time.sleep(0.6)
+        assert not future.done(), future.exception()
+        assert 2 <= len(model.notes) <= 20, model.notes  # with pauses, which grow
+        model.taking_over = False
+        future.result(2.0)
+        assert model.notes[-1] == "infer"
+
+
+def test_requests_wait_for_a_takeover_no_longer_than_their_own_time() -> None:
+    model = Breaking()
+    with Client(transport=model) as cids, cids.sequence("model", timeout=0.3) as sequence:
+        sequence.infer([])
+        model.is_broken = model.taking_over = True
+        with pytest.raises(Unavailable):
+            sequence.async_infer([]).result(1.5)
+        model.taking_over = False
+        sequence.async_infer([]).result(3.0)
 
 
 @pytest.mark.parametrize("away", [False, True])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from nodes import SimClient
 from simulation import World
+from tritonclient.utils import InferenceServerException
 
 from cidalloc import protocol
 from cidalloc.client.core.tidy import Tidier
@@ -32,7 +33,10 @@ class SlowStream:
             ids = np.arange(1000, dtype=np.uint64).reshape(1, -1)
             outputs = {protocol.OUTPUT: ids, protocol.DETAIL: np.array([[b""]], object)}
         self._world.now += 0.05
-        self._receive("", True, SimpleNamespace(as_numpy=outputs.get), None)
+        self._answer(model, SimpleNamespace(as_numpy=outputs.get))
+
+    def _answer(self, model: str, result: Any) -> None:
+        self._receive("", True, result, None)
 
     def end(self) -> None:
         self.over = True
@@ -55,6 +59,35 @@ def test_no_ids_are_asked_for_when_no_time_is_left() -> None:
     world.run(client.session, tidier._round())
     assert tidier.ended["model"] > 500
     assert len(asked) == 1, f"{len(asked)} times, within {asked[-1] - asked[0]:.1f} s"
+
+
+class FailingStream(SlowStream):
+    """The first model is decoupled: it answers END with an error and then with its last answer."""
+
+    def send(self, model: str, inputs: list[Any], /, **options: Any) -> None:
+        super().send(model, inputs, **options)
+        if model == "first":
+            number = options.get("request_id", "")
+            self._receive(number, True, SimpleNamespace(as_numpy={}.get), None)
+
+    def _answer(self, model: str, result: Any) -> None:
+        broken = InferenceServerException("the model failed") if model == "first" else None
+        self._receive("", True, None if broken else result, broken)
+
+
+def test_a_model_that_fails_and_then_answers() -> None:
+    """The last answer of one request must not count as that of the next one."""
+    world = World(Settings(first=1, capacity=10, fresh=True))
+    world.idle |= {"first": 1.0, "second": 1.0}
+    asked: list[float] = []
+    client = SimClient(
+        random.Random(1),
+        lambda: world.now,
+        lambda *arguments: FailingStream(world, asked, *arguments),  # type: ignore[arg-type, return-value]
+    )
+    tidier = Tidier(client, {"first": [], "second": []})  # type: ignore[arg-type]
+    world.run(client.session, tidier._round())
+    assert tidier.failed == {"first": 1} and tidier.ended["second"] > 100, tidier.ended
 
 
 def test_ids_that_were_never_named_come_first() -> None:

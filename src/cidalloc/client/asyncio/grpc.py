@@ -10,6 +10,7 @@ import grpc.aio
 from tritonclient.grpc.service_pb2 import ModelInferResponse
 
 from ... import protocol
+from ...errors import ProtocolError
 from ..core.grpc_calls import (
     SHORT_S,
     Calls,
@@ -75,11 +76,12 @@ class AsyncGrpcTransport(GrpcBase):
 
         def over(response: asyncio.Future[Any]) -> None:
             done_well = not response.cancelled() and response.exception() is None
-            if not done_well or not isinstance(response.result(), ModelInferResponse):
+            found = response.result() if done_well else None
+            if not isinstance(found, ModelInferResponse) or not found.model_name:
                 self._tasks.start(deliver(self._read(call, connection), done))
                 return
             self._sequences.release(connection)
-            done(self._calls.result(response.result()), None)
+            done(self._calls.result(found), None)
 
         # gRPC's own task; a further one would double the cost in asyncio.
         self._tasks.add(call._call_response).add_done_callback(over)
@@ -89,9 +91,11 @@ class AsyncGrpcTransport(GrpcBase):
         try:
             return self._calls.result(await call)
         except grpc.RpcError as error:
-            raise self._sequences.failed(connection, error, self.url) from None
+            failure = self._sequences.failed(connection, error, self.url)
         finally:
             self._sequences.release(connection)
+            del call  # the failure refers to this frame, and would keep the connection open
+        raise failure
 
     def open_stream(self, receive: Receive, /, limit: float | None = None) -> _Stream:
         return _Stream(self._sequences, self._calls, receive, limit, self._tasks)
@@ -113,11 +117,15 @@ class AsyncGrpcTransport(GrpcBase):
         connection = connections.take()
         try:
             send = getattr(connection, method)
-            return await send(request, timeout=max(limit, SHORT_S), **beside)
+            answer = await send(request, timeout=max(limit, SHORT_S), **beside)
+            if answer is None:
+                raise ProtocolError(f"{self.url} answers unlike Triton: with what cannot be read")
+            return answer
         except grpc.RpcError as error:
-            raise connections.failed(connection, error, self.url) from None
+            failure = connections.failed(connection, error, self.url)
         finally:
             connections.release(connection)
+        raise failure
 
 
 class _Stream(StreamBase):
@@ -142,12 +150,12 @@ class _Stream(StreamBase):
             yield request
 
     async def _read(self) -> None:
-        failure = None
         try:
             async for answer in self._answers:
                 self._received(answer)
         except asyncio.CancelledError:  # of `cut`, or the event loop ends
-            pass
-        except Exception as error:
-            failure = error
-        self._ended(failure)
+            self._ended(None)
+        except Exception as error:  # in no other variable, else it would refer to itself
+            self._ended(error)
+        else:
+            self._ended(None)

@@ -31,10 +31,14 @@ class Tasks:
         return task
 
     async def wait(self, seconds: float) -> None:
-        """Wait at most so long until all tasks have ended, except the current one."""
-        others = self._running - {asyncio.current_task()}
-        if others:
-            await asyncio.wait(others, timeout=seconds)
+        """Wait at most so long until all tasks have ended, except the current one.
+
+        This includes tasks that others start meanwhile: a request closes its connection at its end.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        while (others := self._running - {asyncio.current_task()}) and loop.time() < until:
+            await asyncio.wait(others, timeout=until - loop.time())
 
 
 async def outlast(task: asyncio.Task[T]) -> T:

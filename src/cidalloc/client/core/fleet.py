@@ -31,7 +31,7 @@ from .effects import NEVER
 from .fork_guard import ForkGuard, caller
 from .lease import Lease
 from .sequence import SequenceCore
-from .transport import DAY_S, Address, boottime, parse_url
+from .transport import DAY_S, NO_MODEL, Address, boottime, parse_url
 
 __all__ = [
     "RESOLVE_WAIT_S",
@@ -117,8 +117,8 @@ class FleetServer:
         if self.registry:
             if self.client._session.lease.cache.draining:
                 return False
-            if isinstance(self.trouble, _NO_ANSWER):  # the heartbeat finds out when it answers
-                return not self.is_silent
+            if isinstance(self.trouble, _NO_ANSWER) and NO_MODEL not in str(self.trouble):
+                return not self.is_silent  # the heartbeat finds out when it answers
         return now >= self._retry_at
 
     def works(self) -> None:
@@ -246,20 +246,24 @@ class FleetBase(ForkGuard):
 
     def _until(self, wait: float | None) -> float:
         """Return until when a call waits for an ID; `NEVER` if it does not."""
-        return NEVER if wait is None else self.now() + seconds("wait", wait, DAY_S, low=0.0)
+        found = 0.0 if wait is None else seconds("wait", wait, DAY_S, low=0.0)
+        return self.now() + found if found else NEVER
 
     def _candidates(self, until: float) -> Iterator[tuple[FleetServer, float | None]]:
         """Iterate over the servers to try, and for how long to wait for an ID on each, if at all.
 
-        If all have failed and some are exhausted, it waits for these in turns.
+        If all have failed and some are exhausted, it waits for these in turns. When the time is
+        over, no server is tried that failed the last time, since it may hang.
         """
         for server in self._order():
-            yield server, None
+            if server.trouble is None or not NEVER < until <= self.now():
+                yield server, None
         while (left := until - self.now()) > 0 and (soonest := self._soonest()) is not None:
             yield soonest, min(left, _WAIT_S)
             self._check_open()
             for server in self._order():
-                yield server, None
+                if self.now() < until and server.is_usable(self.now()):
+                    yield server, None
 
     def _order(self) -> Iterator[FleetServer]:
         """Iterate over all servers, those that worked first.

@@ -15,7 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 from ... import protocol
 from ...codes import Operation
-from ...errors import InvalidArgument, Unavailable
+from ...errors import InvalidArgument, ProtocolError, Unavailable
 from .arguments import check_headers
 from .grpc_connections import Connections
 from .result import Result
@@ -186,7 +186,14 @@ class Calls:
         return service_pb2.ServerMetadataRequest(), {"metadata": self.metadata}
 
     def result(self, answer: Any) -> GrpcResult:
-        """Return the result of an answer."""
+        """Return the result of an answer.
+
+        Raises:
+            ProtocolError: it is none of Triton's. grpc.aio returns None, or an empty message, for
+                what cannot be read.
+        """
+        if answer is None or not answer.model_name:
+            raise ProtocolError(f"{self.url} answers unlike Triton: its message cannot be read")
         if self.verbose:
             print(answer)
         return GrpcResult(answer)
@@ -290,7 +297,7 @@ class StreamBase:
         queue: the requests that gRPC sends; None is the end.
     """
 
-    _answers: Any  # gRPC's call
+    _answers: Any = None  # gRPC's call, which keeps the connection open while anything refers to it
 
     def __init__(
         self, connections: Connections, calls: Calls, receive: Receive, queue: Any
@@ -313,22 +320,28 @@ class StreamBase:
         self._queue.put_nowait(None)
 
     def cut(self) -> None:
-        if not self.over:
-            self._answers.cancel()
+        answers = self._answers
+        if answers is not None:
+            answers.cancel()
 
     def suspect(self) -> None:
         self._connections.retire(self._connection)
 
     def _received(self, answer: Any) -> None:
         """Pass an answer on."""
-        response = answer.infer_response
-        if answer.error_message:
+        if answer is not None and answer.error_message:
             error = InferenceServerException(answer.error_message)
-            self._receive(response.id, True, None, error)
+            self._receive(answer.infer_response.id, True, None, error)
+            return
+        response: Any = None if answer is None else answer.infer_response
+        try:
+            result = self._calls.result(response)
+        except ProtocolError as unlike:
+            self._receive("", True, None, unlike)
             return
         final = "triton_final_response"
         last = final not in response.parameters or response.parameters[final].bool_param
-        self._receive(response.id, last, self._calls.result(response), None)
+        self._receive(response.id, last, result, None)
 
     def _ended(self, failure: Exception | None) -> None:
         """Note that gRPC has closed the stream, and fail the requests that are unanswered."""
@@ -342,7 +355,7 @@ class StreamBase:
             first = str(text or type(failure).__name__).splitlines()[0]
             self._trouble = f": {first}"
             error = Unavailable(f"the stream to {url} broke{self._trouble}")
-        self.over = True
+        self.over, self._answers = True, None
         with contextlib.suppress(RuntimeError):  # the event loop is closed
             self._queue.put_nowait(None)  # gRPC's sending thread or task ends
         self._connections.release(self._connection)

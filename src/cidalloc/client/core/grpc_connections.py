@@ -89,11 +89,19 @@ class Connections:
         """Send nothing more over a connection, since a request on it was not answered."""
         self._broke = True
         with self._lock:
-            if connection in self._usable:
+            used = connection in self._usable
+            if used:
                 self._usable.remove(connection)
+            last = used and not connection.busy  # gRPC may tell of the end of a request first
+        if last:
+            self._shut(connection.channel)
 
     def failed(self, connection: Connection, error: Any, url: str) -> InferenceServerException:
-        """Return tritonclient's exception for gRPC's; if no answer came, retire the connection."""
+        """Return tritonclient's exception for gRPC's; if no answer came, retire the connection.
+
+        Raise it outside the ``except`` block: gRPC's error as its context would keep the connection
+        open, also if it is closed, until garbage is collected.
+        """
         found = _explained(error)
         if unreachable(found, url):
             self.retire(connection)
@@ -134,4 +142,8 @@ def _explained(error: Any) -> InferenceServerException:
     """Return tritonclient's exception for an exception of gRPC, as tritonclient does."""
     code = error.code()
     text = error.details() or ""
-    return InferenceServerException(text, str(code), error.debug_error_string())
+    # A call whose answer could not be read has none, and gRPC would wait for it for ever.
+    state = getattr(error, "_state", None)
+    known = state is None or state.debug_error_string is not None
+    debug = error.debug_error_string() if known else None
+    return InferenceServerException(text, str(code), debug)

@@ -21,6 +21,7 @@ from .arguments import check_headers
 from .result import Result
 from .tensors import Library
 from .transport import (
+    NOT_TRITON,
     STRANGE,
     Address,
     Receive,
@@ -126,10 +127,11 @@ class HttpAnswer:
         if self.status == 200:
             return body
         try:
-            text = json.loads(body)["error"]
-        except (ValueError, LookupError, TypeError):
-            text = body[:1000].decode(errors="replace")
-        raise InferenceServerException(str(text), str(self.status))
+            text = str(json.loads(body)["error"])
+        except STRANGE:
+            page = without_tags(body[:1000].decode(errors="replace"))
+            text = f"{NOT_TRITON}: {page or f'HTTP status {self.status}'}"
+        raise InferenceServerException(text, str(self.status))
 
     def result(self, call: HttpCall) -> HttpResult:
         """Return the result of an inference.
@@ -147,9 +149,12 @@ class HttpAnswer:
                 header_length=None if length is None else int(length),
                 content_encoding=None if encoding is None else encoding.decode("latin-1"),
             )
-        except STRANGE as error:
+        except (InferenceServerException, *STRANGE) as error:  # the first one: it is no UTF-8
             page = body[:200].decode(errors="replace")
             raise call.unlike(page if "<" in page else repr(error)) from error
+        answer = result.get_response()
+        if not isinstance(answer, dict) or "model_name" not in answer:
+            raise call.unlike(body[:200].decode(errors="replace"))
         return result
 
     def json(self, call: HttpCall) -> dict[str, Any]:

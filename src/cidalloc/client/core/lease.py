@@ -404,9 +404,9 @@ class Lease:
                 what["wait_ms"] = wait_ms
             try:
                 reply = yield from self._ask(Operation.NEW, deadline, what)
-            except (Exhausted, LimitExceeded):
+            except (Exhausted, LimitExceeded) as error:
                 cache.refill_failed(link.now())
-                if not (ahead and lacking):
+                if not (ahead and lacking and error.answered):  # else IDs may have been issued
                     raise
                 ahead = 0
                 continue
@@ -468,7 +468,10 @@ class Lease:
                 yield from self._ask(Operation.DELETE, deadline, how, cids)
             except LimitExceeded as error:
                 self._most = max(1, len(cids) // 8)
-                if len(cids) == 1:  # not their number is too large, but the cooldown
+                if len(cids) == 1:
+                    if not error.answered:  # by a proxy, which may change its mind
+                        raise
+                    # Not their number is too large, but the cooldown.
                     _log.error("%r: %s is held until close: %s", self, _some(cids), error)
                     self.cache.keep(cids[0], cooldown_ms)
                     self._most = _MOST_AT_ONCE

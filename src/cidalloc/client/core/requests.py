@@ -258,29 +258,35 @@ class Requests:
         """
         while True:
             request = ready
-            if request is None:
-                with self.runner.lock:
-                    if self._turn is not None or not self._queue:
-                        return
-                    waits = self._refusal(self._queue[0]) is None and self._is_unsure()
-                    if waits:
-                        for each in self._queue:
-                            each.doubt = self.runner.session.doubts
-                    else:
-                        request = self._turn = self._queue.popleft()
+            try:
                 if request is None:
-                    with contextlib.suppress(Unavailable):  # no thread: `look` tries again
-                        self.runner.wake()
+                    with self.runner.lock:
+                        if self._turn is not None or not self._queue:
+                            return
+                        waits = self._refusal(self._queue[0]) is None and self._is_unsure()
+                        if waits:
+                            for each in self._queue:
+                                each.doubt = self.runner.session.doubts
+                        else:
+                            request = self._turn = self._queue.popleft()
+                    if request is None:
+                        with contextlib.suppress(Unavailable):  # no thread: `look` tries again
+                            self.runner.wake()
+                        return
+                error = self._launch(request, request is not ready)
+                if error is None:
                     return
-            error = self._launch(request, request is not ready)
-            if error is None:
-                return
+                if foreign(error) or not isinstance(error, Exception):
+                    raise error
+            except BaseException:  # of a signal handler, which knows nothing of this request
+                if request is not None and request is not ready and not request.handed_over:
+                    text = f"{self.name}: this request was not sent, since another was broken off"
+                    self._finish(request, None, Unavailable(text), True)
+                raise
             ready = None
             self._finish(request, None, self._explain(error), True)
-            if foreign(error):
-                raise error
 
-    def _launch(self, request: Request, has_waited: bool) -> Exception | None:
+    def _launch(self, request: Request, has_waited: bool) -> BaseException | None:
         """Hand a request to the transport; return an error if it was not sent."""
         if request not in self.on_way or not request.starts():
             return Unavailable(f"{self.name}: this request was not sent any more")
@@ -294,8 +300,10 @@ class Requests:
                     self._allow(now, request.timeout)
             limit = max(request.until - self.runner.now(), 0.001) + SLACK_S
             done = partial(self.over, request)
+            request.handed_over = True
             self.runner.transport.submit(limit, self.model, request.inputs, done, **request.options)
-        except Exception as error:
+        except BaseException as error:
+            request.handed_over = False
             return error
         return None
 

@@ -38,6 +38,7 @@ _log = logging.getLogger("cidalloc.client")
 _LOOK_S = 1.0  # between two looks whether the flow that has the turn was broken off
 _KEEP_PLACE_S = 3.0  # the manager keeps a place for so long after each request for IDs
 _PAUSE_S = (0.02, 1.0)  # the shortest and the longest pause between two such requests
+_TRIES_APART = 3
 _STRANGERS = 3  # so many answers of another registry prove that the lease's own is gone
 
 
@@ -276,7 +277,7 @@ class Session:
             lease = self.lease
             lease.cache.needs_maintenance = False
             confirming, breaks = self.confirming, self._breaks
-            due = NEVER if confirming else lease.due()
+            due = lease.retry_at if confirming else lease.due()
             if due > self.now():
                 yield Idle(due)
                 continue
@@ -297,11 +298,14 @@ class Session:
                 tries += 1
                 level = logging.INFO if tries == 1 else logging.DEBUG
                 _log.log(level, "%r: a heartbeat or refill failed: %s", self, error)
-                lease.put_off(tries)
+                # Requests wait for a renewal that confirms, so its pauses stay short.
+                lease.put_off(min(tries, _TRIES_APART) if confirming else tries)
                 if isinstance(error, RegistryMismatch):
                     with contextlib.suppress(RegistryMismatch):
                         yield from self._probe(error, deadline)
-                self._confirmed(confirming, breaks, error)
+                # While a process of the manager takes over from another one, requests wait on.
+                if not (error.answered and isinstance(error, Unavailable)):
+                    self._confirmed(confirming, breaks, error)
 
     def unsure(self, broke: bool) -> bool:
         """Return whether a request has to wait until the heartbeat knows which server is there.
@@ -446,7 +450,8 @@ class Session:
             except CidError as error:
                 tries += 1
                 wait = self.link.pause(tries)
-                passes = error.answered and isinstance(error, Unavailable)
+                # To close twice does no harm, and the connection may just have been old.
+                passes = isinstance(error, Unavailable) and (error.answered or tries == 1)
                 if passes and self.now() + wait < deadline:
                     yield from self.link.sleep(wait)
                     continue

@@ -35,12 +35,13 @@ class Request:
         left: its caller does not read its answers any more.
         until: the time at which the request ends without an answer.
         doubt: the last `Session.doubts` for which it waited.
+        handed_over: a transport has it, and tells when it is over.
         number: its ID on a stream.
     """
 
     __slots__ = (
-        *("answers", "drops", "end", "future", "inputs", "left", "many", "number", "options"),
-        *("doubt", "timeout", "until", "waiter"),
+        *("answers", "doubt", "drops", "end", "future", "handed_over", "inputs", "left", "many"),
+        *("number", "options", "timeout", "until", "waiter"),
     )
 
     def __init__(
@@ -51,7 +52,7 @@ class Request:
         self.future: Any = None
         self.waiter: Waiter | None = None
         self.answers: Any = None
-        self.drops = self.left = False
+        self.drops = self.left = self.handed_over = False
         self.until, self.doubt = 0.0, 0
         self.number = ""
 

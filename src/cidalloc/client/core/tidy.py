@@ -53,6 +53,7 @@ class Tidier:
         self._paused = dict.fromkeys(inputs, NEVER)
         self._trouble = ""
         self._answers: deque[tuple[Any, BaseException | None]] = deque()
+        self._sent = 0  # the ID of the latest request
 
     def rounds(self) -> Flow[None]:
         """Make one round after the other until the client is closed. Never raises."""
@@ -100,20 +101,28 @@ class Tidier:
         until = now() + END_WITHIN_MS / 1000
         answers = self._answers = deque[tuple[Any, BaseException | None]]()
 
-        def receive(_: str, final: bool, result: Any, error: BaseException | None) -> None:
-            if final:
+        def receive(number: str, final: bool, result: Any, error: BaseException | None) -> None:
+            # After an error, which has no ID, a decoupled model may send a final response, too.
+            if final and number in ("", str(self._sent)):
                 answers.append((result, error))
                 self._runner.wake()
 
+        trouble: CidError | None = None
         stream = self._runner.transport.open_stream(receive, END_WITHIN_MS / 1000)
         try:
             for model in [model for model, paused in self._paused.items() if now() >= paused]:
                 yield from self._tidy(stream, model, until)
+        except CidError as error:
+            trouble = error
         finally:
             stream.end()
         while not stream.over and now() < until:
+            if self._over:  # a server that hangs does not keep the client's connection open
+                until = min(until, now() + HURRY_S)
             yield Idle(until)
         stream.cut()
+        if trouble is not None:
+            raise trouble
 
     def _tidy(self, stream: Stream, model: str, until: float) -> Flow[None]:
         """End the sequences on a model that the manager names; pause it if it fails.
@@ -168,9 +177,11 @@ class Tidier:
         self, stream: Stream, model: str, until: float, request: dict[str, Any]
     ) -> Flow[tuple[Any, BaseException | None]]:
         """Send a request, and return its last answer and its error."""
-        stream.send(model, request.pop("inputs"), **request)
+        self._sent += 1
+        self._answers.clear()  # of the request before
+        stream.send(model, request.pop("inputs"), request_id=str(self._sent), **request)
         while not self._answers:
-            if self._session.now() >= until:
+            if self._session.now() >= until or self._over:
                 raise Unavailable(f"no answer of {model} in time")
             yield Idle(until)
         return self._answers.popleft()

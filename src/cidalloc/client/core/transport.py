@@ -40,6 +40,8 @@ __all__ = [
     "DAY_S",
     "DEFAULT_URL",
     "HURRY_S",
+    "NOT_TRITON",
+    "NO_MODEL",
     "NO_SLOT",
     "SLACK_S",
     "STRANGE",
@@ -71,6 +73,12 @@ DAY_S = 86_400.0
 
 SLACK_S = 0.4
 """An answer is awaited for so many seconds longer than Triton's own limit on its request."""
+
+NOT_TRITON = "another server than Triton answers"
+"""Part of the text of an HTTP error whose body is not Triton's JSON: that of a proxy."""
+
+NO_MODEL = "serves no model"
+"""Part of the text of `Unavailable` if the server is there and the model is not."""
 
 NO_SLOT = "timeout of the corresponding sequence has been expired"
 """Part of Triton's text if a START waited in vain for a slot of its model."""
@@ -202,7 +210,7 @@ def read_answer(result: Any, model: str, url: str) -> tuple[protocol.IDs, str]:
         output = result.as_numpy(protocol.OUTPUT)
         text = result.as_numpy(protocol.DETAIL)
         detail = "" if text is None else text[0, 0].decode()
-    except (ValueError, TypeError, LookupError):  # bytes that do not fit the shape
+    except (ValueError, TypeError, LookupError, AttributeError):  # of another kind or shape
         output = None
     if output is None or output.dtype != "uint64":
         raise ProtocolError(f"model {model} at {url} answers unlike a cidalloc manager")
@@ -315,6 +323,7 @@ def unreachable(error: BaseException, url: str) -> Unavailable | None:
         away = status in _NO_ANSWER_STATUS or _GRPC_CUT.search(text) is not None
         away = away or (status == "StatusCode.UNAVAILABLE" and _GRPC_AWAY.search(text) is not None)
         away = away or (status == "503" and _NOT_TRITON.search(text) is not None)
+        away = away or (status == "StatusCode.RESOURCE_EXHAUSTED" and _TOO_LARGE not in text)
         return Unavailable(f"no answer from {url}: {without_tags(text)}") if away else None
     if isinstance(error, _NO_ANSWER) and not foreign(error):
         return Unavailable(f"no answer from {url}: {error or type(error).__name__}")
@@ -338,8 +347,10 @@ _GRPC_AWAY = re.compile(
 )
 # The same with any status.
 _GRPC_CUT = re.compile("RST_STREAM|Stream removed")
-# A proxy's page, and the error of tritonclient's asyncio client for it.
-_NOT_TRITON = re.compile(f"<html|while decoding the response|{protocol.ROUTE_HEADER}", re.I)
+# Part of gRPC's own text, with RESOURCE_EXHAUSTED. Triton does not use this status: proxies do.
+_TOO_LARGE = "larger than max"
+# Texts of proxies with the status 503.
+_NOT_TRITON = re.compile(f"{NOT_TRITON}|{protocol.ROUTE_HEADER}", re.I)
 
 
 def translate(error: Exception, model: str, url: str) -> CidError:
@@ -355,10 +366,10 @@ def translate(error: Exception, model: str, url: str) -> CidError:
     if ours is not None:
         return ours
     if "unknown model" in text.lower():
-        return Unavailable(f"{url} serves no model {model}")
+        return Unavailable(f"{url} {NO_MODEL} {model}")
     if "is not healthy" in text or "not ready" in text:
         return Unavailable(f"no answer from {url}: {text}")
-    kind = LimitExceeded if "larger than max" in text else STATUSES.get(str(status), ProtocolError)
+    kind = LimitExceeded if _TOO_LARGE in text else STATUSES.get(str(status), ProtocolError)
     if kind is Unavailable:
         return Unavailable(f"no answer from {url}: {text}")
     if kind is ProtocolError:

@@ -10,6 +10,7 @@ import grpc
 from tritonclient.utils import InferenceServerException
 
 from ... import protocol
+from ...errors import ProtocolError
 from ..core.grpc_calls import (
     SHORT_S,
     Calls,
@@ -51,9 +52,10 @@ class GrpcTransport(GrpcBase):
         try:
             return self._calls.result(connection.infer(request, timeout=limit, **beside))
         except grpc.RpcError as error:
-            raise connections.failed(connection, error, self.url) from None
+            failure = connections.failed(connection, error, self.url)
         finally:
             connections.release(connection)
+        raise failure  # not with gRPC's error as its context: see `Connections.failed`
 
     def call(
         self, model: str, request: protocol.Request, timeout: float
@@ -82,11 +84,14 @@ class GrpcTransport(GrpcBase):
         connection = connections.take()
 
         def over(call: Any) -> None:
-            result, error = None, None
+            result: GrpcResult | None = None
+            error: Exception | None = None
             try:
                 result = self._calls.result(call.result())
             except grpc.RpcError as failed:
                 error = connections.failed(connection, failed, self.url)
+            except ProtocolError as unlike:
+                error = unlike
             connections.release(connection)
             done(result, error)
 
@@ -116,9 +121,10 @@ class GrpcTransport(GrpcBase):
         except grpc.FutureTimeoutError:
             connections.retire(connection)
             status = "StatusCode.DEADLINE_EXCEEDED"
-            raise InferenceServerException("Deadline Exceeded", status) from None
+            failure = InferenceServerException("Deadline Exceeded", status)
         except grpc.RpcError as error:
-            raise connections.failed(connection, error, self.url) from None
+            failure = connections.failed(connection, error, self.url)
+        raise failure
 
     def _start(
         self,
@@ -170,10 +176,10 @@ class _Stream(StreamBase):
             raise
 
     def _read(self) -> None:
-        failure = None
         try:
             for answer in self._answers:
                 self._received(answer)
-        except Exception as error:
-            failure = error
-        self._ended(failure)
+        except Exception as error:  # in no other variable, else it would refer to itself
+            self._ended(error)
+        else:
+            self._ended(None)
