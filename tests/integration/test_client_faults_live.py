@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import recorder
 from flows_in_turn import ERRORS, LIMIT_S, WAYS, Case, Way
 from in_turn import run, works_again
 from proxy import Proxy
@@ -18,6 +17,7 @@ from server_front import Network
 from spoilt import FAULTS
 
 from cidalloc.client import Client
+from cidalloc.conformance import recorder
 from cidalloc.devserver.triton_server import TritonServer
 from cidalloc.manager.registry import Registry
 

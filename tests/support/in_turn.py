@@ -16,10 +16,10 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from flows_in_turn import ERRORS, FLOWS, STEPS, TTL_S, WAYS, Case, Flow, Way
-from history import Rules, check
 from server_front import Front, Network
 from spoilt import FAULTS, Fault
 
+from cidalloc.conformance.history import Rules, check
 from cidalloc.manager.settings import Settings
 
 __all__ = ["Outcome", "Turn", "all_turns", "run", "run_all", "works_again"]

@@ -146,15 +146,7 @@ MUTANTS = [
         "open_stream(receive, END_WITHIN_MS / 1000)",
         "open_stream(receive, 1000.0)",
         "FU",
-        60,
-    ),
-    Mutant(
-        "no cooldown after the window for END for the dead",
-        "manager/registry.py",
-        "return 2 * cooldown + DEAD_WINDOW_MS if named",
-        "return cooldown + DEAD_WINDOW_MS if named",
-        "FU",
-        540,
+        150,
     ),
     Mutant(
         "END for the dead goes to another server than DEAD",

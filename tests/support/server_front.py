@@ -15,13 +15,13 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 import numpy as np
-import recorder
 from adding_model import DEAD_END, AddingModel
 from front_protocols import JUNK, Asked, Failure, Http1, Http2, Tensor
 from spoilt import Fault
 
 from cidalloc import protocol
 from cidalloc.codes import Operation
+from cidalloc.conformance import recorder
 from cidalloc.errors import CidError
 from cidalloc.manager.service import Service, boottime_ms
 from cidalloc.manager.settings import Settings

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import recorder
 from flows_in_turn import FLOWS, WAYS, Way
 from in_turn import Turn, all_turns, run, run_all
 from server_front import Network
 from spoilt import FAULTS
 
 from cidalloc.client.core import tidy
+from cidalloc.conformance import recorder
 from cidalloc.manager.registry import Registry
 
 ALL = os.environ.get("CIDALLOC_FAULTS") == "all"

@@ -344,6 +344,12 @@ def test_two_rows_of_one_session_are_damage() -> None:
         taken_over(row(name=1), row(name=2), row(name=1, generation=2))
 
 
+def test_two_rows_of_one_session_after_a_power_cut_are_none() -> None:
+    """It ended, which is lost, and then began again, by an OPEN that was late."""
+    store = stored(row(name=1), row(name=1, generation=2))
+    assert not any(Sessions.owners(store, 9, True))
+
+
 def test_the_rest_of_a_free_row_does_not_matter() -> None:
     _, owners, ending = taken_over(row(FREE, 2**62 - 1, ttl=-5, kind=77), row())
     assert owners[:3] == [0, 0, 1]

@@ -158,11 +158,11 @@ class Sessions:
             sound &= (time >= 0) & (time < _LONGEST_MS)
         if damaged := np.flatnonzero(used & ~sound).tolist():
             raise RegistryCorrupt(f"the record of session {damaged[0]} is damaged")
+        if after_power_loss:  # also of one session that ended, and began again by a late OPEN
+            used &= kind == _ANONYMOUS
         digests = digest[used & (kind != _ANONYMOUS)].tolist()
         if len(set(digests)) < len(digests):
             raise RegistryCorrupt("the records of two sessions have the same token")
-        if after_power_loss:
-            used &= kind == _ANONYMOUS
         found: bytes = used.tobytes()
         return found
 
