@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import threading
 import time
 from concurrent.futures import wait
 from types import SimpleNamespace
@@ -257,6 +258,29 @@ def test_a_channel_that_another_thread_has_just_closed() -> None:
     connections.release(connections.take())
     channel.close()  # as `retire` and `release` do in the middle of `broke`
     assert connections.broke()
+
+
+def test_a_request_ends_while_another_one_makes_its_channel() -> None:
+    """Garbage may be collected in the middle of that: an old channel, which waits for its calls."""
+    made: list[Any] = []
+    busy: list[Any] = []
+
+    def make() -> Any:
+        if made:  # a second channel, as there are too many requests for the first one
+            ends = threading.Thread(target=connections.release, args=[busy[0]], daemon=True)
+            ends.start()
+            ends.join(5)
+            assert not ends.is_alive()
+        made.append(grpc.insecure_channel("127.0.0.1:1"))
+        return made[-1]
+
+    connections = Connections(make, lambda channel: channel.close(), sync_grpc._is_ready)
+    for _ in range(101):
+        busy.append(connections.take())
+    assert len(made) == 2
+    connections.close()
+    for each in made:
+        each.close()
 
 
 def test_a_name_that_no_model_can_have_does_not_end_the_session() -> None:

@@ -487,6 +487,8 @@ class Registry:
         try:
             return pool.acquire_many(count, session.number, self.now)
         except Exhausted:
+            if full is not None and not self.store.is_full:
+                raise full from None
             why = f"; {full}" if full else ""
             raise exhausted(pool, count, self.now, why) from None
 

@@ -53,7 +53,7 @@ class Connections:
     ) -> None:
         self._make, self._shut, self._is_ready = make, shut, is_ready
         self._broke = False
-        self._lock = threading.Lock()
+        self._lock, self._making = threading.Lock(), threading.Lock()
         self._usable: list[Connection] = []
         self._closed = False
 
@@ -63,17 +63,35 @@ class Connections:
         Raises:
             InvalidArgument: the client is closed.
         """
+        connection = self._with_room()
+        if connection is None:
+            # Not under the lock of the others: garbage may be collected meanwhile, and a channel
+            # among it waits for its requests to end, which `release` their connections.
+            with self._making:
+                connection = self._with_room() or self._new()
+        assert connection is not None
+        return connection
+
+    def _new(self) -> Connection | None:
+        connection = Connection(self._make())
+        try:
+            return self._with_room(connection)
+        except InvalidArgument:  # the client was closed meanwhile
+            self._shut(connection.channel)
+            raise
+
+    def _with_room(self, new: Connection | None = None) -> Connection | None:
+        """Return a connection that can take one more request, which is counted; or None."""
         with self._lock:
+            if self._closed:
+                raise InvalidArgument("this client is closed")
+            if new is not None:
+                self._usable.append(new)
             for connection in self._usable:
                 if connection.busy < _MOST_AT_ONCE:
-                    break
-            else:
-                if self._closed:
-                    raise InvalidArgument("this client is closed")
-                connection = Connection(self._make())
-                self._usable.append(connection)
-            connection.busy += 1
-        return connection
+                    connection.busy += 1
+                    return connection
+        return None
 
     def broke(self) -> bool:
         """Return whether a connection has broken since the last call. It takes a microsecond."""

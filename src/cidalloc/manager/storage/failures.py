@@ -10,11 +10,12 @@ from pathlib import Path
 
 from ...errors import CidError, InvalidArgument, Unavailable
 
-__all__ = ["explained", "is_passing", "unusable"]
+__all__ = ["FULL", "explained", "is_passing", "unusable"]
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The numbers of the errors that a full disk gives."""
 _PASSING = (
-    *_FULL,
+    *FULL,
     *(errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOLCK),
     *(errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT),
 )
@@ -35,7 +36,7 @@ def unusable(path: Path | None, error: OSError) -> CidError:
             f"{what}: its file system is read-only; mount it for writing, or name a folder"
             " elsewhere ('cidalloc model -o --state FOLDER DIR')"
         )
-    if error.errno in _FULL:
+    if error.errno in FULL:
         return Unavailable(f"{what}: {error.strerror}; make room on its disk")
     if is_passing(error):
         return Unavailable(f"{what}: {error.strerror}")

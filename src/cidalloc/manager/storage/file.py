@@ -26,7 +26,7 @@ from ...errors import (
     Unavailable,
 )
 from ._mapping import Mapping
-from .failures import explained, unusable
+from .failures import FULL, explained, unusable
 from .file_format import (
     GRANULE,
     HEADER_BYTES,
@@ -68,6 +68,7 @@ class Storage:
         header: the words of the header; see `Word`.
         rows, records: memory for a `Sessions` and an `Allocator`.
         path: the file, if there is one.
+        is_full: the disk was full when a part could not grow the last time.
     """
 
     def __init__(self, header: memoryview, shape: Shape, fd: int, path: Path | None) -> None:
@@ -76,6 +77,7 @@ class Storage:
         self.path = path
         self._fd = fd
         self._file = 0
+        self.is_full = False
         self._signed = False
         with explained(path):
             if fd >= 0:
@@ -196,7 +198,7 @@ class Storage:
     def uuid(self) -> uuid.UUID:
         """The registry's identity. A copy of a file is another registry."""
         found = self.header[Word.UUID : Word.UUID + 2].tobytes() + _packed(self.header[Word.FILE])
-        return uuid.UUID(bytes=hashlib.blake2b(found, digest_size=16).digest())
+        return uuid.UUID(bytes=hashlib.blake2b(found, digest_size=16).digest(), version=4)
 
     @property
     def secret(self) -> bytes:
@@ -260,6 +262,7 @@ class Storage:
             self.header[part] = before  # what is not synced is not used
             if not isinstance(error, OSError):
                 raise
+            self.is_full = error.errno in FULL
             raise Unavailable(
                 f"{self.path or 'the registry'} cannot grow by {more >> 10} KiB: {error.strerror}"
                 + ("; make room on its disk" if self.path else "")
