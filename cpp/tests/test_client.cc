@@ -209,6 +209,7 @@ TEST_CASE("64 threads share a client, and none gets an ID that another one has")
   std::set<cidalloc::Id> used;
   std::atomic<int> twice{0};
   std::vector<std::thread> threads;
+  threads.reserve(64);
   for (int i = 0; i < 64; ++i) {
     threads.emplace_back([&, i] {
       for (int round = 0; round < 50; ++round) {
