@@ -3,7 +3,7 @@
     python route_client.py MODEL REQUESTS SECONDS URL...
 
 For each URL it runs workers that begin one sequence after the other, until so many requests were
-sent and so many seconds have passed. The model adds up from a number that is its server's own, so
+sent, so many seconds have passed, and each of the three servers had a sequence. The model adds up from a number that is its server's own, so
 each answer shows which server had the sequence and which requests it had. The first part of a
 sequence's key names the registry of its ID. Prints counts as JSON.
 """
@@ -25,6 +25,7 @@ from based import BASE
 from cidalloc.client import AsyncClient, Client
 from cidalloc.errors import CidError
 
+SERVERS = 3
 OPTIONS: dict[str, Any] = {"ttl": 3.0, "timeout": 2.0, "ahead": 4}
 
 
@@ -42,7 +43,11 @@ class Tally:
 
     @property
     def goes_on(self) -> bool:
-        return self.sent < self.requests or time.monotonic() < self.until
+        return (
+            self.sent < self.requests
+            or time.monotonic() < self.until
+            or len(self.homes) < SERVERS  # new sessions, after kills, come to the others
+        )
 
     def check(self, key: str, base: int, expected: int, answer: Any) -> int:
         """Compare an answer with the sum of this sequence; return what its server begins with."""
