@@ -129,7 +129,7 @@ class World:
                 kept, ready = surviving(self.path)
         self.registry = registry = self.opened()
         registry._check()
-        horizon = registry.store.header[Word.HORIZON]
+        horizon = registry.store.read(Word.HORIZON)
         assert max(self.in_use.values(), default=0) <= self.now + horizon, "beyond the horizon"
         held = {
             cid

@@ -98,7 +98,7 @@ def facts_of(path: Path, shape: Shape, now: int, times: list[int], boot: bytes =
     try:
         registry._check()
         table, facts = registry.sessions, Facts()
-        facts.horizon = registry.store.header[Word.HORIZON]
+        facts.horizon = registry.store.read(Word.HORIZON)
         for each in table:
             assert each.generation not in facts.sessions, "a generation came twice"
             assert each.expires == now + each.ttl + GRACE, "not its whole time again"
@@ -192,7 +192,7 @@ def judge_reboot(path: Path, shape: Shape, state: Facts, boot: bytes = NEXT_BOOT
     """Check what another boot of the machine makes of a file of which no store was lost."""
     store = Storage.look(path)
     ready = store.ready_ids
-    horizon = store.header[Word.HORIZON]
+    horizon = store.read(Word.HORIZON)
     now = 7
     facts = facts_of(path, shape, now, [now, now + horizon - 1, now + horizon], boot)
     anonymous = {key for key, session in state.sessions.items() if session.anonymous}

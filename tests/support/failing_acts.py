@@ -74,7 +74,7 @@ class World(stepped_child.World):
 
     def __init__(self, path: Path, shape: Shape) -> None:
         super().__init__(path, shape)
-        self.registry.store.header[Word.GENERATION] = 1_000
+        self.registry.store.write(Word.GENERATION, 1_000)
         self.registry.sessions._rows_used = ROW
 
     def release(self, name: str, *ids: int, ended: bool = False) -> None:

@@ -129,7 +129,7 @@ MUTANTS = [
     Mutant(
         "the time that an ID may be in use is not noted",
         "manager/registry.py",
-        "self.store.header[Word.HORIZON] = horizon",
+        "self.store.write(Word.HORIZON, horizon)",
         "pass",
         "FU",
     ),
