@@ -150,10 +150,8 @@ def surviving(path: Path) -> tuple[set[int], int]:
     found = set()
     for at in range(1, store.ready_ids + 1):
         used, _, link = struct.unpack_from("=QqQ", memoryview(store.records), at * 32)
-        life, anonymous = (
-            struct.unpack_from("=Q", rows, (link >> 40) * 128 + n)[0] for n in (0, 56)
-        )
-        if used and anonymous and life & 3 == 1:
+        life, kind = (struct.unpack_from("=Q", rows, (link >> 40) * 128 + n)[0] for n in (0, 56))
+        if used >> at % 64 & 1 and kind & 1 and life & 3 == 1:
             found.update(SHAPE.ids(np.array([SHAPE.first + at - 1], np.uint64)).tolist())
     return found, store.ready_ids
 

@@ -18,7 +18,6 @@ from crash_model import (
     LAST_BOOT,
     NEXT_BOOT,
     TTL,
-    UNENDED,
     Facts,
     adopted,
     facts_of,
@@ -26,14 +25,12 @@ from crash_model import (
     judge,
     judge_reboot,
 )
-from stepped_child import MIDDLE, NOW, POOLS, SCENARIOS, SIX, WIDE
+from stepped_child import MIDDLE, NOW, POOLS, SCENARIOS, SIX, TIMES, WIDE
 from tracee import TRAPS, Snapshot, Tracee
 
 from cidalloc.manager.storage.file_format import Word
 
 pytestmark = pytest.mark.slow
-
-TIMES = [NOW, *(NOW + after + by for after in (ENDED, UNENDED, 300) for by in (-1, 0)), NOW + 1_000]
 
 
 @pytest.fixture(scope="module")

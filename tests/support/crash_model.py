@@ -73,8 +73,13 @@ class Session(NamedTuple):
     ttl: int
     cooldown: int
     label: str
-    anonymous: bool
+    digest: bytes
     opened_at: int
+    used: int | None
+
+    @property
+    def anonymous(self) -> bool:
+        return not self.digest
 
 
 @dataclass
@@ -103,7 +108,7 @@ def facts_of(path: Path, shape: Shape, now: int, times: list[int], boot: bytes =
             assert each.generation not in facts.sessions, "a generation came twice"
             assert each.expires == now + each.ttl + GRACE, "not its whole time again"
             facts.sessions[each.generation] = Session(
-                each.ttl, each.cooldown, each.label, each.anonymous, each.opened_at
+                each.ttl, each.cooldown, each.label, each.digest, each.opened_at, each.used
             )
             facts.seqs[each.generation] = each.seq
             for cid in shape.ids(registry.pool.held_by(each.number)).tolist():

@@ -122,8 +122,8 @@ MUTANTS = [
     Mutant(
         "no wait after a power cut",
         "manager/recovery.py",
-        "reuse_at=now + max(horizon, settings.cooldown_ms)",
-        "reuse_at=now",
+        "floor = now + max(horizon, settings.cooldown_ms)",
+        "floor = now",
         "FU",
     ),
     Mutant(

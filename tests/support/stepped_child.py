@@ -28,6 +28,8 @@ FORBIDDEN = 77
 """What it exits with if it may not be traced."""
 NOW = 10_000
 """When the thing is done; everything before it is at 0."""
+TIMES = [NOW, *(NOW + after + by for after in (ENDED, UNENDED, 300) for by in (-1, 0)), NOW + 1_000]
+"""When what is free is looked at."""
 SEQS = iter(range(1, 10**9))
 
 

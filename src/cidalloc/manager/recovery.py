@@ -75,7 +75,9 @@ def recover(
         # The times are of another clock, and the last stores may be lost. Generations leap, so that
         # none comes twice. All IDs that sessions may have had cool for long enough.
         generation = (generation | 2**32 - 1) + 1
-    shape = store.shape
+    shape, floor = store.shape, 0
+    if after_power_loss:
+        floor = now + max(horizon, settings.cooldown_ms)
     try:
         rows = Sessions.read(store, generation, after_power_loss)
         pool = Allocator(
@@ -86,7 +88,7 @@ def recover(
             ready=store.ready_ids,
             holders=rows.holders,
             latest=now + max(MAX_COOLDOWN_MS, horizon),
-            reuse_at=now + max(horizon, settings.cooldown_ms) if after_power_loss else None,
+            reuse_at=floor if after_power_loss else None,
             live_snapshot=live_snapshot,
             sealed=True,
         )
@@ -99,7 +101,7 @@ def recover(
         store.wait(now, store.read(Word.WAIT))
     sessions = Sessions(store, pool)
     store.sign()
-    ending = sessions.recover(rows, now, settings.grace_ms)
+    ending = sessions.recover(rows, now, settings.grace_ms, floor)
     if after_power_loss:
         store.sync()
         store.boot = boot

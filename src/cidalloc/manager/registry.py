@@ -426,7 +426,7 @@ class Registry:
         self.waiting.leave(session)
         self.dead.leave(session.generation)
         reuse_at = self.now + max(cooldown, self.settings.cooldown_ms)
-        return self.sessions.end(session, reuse_at)
+        return self.sessions.end(session, max(reuse_at, session.floor))
 
     def _renewed(self, token: bytes, now: int, seq: int | None = None) -> Session:
         """Return a session after its lease was renewed. With ``seq``, check it."""
@@ -518,10 +518,13 @@ class Registry:
                 cid = int(self.store.shape.ids(np.array([number], np.uint64))[0])
                 raise NotOwner(f"ID {cid} is held by a session: only that session can release it")
         if len({owner for _, owner in held}) == 1:
-            self.pool.release_many(numbers, held[0][1], reuse_at)
+            owner = held[0][1]
+            floor = self.sessions.anonymous[owner].floor
+            self.pool.release_many(numbers, owner, max(reuse_at, floor))
             return
         if len(set(listed)) < len(listed):
             raise Duplicate("an ID is given twice in this call")
+        due = {owner: max(reuse_at, self.sessions.anonymous[owner].floor) for _, owner in held}
         release = self.pool.release
         for number, owner in held:  # these need no memory: none fails
-            release(number, owner, reuse_at)
+            release(number, owner, due[owner])

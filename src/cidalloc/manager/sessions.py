@@ -35,7 +35,7 @@ FREE, OPEN, ENDING = range(3)
 # 4 and a state; 0: it was never used. The kind is 1 for anonymous IDs. Otherwise it is twice as
 # many as IDs are in use, and 2; or 0 if that is not known.
 _ROW = struct.Struct("=QQ16sQQQQ64s")
-# The words that are checked, and what else that of opened_at covers: generation, digest, ttl, label.
+# The words that are checked; that of opened_at covers generation, digest, ttl and label, too.
 _LIFE, _SEQ, _COOLDOWN, _OPENED_AT, _KIND = 0, 1, 5, 6, 7
 _COVERED = struct.Struct("=Q16sQ64s")
 _WORDS = ROW // 8  # of a row
@@ -71,7 +71,8 @@ class Session:
         number: of its row, and of its owner in the pool; 0 after its end.
         generation: a number that no other session of the registry has.
         expires: when its lease ends.
-        seq: of the last change that was applied.
+        seq: of the last change that was applied. Of anonymous IDs, which have none: until when they
+            cool at least; see `floor`.
         digest: stands for its token; empty for a session that holds anonymous IDs.
         ttl: for how long a renewal lasts.
         cooldown: for how long its IDs cool if it expires.
@@ -120,6 +121,11 @@ class Session:
         self.seq = seq
         self.used = used
         self.models: tuple[str, ...] = ()
+
+    @property
+    def floor(self) -> int:
+        """Until when, at least, its IDs cool: a power cut may have lost who used them since."""
+        return 0 if self.digest else self.seq
 
     @property
     def anonymous(self) -> bool:
@@ -234,10 +240,10 @@ class Sessions:
                 holders[number] = True
         return _Rows(bytes(holders), rows)
 
-    def recover(self, rows: _Rows, now: int, grace: int) -> list[Session]:
+    def recover(self, rows: _Rows, now: int, grace: int, floor: int = 0) -> list[Session]:
         """Take over the rows of an earlier process; free those of no owner.
 
-        Each open session gets its whole time again.
+        Each open session gets its whole time again. Anonymous IDs cool until ``floor`` at least.
 
         Returns:
             The sessions that the earlier process was about to end: call `end` for each.
@@ -254,6 +260,9 @@ class Sessions:
                 self._words[place + _OPENED_AT] = _opened_word(
                     place, now, life >> 2, digest, ttl, label
                 )
+            if floor and kind == _ANONYMOUS:
+                seq = floor
+                self._words[place + _SEQ] = _word(place + _SEQ, seq, SEQ_BITS)
             session = Session(
                 number,
                 life >> 2,
@@ -389,9 +398,8 @@ class Sessions:
         self, session: Session, note: tuple[int, int, int], used: int | None = None
     ) -> None:
         """Note the last change that was applied, and call `set_used`. Needs no memory."""
-        place, word, seq = note
-        self._words[place] = word
-        session.seq = seq
+        self._words[note[0]] = note[1]  # to unpack it takes an iterator
+        session.seq = note[2]
         try:  # noqa: SIM105 a context manager is an object
             self.set_used(session, used)
         except MemoryError:  # the change is done, and this is only for the status

@@ -138,7 +138,9 @@ class Storage:
                 _lock(fd, path)
                 if _is_at(fd, path):
                     header, found = _check(fd, path, shape, locked=True)
-                    if not read_checked(header, *[Word.GENERATION] * 2):  # before the first ID is issued
+                    if not read_checked(
+                        header, *[Word.GENERATION] * 2
+                    ):  # before the first ID is issued
                         sync_folder(path.parent)
                     store = cls(_header_of(fd), found, fd, path)
                     return store
@@ -412,7 +414,9 @@ def _check(
     # The length of a part is stored before anything beyond it. Without the lock, a writer may store
     # both between our reads.
     ends = {Part.ROWS: Part.RECORDS.place, Part.RECORDS: status.st_size}
-    if not all(_is_new(fd, part, used[part], ends[part]) for part in Part) and (locked or not header[Word.PID] or query(fd, WRITER)):
+    if not all(_is_new(fd, part, used[part], ends[part]) for part in Part) and (
+        locked or not header[Word.PID] or query(fd, WRITER)
+    ):
         raise RegistryCorrupt(f"{path} is damaged: it has records beyond what it says is in use")
     return header, shape
 
