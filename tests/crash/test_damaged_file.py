@@ -96,6 +96,7 @@ def changed(content: Content, *patches: tuple[int, bytes]) -> Content:
     return Content(content.size, {place: page for place, page in pages.items() if any(page)})
 
 
+@pytest.mark.timeout(3600)
 def test_a_flipped_bit(judge: Judge) -> None:
     live = [place for start, n in LIVE for place in range(start, start + n)]
     places = [(place, bit) for place in live for bit in range(8)]
@@ -114,7 +115,7 @@ def test_zeros(judge: Judge, unit: int) -> None:
 
 @pytest.mark.parametrize("unit", [512, PAGE])
 def test_parts_in_wrong_places(judge: Judge, unit: int) -> None:
-    places = [start + n * unit for start, _ in LIVE for n in range(4)]
+    places = [start + n * unit for start, _ in LIVE for n in range(3)]
     for one, other in permutations(places, 2):
         copied = (other, judge.left.bytes(one, unit))
         judge.judge(changed(judge.left, copied), f"{unit} bytes of {one} at {other}")
