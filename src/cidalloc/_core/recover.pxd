@@ -1,7 +1,8 @@
 # Make a pool from the memory of an earlier one. Its process may have died between any two stores.
 #
 # Only `used`, `owner`, `reuse_at`, `end`, `bump` and `seen` of a block count. Lists, counters and
-# the queue are built again. If the pool is sealed, its blocks must be as seal.pxd says. The order of stores in other files keeps these fields consistent:
+# the queue are built again. The blocks of a sealed pool must be as seal.pxd says. The order of
+# stores in other files keeps these fields consistent:
 # - `end` is stored first in a new block, and blocks are opened in order: those with an `end` come
 #   first, and the others are blank;
 # - `owner` is stored before the first bit of `used`, so the owner of a held ID is always known;

@@ -138,10 +138,8 @@ class Storage:
                 _lock(fd, path)
                 if _is_at(fd, path):
                     header, found = _check(fd, path, shape, locked=True)
-                    if not read_checked(
-                        header, *[Word.GENERATION] * 2
-                    ):  # before the first ID is issued
-                        sync_folder(path.parent)
+                    if not read_checked(header, Word.GENERATION, Word.GENERATION):
+                        sync_folder(path.parent)  # before the first ID is issued
                     store = cls(_header_of(fd), found, fd, path)
                     return store
             except OSError as error:
