@@ -29,6 +29,7 @@ from ._core.past cimport recover
 from ._core.reserve cimport pool_can_reserve, pool_clear, pool_reserve
 from ._core.owners cimport Counts
 from ._core.pool cimport pool_ids
+from ._core.release cimport release_one
 from ._core.resize cimport pool_resize
 from ._core.seal cimport fill_new
 from ._core.state cimport load_state, save_state
@@ -822,8 +823,8 @@ cdef PyObject *quick_release(PyObject *self, PyObject *const *args, Py_ssize_t n
     cdef int64_t reuse_at = int_value(args[2]) if n > 2 else 0
     if likely(names == NULL and n <= 3 and owner < MAX_OWNERS and reuse_at >= 0):
         enter_section(&section, self)
-        if likely((<Allocator>self).guard.forks == forks):
-            code = pool_release(&(<Allocator>self).pool, cid, owner, reuse_at)
+        if likely((<Allocator>self).guard.forks == forks and not (<Allocator>self).pool.sealed):
+            code = release_one(&(<Allocator>self).pool, cid, owner, reuse_at, False)
         leave_section(&section)
         if likely(code == OK):
             Py_INCREF(None)

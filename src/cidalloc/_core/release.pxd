@@ -31,9 +31,8 @@ cdef struct Log:
     uint64_t refused    # the offset of the ID that was refused
 
 
-cdef inline int pool_release(Pool *pool, uint64_t cid, uint32_t owner,
-                             int64_t reuse_at) noexcept nogil:
-    # Release one ID. Returns OK, OUT_OF_RANGE, NOT_HELD or NOT_OWNER. Constant time.
+cdef inline int release_one(Pool *pool, uint64_t cid, uint32_t owner, int64_t reuse_at,
+                            bint sealed) noexcept nogil:
     cdef uint64_t offset = 0
     cdef Block *block = find(pool, cid, &offset)
     if unlikely(block == NULL):
@@ -44,7 +43,7 @@ cdef inline int pool_release(Pool *pool, uint64_t cid, uint32_t owner,
     cdef uint64_t left = block.used & ~bits(1, offset)
     own.held -= 1
     pool.below += 1
-    if unlikely(pool.sealed):
+    if sealed:
         release_sealed(pool, offset, reuse_at)
         emptied(pool, own, block)
         return OK
@@ -55,6 +54,12 @@ cdef inline int pool_release(Pool *pool, uint64_t cid, uint32_t owner,
     if not left:
         emptied(pool, own, block)
     return OK
+
+
+cdef inline int pool_release(Pool *pool, uint64_t cid, uint32_t owner,
+                             int64_t reuse_at) noexcept nogil:
+    # Release one ID. Returns OK, OUT_OF_RANGE, NOT_HELD or NOT_OWNER. Constant time.
+    return release_one(pool, cid, owner, reuse_at, pool.sealed)
 
 
 cdef inline uint64_t run_length(const uint64_t *cids, uint64_t n) noexcept nogil:

@@ -14,22 +14,28 @@ from libc.string cimport memcmp, memset
 from .intrinsics cimport keep_order
 from .pool cimport Block, Pool, bits
 
-cdef enum:
-    NEW = 1
-    FREE = 2
-    HELD = 3
-
-
-cdef inline uint64_t mixed(uint64_t x) noexcept nogil:
-    # Return a number each bit of which depends on each bit of x: the end of splitmix64.
-    x = (x ^ x >> 30) * <uint64_t>0xBF58476D1CE4E5B9
-    x = (x ^ x >> 27) * <uint64_t>0x94D049BB133111EB
-    return x ^ x >> 31
-
-
-cdef inline uint64_t pattern(uint64_t at, uint64_t state, uint64_t detail) noexcept nogil:
-    cdef uint64_t found = mixed(mixed(at << 2 | state) + detail)
-    return found | bits(1, at) if state == HELD else found & ~bits(1, at)
+cdef extern from *:
+    """
+    enum { CIDALLOC_NEW = 1, CIDALLOC_FREE, CIDALLOC_HELD };
+    /* A number each bit of which depends on each bit of x: the end of splitmix64. */
+    static inline uint64_t cidalloc_mixed(uint64_t x) {
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+        x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+        return x ^ x >> 31;
+    }
+    /* Not inline: the quick paths of other pools would need more registers. */
+    static __attribute__((cold, noinline, unused))
+    uint64_t cidalloc_pattern(uint64_t at, uint64_t state, uint64_t detail) {
+        uint64_t bit = (uint64_t)1 << (at & 63);
+        uint64_t found = cidalloc_mixed(cidalloc_mixed(at << 3 | state) + cidalloc_mixed(detail));
+        return state == CIDALLOC_HELD ? found | bit : found & ~bit;
+    }
+    """
+    enum:
+        NEW "CIDALLOC_NEW"
+        FREE "CIDALLOC_FREE"
+        HELD "CIDALLOC_HELD"
+    uint64_t pattern "cidalloc_pattern"(uint64_t at, uint64_t state, uint64_t detail) noexcept nogil
 
 
 cdef inline uint64_t new_word(const Pool *pool, uint64_t at) noexcept nogil:
@@ -40,7 +46,7 @@ cdef inline uint64_t new_word(const Pool *pool, uint64_t at) noexcept nogil:
 cdef inline uint64_t free_word(const Pool *pool, uint64_t at) noexcept nogil:
     # Return `used` of a block with no held ID.
     cdef const Block *block = &pool.blocks[at]
-    return pattern(at, FREE, mixed(block.reuse_at) + block.seen) if pool.sealed else 0
+    return pattern(at, FREE | block.seen << 2, block.reuse_at) if pool.sealed else 0
 
 
 cdef inline uint64_t held_word(const Pool *pool, uint64_t at, uint64_t more) noexcept nogil:
