@@ -60,7 +60,7 @@ def show(file: Path, as_json: bool) -> None:
     for name, value in rows:
         console.print(f"{name:<12} {value}", soft_wrap=True)
     told = ""
-    if found.store.is_copy:
+    if status["restored"]:
         told = "This is a copy: a manager takes it for another registry"
     elif found.store.boot != boot_id():
         told = "The machine has restarted since the last write"

@@ -144,6 +144,29 @@ class RegistryHolder:
             raise Unavailable(f"{self._trouble}; try again")
         return registry
 
+    def begin_anew(self, stamp: str) -> Registry:
+        """Return the registry as another one, since its content is older than what clients know.
+
+        Args:
+            stamp: one of a client that proves it; see `Registry.is_behind`.
+
+        Raises what `registry` does.
+        """
+        assert self._registry is not None
+        _log.warning(
+            "%s: a client has seen a later state of the registry %s: an older content was put back."
+            " All sessions are over, and no ID is issued while others may be in use",
+            *(self._path or "no file", self._registry.uuid),
+        )
+        self._registry.disown(stamp)
+        self._registry, self._let_go_at = None, self._clock()
+        self._trouble = "the registry is opened again, since its content is an older one"
+        if self._path is None:
+            self._begin()
+        else:
+            self._try_take()
+        return self.registry()
+
     def _taken_back(self) -> Registry | None:
         """Try to take the file back, if the process that requested it has not taken it for long."""
         now = self._clock()

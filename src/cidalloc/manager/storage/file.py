@@ -198,6 +198,8 @@ class Storage:
     def uuid(self) -> uuid.UUID:
         """The registry's identity. A copy of a file is another registry."""
         found = self.header[Word.UUID : Word.UUID + 2].tobytes() + _packed(self.header[Word.FILE])
+        if copy := self.header[Word.COPY]:
+            found += _packed(copy)
         return uuid.UUID(bytes=hashlib.blake2b(found, digest_size=16).digest(), version=4)
 
     @property
@@ -219,6 +221,11 @@ class Storage:
     def is_copy(self) -> bool:
         """Whether the file is a copy, or was restored, since it was written last."""
         return self.header[Word.FILE] not in (0, self._file)
+
+    def disown(self, changes: int) -> None:
+        """Let this file be a copy from when it is opened next, since it lacks so many changes."""
+        self.header[Word.FILE] = ~self._file % 2**64 or 1
+        self.header[Word.CHANGES] = changes
 
     def adopt(self) -> None:
         """Note that this file is written, and no longer the one that it is a copy of."""

@@ -62,6 +62,7 @@ NEW_FILE = (
 _MAGIC = int.from_bytes(b"CIDALLOC", "little")
 _ETERNITY_MS = 2**50  # no time in the header is as long
 _MAX_GENERATION = 2**61  # it shares a word with the state of its session
+_MAX_CHANGES = 2**63  # and room to leap
 _VALUE_BITS = 40  # of a checked word; the checksum has the other 24
 
 
@@ -91,7 +92,9 @@ class Word(IntEnum):
     ISSUES_FROM = 23  # a registry that lacks its past waits until then; 0 once it has issued IDs
     WAIT = 24  # milliseconds: for how long, from when it was opened first in a boot of the machine
     FILE = 25  # the identity of the file that was written last, by which a copy is known
-    END = 26
+    CHANGES = 26  # how many changes an older content of the file would lack, at least; see `recover`
+    COPY = 27  # a random number of a file that began as a copy, or with an older content; else 0
+    END = 28
 
 
 HEADER_BYTES = Word.END * 8
@@ -232,6 +235,7 @@ def shape_of(header: memoryview, path: Path) -> Shape:
         and 0 < records <= Shape(first, capacity).granules
         and header[Word.HORIZON] < _ETERNITY_MS
         and header[Word.GENERATION] < _MAX_GENERATION
+        and header[Word.CHANGES] < _MAX_CHANGES
     )
     if not sound or capacity is None:
         raise RegistryCorrupt(f"{path}: its header is damaged")
