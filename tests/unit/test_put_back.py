@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from crash_model import adopted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loopback import Loopback
@@ -240,12 +241,14 @@ def test_a_restart_is_no_proof(
     assert manager.uuid == before and not manager.status()["restored"]
 
 
-@pytest.mark.parametrize("detail", ["", "f" * 32, "f" * 16, "F" * 32, "x", "1" * 31 + "\n", "٠" * 32])
-def test_a_stamp_that_nobody_signed_proves_nothing(manager: Manager, detail: str) -> None:
+@pytest.mark.parametrize(
+    "stamp", ["", "f" * 32, "f" * 16, "F" * 32, "x", "1" * 31 + "\n", "\u0660" * 32]
+)
+def test_a_stamp_that_nobody_signed_proves_nothing(manager: Manager, stamp: str) -> None:
     client = Session(manager)
     before = manager.uuid
     higher = f"{int(client.seen[:16], 16) + 1:016x}{client.seen[16:]}"
-    for seen in (detail, higher):
+    for seen in (stamp, higher):
         assert isinstance(manager.ask(Operation.RENEW, session=client.token, seen=seen)[0], list)
     assert manager.uuid == before
 
@@ -260,9 +263,24 @@ def test_a_stamp_of_another_registry_proves_nothing(manager: Manager, tmp_path: 
     stranger = Session(other)
     stranger.new()
     before = manager.uuid
-    assert isinstance(manager.ask(Operation.OPEN, session="1" * 32, ttl_ms=TTL_MS,
-                                  seen=stranger.seen)[0], list)
+    assert isinstance(
+        manager.ask(Operation.OPEN, session="1" * 32, ttl_ms=TTL_MS, seen=stranger.seen)[0], list
+    )
     assert manager.uuid == before
+    other.service.close()
+
+
+def test_a_copy_of_a_whole_disk(manager: Manager, tmp_path: Path) -> None:
+    """Its file passes for the original, until a request for one of them reaches the other."""
+    (tmp_path / "other").mkdir()
+    copy = tmp_path / "other" / manager.path.name
+    subprocess.run(["cp", manager.path, copy], check=True)
+    other = Manager(adopted(copy).parent)
+    other.registry.store.header[Word.FILE] = manager.registry.store.header[Word.FILE]
+    client, before = Session(manager), manager.uuid
+    given = {"session": client.token, "registry": client.registry, "seen": client.seen}
+    assert other.ask(Operation.RENEW, **given)[0] is Code.REGISTRY_MISMATCH
+    assert other.status()["restored"] and manager.uuid == before
     other.service.close()
 
 

@@ -61,7 +61,7 @@ def show(file: Path, as_json: bool) -> None:
         console.print(f"{name:<12} {value}", soft_wrap=True)
     told = ""
     if status["restored"]:
-        told = "This is a copy: a manager takes it for another registry"
+        told = "This is or was a copy: it is another registry than the original"
     elif found.store.boot != boot_id():
         told = "The machine has restarted since the last write"
     if told:

@@ -113,7 +113,9 @@ def _manager(facts: Facts) -> Iterator[Finding]:
                     "keep no copies of the file: they lack what was issued since",
                 )
             else:
-                yield Finding("note", f"{what}registry is new, and clients may use IDs from before it")
+                yield Finding(
+                    "note", f"{what}registry is new, and clients may use IDs from before it"
+                )
         if facts.status.get("draining"):
             yield Finding(
                 "warn",

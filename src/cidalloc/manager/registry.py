@@ -523,7 +523,8 @@ class Registry:
         if waits_ms := self.issues_in_ms:
             raise Exhausted(
                 f"cannot issue {count} of {pool.capacity} IDs: this registry is new or restored,"
-                f" and clients may still use IDs from before it; the next is due in {waits_ms / 1e3:.12g} s"
+                " and clients may still use IDs from before it;"
+                f" the next is due in {waits_ms / 1e3:.12g} s"
             )
         if self._issues_from:
             self._issues_from = self.store.header[Word.ISSUES_FROM] = 0
