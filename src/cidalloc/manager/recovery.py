@@ -73,8 +73,8 @@ def recover(
     after_power_loss = is_copy or store.boot != boot
     if after_power_loss:
         # The times are of another clock, and the last stores may be lost. Generations leap, so that
-        # none comes twice, and so does the number of changes. All IDs that sessions may have had cool
-        # for long enough.
+        # none comes twice, and so does the number of changes. All IDs that sessions may have had
+        # cool for long enough.
         generation = (generation | 2**32 - 1) + 1
     shape = store.shape
     try:
