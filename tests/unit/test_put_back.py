@@ -215,7 +215,7 @@ def test_a_kill_after_the_proof(manager: Manager) -> None:
     put = in_place(manager)
     client.new()
     manager.restart(put)
-    manager.registry.disown(client.seen)
+    manager.registry.store.disown(int(client.seen[:16], 16))
     manager.restart()
     assert manager.status()["issues_in_s"] * 1000 == WAIT_MS
     before = manager.uuid
@@ -289,7 +289,7 @@ def test_a_registry_in_memory(manager: Manager) -> None:
     manager.settings = SETTINGS
     manager.start()
     client = Session(manager)
-    changes, before = manager.registry.stamp, manager.uuid
+    changes, before = manager.registry.stamps.latest, manager.uuid
     client.new()
     assert client.seen > changes
     manager.registry.store.header[Word.CHANGES] -= 1

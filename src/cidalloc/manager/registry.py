@@ -8,9 +8,6 @@ no fault can break it.
 from __future__ import annotations
 
 import hashlib
-import hmac
-import re
-import struct
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -30,12 +27,13 @@ from ..errors import (
     SessionUnknown,
     Unavailable,
 )
-from ..protocol import DEAD_WINDOW_MS, STAMP_DIGITS, IDs
+from ..protocol import DEAD_WINDOW_MS, IDs
 from .dead_ids import DeadIds
 from .expired import ExpiredSessions
 from .recovery import recover, shape_for, storage_in_memory, waiting_for
 from .sessions import Session
 from .settings import Settings
+from .stamps import Stamps
 from .storage.file import Storage
 from .storage.file_format import Part, Word
 from .waiting_list import WaitingList, exhausted
@@ -45,7 +43,6 @@ __all__ = ["Grant", "Registry"]
 _LABEL_BYTES = 64
 _SHARE = 8  # anonymous IDs of this part of their age share a session
 _ANY_BOOT = b"\xff" * 16
-_STAMP = re.compile(rf"[0-9a-f]{{{STAMP_DIGITS}}}")
 
 
 class Grant(NamedTuple):
@@ -74,6 +71,7 @@ class Registry:
         settings, store, uuid: what they are called.
         pool, sessions: the IDs and who holds them.
         waiting: the sessions that wait for IDs.
+        stamps: what clients prove with that they have seen its state.
         now: the latest time seen.
         opened_at: the time at which this object was made.
         acquired, released: IDs since then.
@@ -101,11 +99,11 @@ class Registry:
         self.store = store or storage_in_memory(settings, now, boot)
         self.pool, self.sessions, ending = recover(self.store, settings, now, boot, live_snapshot)
         self.waiting = WaitingList(self.pool)
+        self.stamps = Stamps(self.store)
         self.uuid: UUID = self.store.uuid  # a forked child has no header to read it from
         self._horizon: int = self.store.header[Word.HORIZON]
         self._issues_from: int = self.store.header[Word.ISSUES_FROM]
         self._secret = self.store.secret
-        self._stamp = (-1, "")
         self.now = self.opened_at = now
         for session in ending:
             self._end(session, session.cooldown)
@@ -168,7 +166,7 @@ class Registry:
         cooldown = self.settings.cooldown(cooldown_ms if cooldown_ms is not None else 0)
         expires = self.now + ttl_ms + limits.grace_ms
         self._reckon(expires - self.now + cooldown)
-        self._count_change()
+        self.stamps.count()
         session = self.sessions.open(
             digest, self.now, expires, ttl=ttl_ms, cooldown=cooldown, label=label
         )
@@ -368,40 +366,6 @@ class Registry:
         session = self._renewed(token, now)
         return self.dead.name(model, session.generation, count, self.now)
 
-    # ---- The state that clients have seen
-
-    @property
-    def stamp(self) -> str:
-        """The number of changes so far, signed: clients send it back, see `is_behind`.
-
-        Of two stamps of a registry, the later one is the greater text.
-        """
-        changes = self.store.header[Word.CHANGES]
-        if changes != self._stamp[0]:
-            self._stamp = changes, self._signed(changes)
-        return self._stamp[1]
-
-    def is_behind(self, stamp: str) -> bool:
-        """Tell whether a stamp proves that this state is older than one that a client has seen.
-
-        Then an older content of the file was put back. A text that this file's registry has not
-        signed proves nothing: no client can make one, and one of a copy is signed otherwise.
-        """
-        if not _STAMP.fullmatch(stamp):
-            return False
-        changes = int(stamp[:16], 16)
-        behind: bool = changes > self.store.header[Word.CHANGES]
-        return behind and hmac.compare_digest(stamp, self._signed(changes))
-
-    def disown(self, stamp: str) -> None:
-        """Close it. The next registry in its file begins as if the file was copied.
-
-        Args:
-            stamp: one that proves that it `is_behind`.
-        """
-        self.store.disown(int(stamp[:16], 16))
-        self.close()
-
     # ---- The whole
 
     def tick(self, now: int) -> Allocator:
@@ -450,17 +414,6 @@ class Registry:
             if not session.anonymous:
                 self.expired.add(session.label, held, session.used, self.now)
 
-    def _count_change(self) -> None:
-        """Count a change, before it is done. An older content, which lacks it, is not safe."""
-        self.store.header[Word.CHANGES] += 1
-
-    def _signed(self, changes: int) -> str:
-        """Return a stamp for a number of changes."""
-        number = struct.pack(">Q", changes)
-        signed = struct.pack("=Q", self.store.header[Word.FILE]) + number
-        key = self._secret
-        return (number + hashlib.blake2b(signed, digest_size=8, key=key).digest()).hex()
-
     def _digest(self, token: bytes) -> bytes:
         """Return what the registry keeps of a session's token."""
         return hashlib.blake2b(token, digest_size=16, key=self._secret).digest()
@@ -498,7 +451,7 @@ class Registry:
         cooldown = self.settings.cooldown(asked)
         if cooldown > session.cooldown:
             self._reckon_session(session, cooldown, bool(session.models))
-            self._count_change()
+            self.stamps.count()
             self.sessions.raise_cooldown(session, cooldown)
 
     def _reckon_session(self, session: Session, cooldown: int, named: bool) -> None:
@@ -528,7 +481,7 @@ class Registry:
             )
         if self._issues_from:
             self._issues_from = self.store.header[Word.ISSUES_FROM] = 0
-        self._count_change()
+        self.stamps.count()
         if pool.opened + count > pool.ready < pool.capacity:
             try:
                 self.store.grow(Part.RECORDS, count)

@@ -133,8 +133,8 @@ class Service:
         registry, now = self._holder.registry(), self._clock()
         registry.tick(now)  # raises `Forked`, before the child reads a header that it does not have
         seen = request.parameters.get("seen")
-        if seen and registry.is_behind(seen):
-            registry = self._holder.begin_anew(seen)
+        if seen and (changes := registry.stamps.unknown(seen)):
+            registry = self._holder.begin_anew(changes)
         wanted = request.parameters.get("registry")
         if wanted is not None and wanted != str(registry.uuid):
             raise RegistryMismatch(
@@ -150,7 +150,7 @@ class Service:
         output = self._apply[request.operation](registry, request, now)
         detail = DRAINING if draining else ""
         if seen is not None:
-            detail = f"{detail} {registry.stamp}".lstrip()
+            detail = f"{detail} {registry.stamps.latest}".lstrip()
         return np.asarray(output, np.uint64).reshape(1, -1), detail
 
     def _status(self, registry: Registry, now: int, sessions: int) -> dict[str, Any]:

@@ -144,11 +144,11 @@ class RegistryHolder:
             raise Unavailable(f"{self._trouble}; try again")
         return registry
 
-    def begin_anew(self, stamp: str) -> Registry:
-        """Return the registry as another one, since its content is older than what clients know.
+    def begin_anew(self, changes: int) -> Registry:
+        """Return the registry as another one, since an older content of its file was put back.
 
         Args:
-            stamp: one of a client that proves it; see `Registry.is_behind`.
+            changes: how many it had, as a client has proved.
 
         Raises what `registry` does.
         """
@@ -158,7 +158,8 @@ class RegistryHolder:
             " All sessions are over, and no ID is issued while others may be in use",
             *(self._path or "no file", self._registry.uuid),
         )
-        self._registry.disown(stamp)
+        self._registry.store.disown(changes)
+        self._registry.close()
         self._registry, self._let_go_at = None, self._clock()
         self._trouble = "the registry is opened again, since its content is an older one"
         if self._path is None:

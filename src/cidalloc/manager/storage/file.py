@@ -223,7 +223,7 @@ class Storage:
         return self.header[Word.FILE] not in (0, self._file)
 
     def disown(self, changes: int) -> None:
-        """Let this file be a copy from when it is opened next, since it lacks so many changes."""
+        """Let this file be a copy when it is opened next: its content lacks some of the changes."""
         self.header[Word.FILE] = ~self._file % 2**64 or 1
         self.header[Word.CHANGES] = changes
 

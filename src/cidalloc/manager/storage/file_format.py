@@ -92,9 +92,7 @@ class Word(IntEnum):
     ISSUES_FROM = 23  # a registry that lacks its past waits until then; 0 once it has issued IDs
     WAIT = 24  # milliseconds: for how long, from when it was opened first in a boot of the machine
     FILE = 25  # the identity of the file that was written last, by which a copy is known
-    CHANGES = (
-        26  # how many changes an older content of the file would lack, at least; see `recover`
-    )
+    CHANGES = 26  # rises with each change that an older content must not lack; see stamps.py
     COPY = 27  # a random number of a file that began as a copy, or with an older content; else 0
     END = 28
 
