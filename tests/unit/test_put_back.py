@@ -89,7 +89,8 @@ class Session:
     def __init__(self, manager: Manager, number: int = 0) -> None:
         self.manager, self.token, self.seen, self.seq = manager, f"{number:032x}", "", 0
         self.ids: list[int] = []
-        self.ask(Operation.OPEN, ttl_ms=TTL_MS)
+        # So long a cooldown that NEW has not to raise it, which would be another change.
+        self.ask(Operation.OPEN, ttl_ms=TTL_MS, cooldown_ms=SETTINGS.unended_cooldown_ms)
         self.registry = manager.uuid
 
     def ask(self, code: Operation, ids: Any = (), **what: Any) -> Any:
@@ -207,6 +208,23 @@ def test_a_content_that_is_put_back_twice(manager: Manager) -> None:
         manager.clock.now += WAIT_MS
         client = Session(manager, n)
     assert len(set(seen)) == 3
+
+
+def test_a_content_from_before_restarts_of_the_machine(
+    manager: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first stamp is a proof, and what others have seen is not a second one."""
+    put = in_place(manager)
+    for boot in (b"2" * 16, b"3" * 16):
+        monkeypatch.setattr(takeover, "boot_id", lambda boot=boot: boot)
+        manager.restart()
+    first, second, before = Session(manager, 1), Session(manager, 2), manager.uuid
+    manager.restart(put)
+    assert first.ask(Operation.RENEW) is Code.REGISTRY_MISMATCH
+    after = manager.uuid
+    assert after != before
+    assert second.ask(Operation.RENEW) is Code.REGISTRY_MISMATCH
+    assert manager.uuid == after
 
 
 def test_a_kill_after_the_proof(manager: Manager) -> None:
