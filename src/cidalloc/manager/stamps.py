@@ -1,4 +1,4 @@
-"""Stamps: a registry counts its changes and signs their number, so that clients prove what they saw.
+"""Stamps: a registry signs the number of its changes, so that clients prove what they have seen.
 
 A client sends the latest stamp that it got with its next request. If it is of a later state than
 the registry's file, an older content of the file was put back, which lacks IDs that were issued.
