@@ -15,7 +15,10 @@ from cidalloc import protocol
 
 ROOT = Path(__file__).parent.parent
 HEADER = ROOT / "cpp" / "include" / "cidalloc.hpp"
-CONSTANTS = ("MODEL", "ROUTE_HEADER", "DRAINING", "PROTOCOL", "MAX_COOLDOWN_MS", "MAX_MODELS")
+CONSTANTS = (
+    *("MODEL", "ROUTE_HEADER", "DRAINING", "STAMP_DIGITS"),
+    *("PROTOCOL", "MAX_COOLDOWN_MS", "MAX_MODELS"),
+)
 _BLOCK = re.compile(r"(// clang-format off\n).*(// clang-format on\n)", re.DOTALL)
 
 

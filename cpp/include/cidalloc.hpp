@@ -31,6 +31,7 @@
 #include <optional>
 #include <random>
 #include <set>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -81,6 +82,7 @@ enum class Operation {
 inline constexpr const char* MODEL = "cidmgr";
 inline constexpr const char* ROUTE_HEADER = "cid-slice";
 inline constexpr const char* DRAINING = "draining";
+inline constexpr int STAMP_DIGITS = 32;
 inline constexpr int PROTOCOL = 1;
 inline constexpr int MAX_COOLDOWN_MS = 604800000;
 inline constexpr int MAX_MODELS = 16;
@@ -604,6 +606,7 @@ struct Lease {
   Time deadline{}, renew_at{}, retry_at{};  // the IDs must not be used from `deadline` on
   Time first_sent = Time::max();            // of OPEN
   std::string token, registry, slice;
+  std::string seen;                      // the latest stamp of the registry
   std::string lost_why;                  // empty while it has not ended
   std::uint64_t generation = 0;          // 0 before OPEN is answered, and once lost
   std::uint64_t seq = 0, sequences = 0;  // the last numbers
@@ -924,6 +927,7 @@ class Session {
     check_known();
     const auto sent = now();
     what["session"] = lease.token;
+    what["seen"] = lease.seen;
     if (!opening) {
       what["registry"] = lease.registry;
       what.emplace("used", lease.cache.used().size());
@@ -941,7 +945,7 @@ class Session {
       }();
       met_ = true;
       check_known();
-      lease.cache.drain(answer.detail == protocol::DRAINING);
+      read_detail(lease, answer.detail);
       if (!opening && !closing) renewed(lease, sent);
       return answer;
     } catch (const Error& error) {
@@ -954,6 +958,18 @@ class Session {
       if (undone && change && error.code() != Code::REPEATED) lease.doubtful = false;
       throw;
     }
+  }
+
+  /// Notes whether the server is being drained, and the stamp of the registry's state.
+  static void read_detail(Lease& lease, const std::string& detail) {
+    bool draining = false;
+    std::istringstream words(detail);
+    for (std::string word; words >> word;) {
+      if (word == protocol::DRAINING) draining = true;
+      if (word.size() == std::size_t{protocol::STAMP_DIGITS})
+        lease.seen = std::max(lease.seen, word);
+    }
+    lease.cache.drain(draining);
   }
 
   void renewed(Lease& lease, Time sent) {

@@ -203,6 +203,26 @@ TEST_CASE("A session of a slice carries it with all requests but OPEN") {
   }
 }
 
+TEST_CASE("Requests carry the stamp of the latest answer") {
+  Proxy proxy(server_port());
+  std::vector<std::string> stamps;
+  {
+    Client client(proxy.url(), of());
+    client.release(client.acquire(), cidalloc::ENDED);
+  }
+  for (const auto& each : proxy.seen()) {
+    const std::string name = R"("seen":")";
+    const auto at = each.find(name);
+    REQUIRE(at != std::string::npos);
+    stamps.push_back(
+        each.substr(at + name.size(), each.find('"', at + name.size()) - at - name.size()));
+  }
+  REQUIRE(stamps.size() > 1);
+  CHECK(stamps.front().empty());  // of OPEN
+  CHECK(stamps.back().size() == cidalloc::protocol::STAMP_DIGITS);
+  CHECK(std::is_sorted(stamps.begin(), stamps.end()));
+}
+
 TEST_CASE("64 threads share a client, and none gets an ID that another one has") {
   Client client(server_url(), of());
   std::mutex mutex;

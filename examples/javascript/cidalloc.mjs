@@ -124,13 +124,14 @@ export class Client {
     if (now() >= (this.#opening?.sent ?? 0) + this.#ttl) this.#opening = null; // it would have no time left
     this.#opening ??= { token: randomBytes(16).toString("hex"), sent: now() };
     const { token, sent } = this.#opening;
-    const answer = await this.#ask({ token }, OPEN, { ttl_ms: this.#ttl, label: this.#label });
+    const opened = { token, seen: "" };
+    const answer = await this.#ask(opened, OPEN, { ttl_ms: this.#ttl, label: this.#label });
     const [, generation, , high, low, , , slice = 0n, slices = 0n] = answer;
     const hex = ((high << 64n) | low).toString(16).padStart(32, "0");
     const registry = hex.replace(/^(.{8})(.{4})(.{4})(.{4})/, "$1-$2-$3-$4-");
     const headers = slices ? { "cid-slice": String(slice) } : {};
     const holds = { seq: 0, doubtful: false, used: new Set(), leaving: new Map() };
-    this.#session = { token, generation, registry, headers, ...holds };
+    this.#session = { ...opened, generation, registry, headers, ...holds };
     this.#opening = null;
     this.#deadline = sent + this.#ttl - TICK; // from the first OPEN: others renew nothing
     this.#heartbeat ??= this.#beat();
@@ -180,8 +181,8 @@ export class Client {
   // Sends one request of a session, and returns OUTPUT as BigInts: JSON.parse would round them.
   async #ask(session, code, parameters, ids = []) {
     const sent = now();
-    const { token, registry, headers } = session;
-    let body = JSON.stringify({ CODE: code, session: token, registry, ...parameters });
+    const { token, registry, seen, headers } = session;
+    let body = JSON.stringify({ CODE: code, session: token, registry, seen, ...parameters });
     if (ids.length) body = `${body.slice(0, -1)},"CORRELATION_ID":[${ids}]}`;
     const signal = AbortSignal.timeout(Math.min(this.#timeout, this.#ttl / 8));
     const fail = (error) => { throw new CidError("NO_ANSWER", String(error.cause ?? error.message)); };
@@ -193,6 +194,8 @@ export class Client {
     if (name === "SESSION_UNKNOWN" && code === CLOSE) return [];
     const [, output] = (answer.ok && /"OUTPUT":\[?((\d+(,\d+)*)?)/.exec(text)) || [];
     if (output === undefined) throw new CidError(name ?? "NO_ANSWER", words ?? text.slice(0, 200));
+    const [, stamp = ""] = /"DETAIL":\[?"(?:draining )?([0-9a-f]{32})"/.exec(text) ?? [];
+    if (stamp > session.seen) session.seen = stamp; // of the registry's state, which only grows
     if (session === this.#session) this.#deadline = Math.max(this.#deadline, sent + this.#ttl - TICK);
     return output ? output.split(",").map(BigInt) : [];
   }

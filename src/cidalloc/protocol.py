@@ -41,6 +41,7 @@ __all__ = [
     "PROTOCOL",
     "ROUTE_HEADER",
     "SEQ_BITS",
+    "STAMP_DIGITS",
     "TOKEN_BYTES",
     "IDs",
     "Parameter",
@@ -62,9 +63,12 @@ OUTPUT = "OUTPUT"
 ROUTE_HEADER = "cid-slice"
 """The header, or metadata of gRPC, by which a proxy finds the server of a session."""
 DETAIL = "DETAIL"
-"""Output, BYTES [1, 1]: the text of STATUS; `DRAINING` during a drain; otherwise empty."""
+"""Output, BYTES [1, 1]: the text of STATUS; otherwise words: `DRAINING` during a drain, and the
+registry's stamp if the request has the parameter ``seen``."""
 DRAINING = "draining"
-"""The DETAIL of each answer but that of STATUS while the server is being drained."""
+"""A word in the DETAIL of each answer but that of STATUS while the server is being drained."""
+STAMP_DIGITS = 32
+"""Hexadecimal digits of a stamp: a word in DETAIL that stands for the state of the registry."""
 
 PROTOCOL = 1
 """The version of the protocol, which the answer to OPEN has."""
@@ -216,6 +220,7 @@ def is_name(name: object) -> bool:
 _KINDS: dict[str, Any] = {
     "session": str,
     "registry": str,
+    "seen": str,
     "label": str,
     "model": str,
     "models": str,

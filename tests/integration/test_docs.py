@@ -177,7 +177,7 @@ def test_curl_of_the_readme(triton: TritonServer, tmp_path: Path) -> None:
 def test_curl_of_the_protocol(triton: TritonServer, tmp_path: Path) -> None:
     """The short form and the long one give back what they got, the long one one of three."""
     page = ROOT / "docs" / "protocol.md"
-    drain, short, long = (
+    stamp, drain, short, long = (
         each for each in blocks(page, "sh") if "curl" in each and "session" not in each
     )
     with Anonymous(connect(triton.grpc_url)) as client:
@@ -191,6 +191,7 @@ def test_curl_of_the_protocol(triton: TritonServer, tmp_path: Path) -> None:
         assert len(ids) == 3 and client.active() == before + 2
         client.release_many(ids[1:])
     assert run_shell(drain, triton, tmp_path) == '"DETAIL":""\n'
+    assert re.fullmatch(r'"DETAIL":"[0-9a-f]{32}"\n', run_shell(stamp, triton, tmp_path))
 
 
 def test_a_session_with_curl(triton: TritonServer, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def fits(expected: Any, got: Any, values: dict[str, Any]) -> bool:
             return False
         return all(fits(e, g, values) for e, g in zip(expected, got, strict=True))
     if isinstance(expected, str) and expected.startswith("$"):
-        return type(got) is int and values.setdefault(expected, got) == got
+        return type(got) in (int, str) and values.setdefault(expected, got) == got
     return type(got) is type(expected) and got == expected
 
 

@@ -22,9 +22,9 @@ from typing import Any
 
 from crash_model import Facts, facts_of, judge, reopen
 from failing import MEMORY, Faults
-from failing_acts import OPERATIONS, TIMES, Operation
+from failing_acts import OPERATIONS, Operation
 from sparse import content
-from stepped_child import NOW
+from stepped_child import NOW, TIMES
 
 from cidalloc.errors import CidError
 

@@ -46,7 +46,8 @@ class Loopback:
         output, detail = answer
         assert output.dtype == np.uint64 and output.ndim == 2 and output.shape[0] == 1
         status = request.operation is Operation.STATUS
-        assert status or detail in ("", protocol.DRAINING)
+        words = [word for word in detail.split() if len(word) != protocol.STAMP_DIGITS]
+        assert status or words in ([], [protocol.DRAINING])
         assert not status or detail.startswith("{")
         return output[0], detail
 

@@ -269,6 +269,8 @@ def test_several_servers(seen: list[Facts], expected: list[tuple[str, str]]) -> 
             "",
         ),
         (facts({"issues_in_s": 610.0}), "note", "issues no ID for another 10 min 10 s", ""),
+        (facts({"issues_in_s": 9.0, "restored": True}), "warn", "file was restored", "no copies"),
+        (facts({"issues_in_s": 9.0, "restored": False}), "note", "registry is new", ""),
         (
             facts({"pool": {"first": 2**62, "capacity": 2**24}, "slice": "random", "host": "a"}),
             "warn",

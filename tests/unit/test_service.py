@@ -324,6 +324,7 @@ def test_a_status(service: Service, clock: Clock) -> None:
         "peak": 3,
         "high_water": 3,
         "issues_in_s": 0.0,
+        "restored": False,
         "draining": False,
         "anonymous": 1,
         "waiting": 0,

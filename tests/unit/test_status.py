@@ -42,6 +42,7 @@ FIELDS: dict[str, Any] = {
     "peak": int,
     "high_water": int,
     "issues_in_s": float,
+    "restored": bool,
     "draining": bool,
     "dead": int,
     "anonymous": int,

@@ -60,8 +60,8 @@ def show(file: Path, as_json: bool) -> None:
     for name, value in rows:
         console.print(f"{name:<12} {value}", soft_wrap=True)
     told = ""
-    if found.store.is_copy:
-        told = "This is a copy: a manager takes it for another registry"
+    if status["restored"]:
+        told = "This is or was a copy: it is another registry than the original"
     elif found.store.boot != boot_id():
         told = "The machine has restarted since the last write"
     if told:

@@ -104,11 +104,18 @@ def _manager(facts: Facts) -> Iterator[Finding]:
         todo = "" if level == "ok" else "find out what keeps the server's CPUs busy"
         yield Finding(level, f"{facts.manager} {version} answers ({took:.0f} ms)", todo)
         if waits_s := facts.status.get("issues_in_s"):
-            yield Finding(
-                "note",
-                f"the manager issues no ID for another {duration(waits_s)}: its registry is new,"
-                " and clients may use IDs from before it",
-            )
+            what = f"the manager issues no ID for another {duration(waits_s)}: its "
+            if facts.status.get("restored"):  # earlier managers do not tell it
+                yield Finding(
+                    "warn",
+                    f"{what}file was restored, and clients may use IDs that were issued after the"
+                    " copy was made",
+                    "keep no copies of the file: they lack what was issued since",
+                )
+            else:
+                yield Finding(
+                    "note", f"{what}registry is new, and clients may use IDs from before it"
+                )
         if facts.status.get("draining"):
             yield Finding(
                 "warn",

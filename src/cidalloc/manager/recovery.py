@@ -1,8 +1,8 @@
 """Recovery: a new pool and a new table of sessions over what is in a storage.
 
 The storage may be new, or what a process left behind that was killed, or what is on the disk after
-a power cut, of which any store since the last sync may be missing; or a copy of a file, which lacks
-all that was stored after it was made.
+a power cut, of which any store since the last sync may be missing; or a copy of a file, or an older
+content of it that was put back, which lacks all that was stored after it was made.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def recover(
     after_power_loss = is_copy or store.boot != boot
     if after_power_loss:
         # The times are of another clock, and the last stores may be lost. Generations leap, so that
-        # none comes twice. All IDs that sessions may have had cool for long enough.
+        # none comes twice, and so does the number of changes. All IDs that sessions may have had
+        # cool for long enough.
         generation = (generation | 2**32 - 1) + 1
     shape, floor = store.shape, 0
     if after_power_loss:
@@ -95,7 +96,10 @@ def recover(
     except RegistryCorrupt as error:
         raise RegistryCorrupt(f"{store.path}: {shape.with_id(error)}") from None
     store.write(Word.GENERATION, generation)
+    if after_power_loss:
+        store.write(Word.CHANGES, (store.read(Word.CHANGES) | 2**32 - 1) + 1)
     if is_copy:  # what was issued since it was made is unknown
+        store.write(Word.COPY, secrets.randbits(48) | 1)
         store.wait(now, max(horizon, settings.max_ttl_ms + settings.grace_ms))
     elif after_power_loss and store.read(Word.ISSUES_FROM):
         store.wait(now, store.read(Word.WAIT))

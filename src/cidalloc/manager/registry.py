@@ -33,6 +33,7 @@ from .expired import ExpiredSessions
 from .recovery import recover, shape_for, storage_in_memory, waiting_for
 from .sessions import Session
 from .settings import Settings
+from .stamps import Stamps
 from .storage.file import Storage
 from .storage.file_format import Part, Word
 from .waiting_list import WaitingList, exhausted
@@ -70,6 +71,7 @@ class Registry:
         settings, store, uuid: what they are called.
         pool, sessions: the IDs and who holds them.
         waiting: the sessions that wait for IDs.
+        stamps: what clients prove with that they have seen its state.
         now: the latest time seen.
         opened_at: the time at which this object was made.
         acquired, released: IDs since then.
@@ -97,6 +99,7 @@ class Registry:
         self.store = store or storage_in_memory(settings, now, boot)
         self.pool, self.sessions, ending = recover(self.store, settings, now, boot, live_snapshot)
         self.waiting = WaitingList(self.pool)
+        self.stamps = Stamps(self.store)
         self.uuid: UUID = self.store.uuid  # a forked child has no header to read it from
         self._horizon = self.store.read(Word.HORIZON)
         self._issues_from = self.store.read(Word.ISSUES_FROM)
@@ -163,6 +166,7 @@ class Registry:
         cooldown = self.settings.cooldown(cooldown_ms if cooldown_ms is not None else 0)
         expires = self.now + ttl_ms + limits.grace_ms
         self._reckon(expires - self.now + cooldown)
+        self.stamps.count()
         session = self.sessions.open(
             digest, self.now, expires, ttl=ttl_ms, cooldown=cooldown, label=label
         )
@@ -447,6 +451,7 @@ class Registry:
         cooldown = self.settings.cooldown(asked)
         if cooldown > session.cooldown:
             self._reckon_session(session, cooldown, bool(session.models))
+            self.stamps.count()
             self.sessions.raise_cooldown(session, cooldown)
 
     def _reckon_session(self, session: Session, cooldown: int, named: bool) -> None:
@@ -470,12 +475,14 @@ class Registry:
         pool, full = self.pool, None
         if waits_ms := self.issues_in_ms:
             raise Exhausted(
-                f"cannot issue {count} of {pool.capacity} IDs: this registry is new, and clients"
-                f" may still use IDs from before it; the next is due in {waits_ms / 1e3:.12g} s"
+                f"cannot issue {count} of {pool.capacity} IDs: this registry is new or restored,"
+                " and clients may still use IDs from before it;"
+                f" the next is due in {waits_ms / 1e3:.12g} s"
             )
         if self._issues_from:
             self._issues_from = 0
             self.store.write(Word.ISSUES_FROM, 0)
+        self.stamps.count()
         if pool.opened + count > pool.ready < pool.capacity:
             try:
                 self.store.grow(Part.RECORDS, count)

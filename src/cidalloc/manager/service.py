@@ -130,7 +130,11 @@ class Service:
             return failure
 
     def _answered(self, request: Request) -> Answer:
-        registry = self._holder.registry()
+        registry, now = self._holder.registry(), self._clock()
+        registry.tick(now)  # raises `Forked`, before the child reads a header that it does not have
+        seen = request.parameters.get("seen")
+        if seen and (changes := registry.stamps.unknown(seen)):
+            registry = self._holder.begin_anew(changes)
         wanted = request.parameters.get("registry")
         if wanted is not None and wanted != str(registry.uuid):
             raise RegistryMismatch(
@@ -138,15 +142,16 @@ class Service:
                 f" between client and server, or a proxy that drops the header {ROUTE_HEADER}? A"
                 " session belongs to one manager"
             )
-        now = self._clock()
         if request.operation is Operation.STATUS:
             return _NOTHING, json.dumps(self._status(registry, now, SHOWN))
-        registry.tick(now)  # raises `Forked`, before the child reads a header that it does not have
         draining = is_draining(registry.store.header)
         if draining and request.operation in (Operation.OPEN, Operation.NEW):
             _refuse(registry, request, now)
         output = self._apply[request.operation](registry, request, now)
-        return np.asarray(output, np.uint64).reshape(1, -1), DRAINING if draining else ""
+        detail = DRAINING if draining else ""
+        if seen is not None:
+            detail = f"{detail} {registry.stamps.latest}".lstrip()
+        return np.asarray(output, np.uint64).reshape(1, -1), detail
 
     def _status(self, registry: Registry, now: int, sessions: int) -> dict[str, Any]:
         return {

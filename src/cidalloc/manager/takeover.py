@@ -144,6 +144,30 @@ class RegistryHolder:
             raise Unavailable(f"{self._trouble}; try again")
         return registry
 
+    def begin_anew(self, changes: int) -> Registry:
+        """Return the registry as another one, since an older content of its file was put back.
+
+        Args:
+            changes: how many it had, as a client has proved.
+
+        Raises what `registry` does.
+        """
+        assert self._registry is not None
+        _log.warning(
+            "%s: a client has seen a later state of the registry %s: an older content was put back."
+            " All sessions are over, and no ID is issued while others may be in use",
+            *(self._path or "no file", self._registry.uuid),
+        )
+        self._registry.store.disown(changes)
+        self._registry.close()
+        self._registry, self._let_go_at = None, self._clock()
+        self._trouble = "the registry is opened again, since its content is an older one"
+        if self._path is None:
+            self._begin()
+        else:
+            self._try_take()
+        return self.registry()
+
     def _taken_back(self) -> Registry | None:
         """Try to take the file back, if the process that requested it has not taken it for long."""
         now = self._clock()

@@ -47,7 +47,7 @@ class TritonPythonModel:
                 self._service.figures, args["model_name"], pb_utils.MetricFamily
             )
             self._metrics.start()
-        self._no_detail = _detail("")  # shared by all answers, since making a text tensor is slow
+        self._detail = "", _detail("")  # shared by answers, since making a text tensor is slow
         # The HTTP and gRPC status that Triton reports for each code. The backend adds TritonError
         # to pb_utils only after this module is imported.
         kinds = pb_utils.TritonError
@@ -96,8 +96,10 @@ class TritonPythonModel:
                 error=pb_utils.TritonError(protocol.error_text(answer), status)
             )
         output, text = answer
-        detail = _detail(text) if text else self._no_detail
-        return pb_utils.InferenceResponse([pb_utils.Tensor(protocol.OUTPUT, output), detail])
+        if text != self._detail[0]:
+            self._detail = text, _detail(text)
+        tensor = pb_utils.Tensor(protocol.OUTPUT, output)
+        return pb_utils.InferenceResponse([tensor, self._detail[1]])
 
 
 def _detail(text: str) -> Any:

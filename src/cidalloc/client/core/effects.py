@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ...errors import CidError, Draining
-from ...protocol import DRAINING, IDs, Request
+from ...protocol import DRAINING, STAMP_DIGITS, IDs, Request
 
 __all__ = [
     "NEVER",
@@ -85,7 +85,12 @@ class Reply:
         """
         if self.error is not None:
             return True if isinstance(self.error, Draining) else None
-        return self.detail == DRAINING
+        return DRAINING in self.detail.split()
+
+    @property
+    def stamp(self) -> str:
+        """The registry's stamp; empty if the manager has sent none."""
+        return next((word for word in self.detail.split() if len(word) == STAMP_DIGITS), "")
 
 
 Effect = Send | Config | ServerVersion | Idle

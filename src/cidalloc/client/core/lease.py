@@ -73,6 +73,7 @@ class Lease:
         lost_why: why the lease has ended; empty while it has not.
         pool: the manager's pool, once it is known.
         registry: the UUID of the manager's registry, once OPEN was answered.
+        seen: the latest stamp of the registry; if its file is restored, it proves that.
         slice: the number of the manager's slice, which proxies find its server by; None while it is
             not known, once the lease was lost, and if the manager has no fixed slice.
         starved: why calls that wait for IDs have none. The cached IDs are reserved for them.
@@ -93,6 +94,7 @@ class Lease:
         self.starved: Exhausted | None = None
         self.label, self._link, self._lost = label, link, lost
         self.registry = ""  # its UUID
+        self.seen = ""
         self.slice: int | None = None
         self._sequences = self._seq = 0
         self._announcing_ms = 0  # announced by a NEW that is not answered yet
@@ -334,7 +336,7 @@ class Lease:
         if self.lost_why and not closing:
             raise SessionUnknown(self.lost_why)
         sent = self._link.now()
-        parameters["session"] = self.token
+        parameters["session"], parameters["seen"] = self.token, self.seen
         if self.registry and operation is not Operation.OPEN:
             parameters["registry"] = self.registry
             parameters.setdefault("used", len(self.cache.used))
@@ -348,6 +350,7 @@ class Lease:
         if self.lost_why and not closing:
             raise SessionUnknown(self.lost_why)
         self.cache.drain(reply.draining)
+        self.seen = max(self.seen, reply.stamp)
         if error is None:
             if operation is not Operation.OPEN and not closing:
                 self._renewed(sent)

@@ -535,5 +535,5 @@ class Session:
         if not lease.lost_why:
             lease.lose(
                 "another registry answers in place of its manager's: was the manager restarted"
-                " without a file to remember by?"
+                " without a file to remember by, or was the file restored from a copy?"
             )

@@ -202,6 +202,8 @@ class Storage:
     def uuid(self) -> uuid.UUID:
         """The registry's identity. A copy of a file is another registry."""
         found = self.header[Word.UUID : Word.UUID + 2].tobytes() + _packed(self.header[Word.FILE])
+        if copy := self.read(Word.COPY):
+            found += _packed(copy)
         return uuid.UUID(bytes=hashlib.blake2b(found, digest_size=16).digest(), version=4)
 
     @property
@@ -223,6 +225,11 @@ class Storage:
     def is_copy(self) -> bool:
         """Whether the file is a copy, or was restored, since it was written last."""
         return self.header[Word.FILE] not in (0, self._file)
+
+    def disown(self, changes: int) -> None:
+        """Let this file be a copy when it is opened next: its content lacks some of the changes."""
+        self.header[Word.FILE] = ~self._file % 2**64 or 1
+        self.write(Word.CHANGES, changes)
 
     def adopt(self) -> None:
         """Note that this file is written, and no longer the one that it is a copy of."""

@@ -69,6 +69,7 @@ _PAIR = struct.Struct("=QQ")
 _WORD = 2**64 - 1
 _MAGIC = int.from_bytes(b"CIDALLOC", "little")
 _MAX_GENERATION = 2**46  # it shares a checked word with the state of its session
+_MAX_CHANGES = 2**48 - 2**33  # there is room to leap
 _VALUE_BITS = 48  # of most checked words; the checksum has the other bits
 
 
@@ -92,14 +93,16 @@ class Word(IntEnum):
     HORIZON = 14  # milliseconds: no ID is in use for longer unless the registry hears of it
     ISSUES_FROM = 15  # a registry that lacks its past waits until then; 0 once it has issued IDs
     WAIT = 16  # milliseconds: for how long, from when it was opened first in a boot of the machine
-    BOOT = 17  # two words: the boot of the machine whose clock the times are of
-    FILE = 19  # the identity of the file that was written last, by which a copy is known
-    PID = 20  # the process that writes the file
-    SERVER = 21  # the `process_id` of the process that started it
-    REQUESTER = 22  # the same of the process that waits for the file
-    DRAIN = 23  # by the command `cidalloc drain`: which server is being drained, see drain.py
-    DRAIN_SEEN = 24  # the writer's answer: the same, or 0 if it is not being drained
-    END = 25
+    CHANGES = 17  # rises with each change that an older content must not lack; see stamps.py
+    COPY = 18  # a random number of a file that began as a copy, or with an older content; else 0
+    BOOT = 19  # two words: the boot of the machine whose clock the times are of
+    FILE = 21  # the identity of the file that was written last, by which a copy is known
+    PID = 22  # the process that writes the file
+    SERVER = 23  # the `process_id` of the process that started it
+    REQUESTER = 24  # the same of the process that waits for the file
+    DRAIN = 25  # by the command `cidalloc drain`: which server is being drained, see drain.py
+    DRAIN_SEEN = 26  # the writer's answer: the same, or 0 if it is not being drained
+    END = 27
 
 
 HEADER_BYTES = Word.END * 8
@@ -274,6 +277,7 @@ def shape_of(header: memoryview, path: Path) -> Shape:
         and 0 < values[Part.ROWS] <= MAX_ROWS * ROW // GRANULE
         and 0 < values[Part.RECORDS] <= Shape(first, capacity).granules
         and values[Word.GENERATION] < _MAX_GENERATION
+        and values[Word.CHANGES] < _MAX_CHANGES
     )
     if not sound:
         raise RegistryCorrupt(f"{path}: its header is damaged")
