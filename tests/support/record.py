@@ -40,7 +40,7 @@ class Row:
         bug: what it was.
         since: the commit that brought it in.
         broke: the promise of docs/design.md, or a link to what another page says.
-        found: who found it, or what.
+        found: who found it, or what, if the history tells.
         mended: the commit that mended it.
         tests: what pytest is to run.
         fails: part of a line of the error in the tests, without the mend.
@@ -60,7 +60,7 @@ class Row:
     @property
     def commits(self) -> list[str]:
         """All commits that are needed to show it."""
-        return [f"{self.mended}^", self.mended, self.tests_of or self.mended, self.since]
+        return [f"{self.mended}^", self.mended, self.tests_of or self.mended]
 
 
 def load() -> dict[str, Row]:
