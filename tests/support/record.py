@@ -1,8 +1,8 @@
 """The track record: bugs that were found, each shown by a test on the commit before it was mended.
 
-`python record.py [NAME ...]` shows the named rows of `record.json`, or some at random. The tests of
-a row run twice: with the package before the mend, where they must fail with the text that the row
-has, and with the package of the mend, where they must pass.
+`python record.py [NAME ...]` shows the named rows of `record.json`, or some at random. The test of
+a row runs twice: with the package before the mend, where it must fail with the error that the row
+has, and with the package of the mend, where it must pass.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Row:
         broke: the promise of docs/design.md, or a link to what another page says.
         found: who found it, or what, if the history tells.
         mended: the commit that mended it.
-        tests: what pytest is to run.
-        fails: part of a line of the error in the tests, without the mend.
-        tests_of: the commit whose tests these are, if that is not ``mended``.
+        test: its ID for pytest; one without parameters stands for several tests.
+        fails: part of its error without the mend.
+        tests_of: the commit that has the test, if that is not ``mended``.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Row:
     broke: str
     found: str
     mended: str
-    tests: list[str]
+    test: str
     fails: str
     tests_of: str = ""
 
@@ -119,8 +119,8 @@ def _extensions(commit: str) -> Path:
     return folder
 
 
-def run(commit: str, tests_of: str, tests: list[str]) -> tuple[int, str]:
-    """Run tests of one commit with the package of another one.
+def run(commit: str, tests_of: str, test: str) -> tuple[int, str]:
+    """Run a test of one commit with the package of another one.
 
     Returns:
         pytest's exit status, and what it printed.
@@ -133,25 +133,30 @@ def run(commit: str, tests_of: str, tests: list[str]) -> tuple[int, str]:
         _extract(commit, tree, "src")
         shutil.copytree(_extensions(commit), src, dirs_exist_ok=True)
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--hypothesis-seed=0"]
-        command += ["-pno:cacheprovider", f"--timeout={LIMIT_S}", *tests]
+        command += ["-pno:cacheprovider", f"--timeout={LIMIT_S}", test]
         env = {**os.environ, "PYTHONPATH": str(src)}
         done = subprocess.run(command, cwd=tree, env=env, stdout=-1, stderr=subprocess.STDOUT)
     return done.returncode, done.stdout.decode()
 
 
+def errors(row: Row, out: str) -> list[str]:
+    """Return the lines of what pytest printed that have the row's error."""
+    return [line for line in out.splitlines() if line.startswith("E  ") and row.fails in line]
+
+
 def wrong(row: Row, without: tuple[int, str], mended: tuple[int, str]) -> str:
     """Return what is wrong with what `run` returned without the mend and with it, if anything.
 
-    Without the mend each test has to fail, and not at an import or a fixture.
+    Without the mend the test has to fail, and not at an import or a fixture.
     """
     status, out = without
     if status != 1 or not re.search(r"^\d+ failed(, \d+ errors?)? in ", out, re.M):
-        return f"without the mend, its tests do not all fail:\n{out}"
-    if not any(row.fails in line for line in out.splitlines() if line.startswith("E  ")):
-        return f"without the mend, its tests fail without saying {row.fails!r}:\n{out}"
+        return f"without the mend the test does not fail:\n{out}"
+    if not errors(row, out):
+        return f"without the mend the test does not fail with {row.fails!r}:\n{out}"
     status, out = mended
     if status or not re.search(r"^\d+ passed in ", out, re.M):
-        return f"with the mend, its tests do not all pass:\n{out}"
+        return f"with the mend the test does not pass:\n{out}"
     return ""
 
 
@@ -183,13 +188,16 @@ def main() -> int:
         return 1
     failed = 0
     for name in names:
-        start = time.monotonic()
-        row = rows[name]
-        tests = row.tests_of or row.mended, row.tests
-        found = wrong(row, run(f"{row.mended}^", *tests), run(row.mended, *tests))
-        failed += bool(found)
-        what = found or f"fails without {row.mended[:7]} and passes with it"
-        print(f"{name}: {what} ({time.monotonic() - start:.0f} s)", flush=True)
+        row, start = rows[name], time.monotonic()
+        print(f"{name}: {row.bug}\n  {row.test}", flush=True)
+        test = row.tests_of or row.mended, row.test
+        without, mended = run(f"{row.mended}^", *test), run(row.mended, *test)
+        if found := wrong(row, without, mended):
+            failed += 1
+            print(f"error: {found}")
+        else:
+            print(f"  {row.mended}^: {errors(row, without[1])[0]}\n  {row.mended}: passed", end="")
+            print(f" ({time.monotonic() - start:.0f} s)", flush=True)
     return failed > 0
 
 

@@ -28,17 +28,20 @@ def test_the_promises_are_those_of_the_design() -> None:
     assert all(re.fullmatch(r"\[.+\]\(.+\)", each) for each in others), others
 
 
+FAILS, PASSES = (1, "E   it is 3\n1 failed in 1s"), (0, "1 passed in 1s")
+
+
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [
-        ((1, "E   it is 3\n1 failed in 1s"), (0, "1 passed in 1s"), ""),
-        ((1, "E   it is 3\n1 failed, 1 error in 1s"), (0, "1 passed in 1s"), ""),
-        ((0, "1 passed in 1s"), (0, "1 passed in 1s"), "do not all fail"),
-        ((1, "E   it is 3\n1 failed, 1 passed in 1s"), (0, "2 passed in 1s"), "do not all fail"),
-        ((2, "E   ImportError: it is 3\n1 error in 1s"), (0, "1 passed in 1s"), "do not all fail"),
-        ((1, "E   ImportError\n1 failed in 1s"), (0, "1 passed in 1s"), "without saying 'it is 3'"),
-        ((1, "E   it is 3\n1 failed in 1s"), (1, "1 failed in 1s"), "do not all pass"),
-        ((1, "E   it is 3\n1 failed in 1s"), (0, "1 skipped in 1s"), "do not all pass"),
+        (FAILS, PASSES, ""),
+        ((1, "E   it is 3\n1 failed, 1 error in 1s"), PASSES, ""),
+        (PASSES, PASSES, "without the mend the test does not fail:"),
+        ((1, "E   it is 3\n1 failed, 1 passed in 1s"), PASSES, "the test does not fail:"),
+        ((2, "E   ImportError: it is 3\n1 error in 1s"), PASSES, "the test does not fail:"),
+        ((1, "E   ImportError\n1 failed in 1s"), PASSES, "the test does not fail with 'it is 3':"),
+        (FAILS, FAILS, "with the mend the test does not pass:"),
+        (FAILS, (0, "1 skipped in 1s"), "with the mend the test does not pass:"),
     ],
 )
 def test_what_counts_as_shown(before: tuple[int, str], after: tuple[int, str], words: str) -> None:
