@@ -148,7 +148,7 @@ record: .venv/.built .venv/.dev
 	$(BIN)/python tests/support/record.py $(ARGS)
 
 errors: .venv/.built .venv/.dev
-	CIDALLOC_ERRORS=all $(BIN)/python -m pytest -q -rP -n 2 tests/crash/test_every_error.py $(ARGS)
+	CIDALLOC_ERRORS=all $(BIN)/python -m pytest -q -rP -n 2 tests/crash/test_every_error.py tests/crash/test_damaged_file.py $(ARGS)
 
 conformance: .venv/.built .venv/.dev
 	@command -v node >/dev/null || { echo "error: node is not on PATH: install nodejs" >&2; exit 1; }

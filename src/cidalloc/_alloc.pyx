@@ -5,6 +5,7 @@
 
 cimport cython
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release
+from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
@@ -29,6 +30,7 @@ from ._core.reserve cimport pool_can_reserve, pool_clear, pool_reserve
 from ._core.owners cimport Counts
 from ._core.pool cimport pool_ids
 from ._core.resize cimport pool_resize
+from ._core.seal cimport fill_new
 from ._core.state cimport load_state, save_state
 
 from . import snapshots
@@ -89,6 +91,12 @@ cdef int serve(Allocator self) except -1:
 cdef inline int freed(Allocator self) except -1:
     # Handle a change after which more IDs may be issued.
     return serve(self) if unlikely(self.guard.queued) else 0
+
+
+cdef int refuse_sealed(Allocator self, str what) except -1:
+    if alive(self).sealed:
+        raise error(INVALID_ARGUMENT, f"a pool with sealed blocks has no {what}()")
+    return 0
 
 
 cdef object new_ids(uint64_t n):
@@ -164,6 +172,9 @@ cdef class Allocator:
         live_snapshot: with `holders`: `buffer` is a copy, taken while the earlier pool was in use.
             Without this, a held ID is damage if its owner is not in `holders`; with it, such an ID
             is free.
+        sealed: with `holders` and blocks of one ID: the blocks have checksums, so damage to them is
+            noticed by whoever takes them over. `buffer` begins with `sealed_blocks` where it is
+            ready. `reserve` and `snapshot` are refused.
 
     Raises `InvalidArgument`, also for a buffer that is not zero; `RegistryCorrupt`, before anything
     is written, for a buffer that no pool leaves behind; `MemoryError` without address space.
@@ -171,7 +182,8 @@ cdef class Allocator:
     """
 
     def __cinit__(self, capacity=(1 << 30) - 1, first=1, block=None, *, buffer=None, ready=None,
-                  holders=None, latest=INT64_MAX, reuse_at=None, live_snapshot=False):
+                  holders=None, latest=INT64_MAX, reuse_at=None, live_snapshot=False,
+                  sealed=False):
         cdef int64_t n = as_capacity(capacity)
         cdef uint32_t shift = as_shift(block, n)
         cdef int64_t low = as_int(first, 1, INT64_MAX - (n - 1), "first")
@@ -180,6 +192,8 @@ cdef class Allocator:
         cdef bint used = holders is not None
         if used and buffer is None:
             raise error(INVALID_ARGUMENT, "holders needs a buffer: the memory of an earlier pool")
+        if sealed and (shift or not used):
+            raise error(INVALID_ARGUMENT, "sealed needs holders, and blocks of one ID")
         cdef int code = pool_init(&self.pool, n, low, shift, self.memory.buf, used)
         if code == INVALID_ARGUMENT:
             raise error(code, "buffer must be all zero: this one was used before")
@@ -188,7 +202,8 @@ cdef class Allocator:
         if ready is not None:
             self.pool.ready = as_int(ready, 0, self.pool.count, "ready")
         if used:
-            recover(&self.pool, holders, as_time(latest, "latest"), reuse_at, live_snapshot)
+            recover(&self.pool, holders, as_time(latest, "latest"), reuse_at, live_snapshot,
+                    sealed)
         guard_init(&self.guard, forks)
         self._line = WaitingLine()
 
@@ -201,6 +216,18 @@ cdef class Allocator:
         """Return the number of bytes that the `buffer` of such a pool needs. Constant time."""
         cdef int64_t n = as_capacity(capacity)
         return pool_size(n, as_shift(block, n))
+
+    @staticmethod
+    def sealed_blocks(first, n):
+        """Return `n` blocks that no sealed pool has used, as bytes. Blocks count from 0.
+
+        Block 0 belongs to no ID, and is all zero. O(n).
+        """
+        cdef uint64_t low = as_int(first, 0, <int64_t>1 << 38, "first")
+        cdef uint64_t many = as_int(n, 0, <int64_t>1 << 38, "n")
+        found = PyBytes_FromStringAndSize(NULL, many * sizeof(Block))
+        fill_new(<Block *><char *>found, low, many)
+        return found
 
     @cython.critical_section
     def acquire(self, owner=0, now=0):
@@ -466,6 +493,7 @@ cdef class Allocator:
         """
         cdef uint32_t own = as_owner(owner)
         cdef uint64_t at = 0
+        refuse_sealed(self, "reserve")
         array, ascending, distinct = sorted_ids(ids)
         cdef const uint64_t[::1] given = array
         cdef const uint64_t[::1] cids = ascending
@@ -517,6 +545,7 @@ cdef class Allocator:
         4
         """
         with cython.critical_section(self):
+            refuse_sealed(self, "snapshot")
             state = save_state(alive(self))
         return snapshots.pack(snapshots.State._make(state))
 

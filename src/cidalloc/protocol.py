@@ -40,6 +40,7 @@ __all__ = [
     "OUTPUT",
     "PROTOCOL",
     "ROUTE_HEADER",
+    "SEQ_BITS",
     "TOKEN_BYTES",
     "IDs",
     "Parameter",
@@ -69,7 +70,9 @@ PROTOCOL = 1
 """The version of the protocol, which the answer to OPEN has."""
 TOKEN_BYTES = 16
 """Bytes of a session's token; requests have it as hexadecimal digits."""
-MAX_SEQ = 2**63 - 1
+SEQ_BITS = 53
+"""Bits of the number of a session's change: as many as a double can have."""
+MAX_SEQ = 2**SEQ_BITS - 1
 """The highest number of a session's change."""
 MAX_COOLDOWN_MS = 7 * 86_400_000
 """The longest cooldown that a client can ask for. It also keeps times far from overflow."""

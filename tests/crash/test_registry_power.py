@@ -11,15 +11,17 @@ import random
 import stat
 import struct
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from crash_model import BOOT, GRACE, NEXT_BOOT, TTL, UNENDED, settings, token
+from crash_model import BOOT, GRACE, NEXT_BOOT, TTL, UNENDED, facts_of, settings, token
 from disk import Disk
-from sparse import Content, content
+from sparse import PAGE, Content, content
 
 from cidalloc.errors import Exhausted, SessionUnknown, Unavailable
 from cidalloc.manager.registry import Registry
@@ -129,7 +131,7 @@ class World:
                 kept, ready = surviving(self.path)
         self.registry = registry = self.opened()
         registry._check()
-        horizon = registry.store.header[Word.HORIZON]
+        horizon = registry.store.read(Word.HORIZON)
         assert max(self.in_use.values(), default=0) <= self.now + horizon, "beyond the horizon"
         held = {
             cid
@@ -150,10 +152,8 @@ def surviving(path: Path) -> tuple[set[int], int]:
     found = set()
     for at in range(1, store.ready_ids + 1):
         used, _, link = struct.unpack_from("=QqQ", memoryview(store.records), at * 32)
-        life, anonymous = (
-            struct.unpack_from("=Q", rows, (link >> 40) * 128 + n)[0] for n in (0, 56)
-        )
-        if used and anonymous and life & 3 == 1:
+        life, kind = (struct.unpack_from("=Q", rows, (link >> 40) * 128 + n)[0] for n in (0, 56))
+        if used >> at % 64 & 1 and kind & 1 and life & 3 == 1:
             found.update(SHAPE.ids(np.array([SHAPE.first + at - 1], np.uint64)).tolist())
     return found, store.ready_ids
 
@@ -187,6 +187,91 @@ def test_power_cuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     print(f"{CUTS} cuts, {files} files; {kept} IDs without a session were kept")
     assert kept
     assert grown
+
+
+# ---- Every subset of the pages that something changed
+
+
+ANONYMOUS = 3  # the row of the IDs without a session
+
+
+def _expire(registry: Registry) -> None:
+    registry.tick(10 * TTL)
+    registry.acquire(2, 10 * TTL, token=token("b"), seq=9)
+
+
+CHANGES: dict[str, Any] = {
+    "open a session": lambda registry: registry.open(token("c"), 5, ttl_ms=TTL),
+    "acquire": lambda registry: registry.acquire(3, 5, token=token("b"), seq=9),
+    "acquire without a session": lambda registry: registry.acquire(3, 5),
+    "raise the horizon": lambda registry: registry.acquire(
+        3, 5, token=token("b"), seq=9, cooldown_ms=10 * TTL
+    ),
+    "grow by IDs": lambda registry: registry.acquire(2_100, 5, token=token("b"), seq=9),
+    "grow by sessions": lambda registry: [
+        registry.open(token(f"{n}"), 5, ttl_ms=TTL) for n in range(600)
+    ],
+    "expire": _expire,
+    "close": lambda registry: registry.close_session(token("a"), 5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_subset_of_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Before, between and after the syncs of a change, any page may be old or new."""
+    path, fsync = tmp_path / "it", os.fsync
+    monkeypatch.setitem(file._AHEAD, Part.RECORDS, 1)
+    registry = Registry.in_file(path, settings(SHAPE), 0, BOOT)
+    for name, ttl in (("a", 5_000), ("b", 100 * TTL)):
+        registry.settings = replace(registry.settings, max_ttl_ms=100 * TTL)
+        registry.open(token(name), 0, ttl_ms=ttl)
+        registry.acquire(200, 0, token=token(name), seq=1)
+    registry.acquire(1, 0)
+    assert [*registry.sessions.anonymous] == [ANONYMOUS]
+    os.fsync(registry.store._fd)
+    versions = [content(path)]
+    held: list[set[int]] = []  # by sessions, at each version but the first
+
+    def note() -> None:
+        held.append({*registry.pool.held().tolist()} - {*registry.pool.held_by(ANONYMOUS).tolist()})
+        versions.append(content(path))
+
+    def synced(fd: int) -> None:
+        note()
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    CHANGES[change](registry)
+    note()
+    registry.close()
+    monkeypatch.setattr(os, "fsync", fsync)
+    tried = 0
+    for (old, new), numbers in zip(pairwise(versions), held, strict=True):
+        ids = {*SHAPE.ids(np.array([*numbers], np.uint64)).tolist()}
+        differ = [at for at in {**old.pages, **new.pages} if old.pages.get(at) != new.pages.get(at)]
+        for kept in _subsets(differ):
+            pages = {**new.pages, **{at: old.pages.get(at, bytes(PAGE)) for at in kept}}
+            Content(new.size, pages).put(path)
+            facts = facts_of(path, SHAPE, 7, [7, 7 + TTL], NEXT_BOOT)
+            assert all(session.anonymous for session in facts.sessions.values())
+            early = ids & facts.first.keys()
+            assert not early, f"{len(early)} IDs were issued early; old pages: {sorted(kept)}"
+            tried += 1
+    print(change, tried, "files")
+    assert tried >= 2
+
+
+def _subsets(places: list[int]) -> Iterator[tuple[int, ...]]:
+    """All subsets of the pages, or of many pages 30 at random."""
+    if len(places) <= 7:
+        for size in range(len(places) + 1):
+            yield from combinations(places, size)
+    else:
+        for seed in range(30):
+            chance = random.Random(seed)
+            yield tuple(place for place in places if chance.random() < 0.5)
 
 
 # ---- Each found by the above, or by reading

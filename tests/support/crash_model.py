@@ -73,8 +73,13 @@ class Session(NamedTuple):
     ttl: int
     cooldown: int
     label: str
-    anonymous: bool
+    digest: bytes
     opened_at: int
+    used: int | None
+
+    @property
+    def anonymous(self) -> bool:
+        return not self.digest
 
 
 @dataclass
@@ -98,12 +103,12 @@ def facts_of(path: Path, shape: Shape, now: int, times: list[int], boot: bytes =
     try:
         registry._check()
         table, facts = registry.sessions, Facts()
-        facts.horizon = registry.store.header[Word.HORIZON]
+        facts.horizon = registry.store.read(Word.HORIZON)
         for each in table:
             assert each.generation not in facts.sessions, "a generation came twice"
             assert each.expires == now + each.ttl + GRACE, "not its whole time again"
             facts.sessions[each.generation] = Session(
-                each.ttl, each.cooldown, each.label, each.anonymous, each.opened_at
+                each.ttl, each.cooldown, each.label, each.digest, each.opened_at, each.used
             )
             facts.seqs[each.generation] = each.seq
             for cid in shape.ids(registry.pool.held_by(each.number)).tolist():
@@ -192,7 +197,7 @@ def judge_reboot(path: Path, shape: Shape, state: Facts, boot: bytes = NEXT_BOOT
     """Check what another boot of the machine makes of a file of which no store was lost."""
     store = Storage.look(path)
     ready = store.ready_ids
-    horizon = store.header[Word.HORIZON]
+    horizon = store.read(Word.HORIZON)
     now = 7
     facts = facts_of(path, shape, now, [now, now + horizon - 1, now + horizon], boot)
     anonymous = {key for key, session in state.sessions.items() if session.anonymous}

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import stepped_child
-from crash_model import BOOT, ENDED, NEXT_BOOT, TTL, UNENDED, reopen, settings, token
+from crash_model import BOOT, NEXT_BOOT, TTL, reopen, settings, token
 from sparse import content
 from stepped_child import EIGHT, NOW, ROTATED, SCENARIOS, SEQS, SIX, Scenario
 
@@ -23,7 +23,7 @@ from cidalloc import Allocator, cli
 from cidalloc.errors import CidError, RegistryCorrupt
 from cidalloc.manager.inspection import look, status_of
 from cidalloc.manager.registry import Registry
-from cidalloc.manager.sessions import ENDING
+from cidalloc.manager.sessions import ENDING, _word
 from cidalloc.manager.settings import Settings
 from cidalloc.manager.storage.file import Storage, enlarge
 from cidalloc.manager.storage.file_format import RECORD, Part, Shape, Word
@@ -32,7 +32,6 @@ from cidalloc.manager.takeover import RegistryHolder
 MODELS = ("asr",)
 ROW = 40
 """The first row that gets a session."""
-TIMES = [NOW, *(NOW + after + by for after in (ENDED, UNENDED, 300) for by in (-1, 0)), NOW + 1_000]
 """When a look at a file takes what is free."""
 
 
@@ -74,7 +73,7 @@ class World(stepped_child.World):
 
     def __init__(self, path: Path, shape: Shape) -> None:
         super().__init__(path, shape)
-        self.registry.store.header[Word.GENERATION] = 1_000
+        self.registry.store.write(Word.GENERATION, 1_000)
         self.registry.sessions._rows_used = ROW
 
     def release(self, name: str, *ids: int, ended: bool = False) -> None:
@@ -212,7 +211,7 @@ def _left(path: Path, damage: Callable[[World], object] = lambda world: None) ->
 
 def _amid_the_end(world: World) -> None:
     words, place = world.registry.sessions._words, world.number("b") * 16
-    words[place] = words[place] & ~3 | ENDING
+    words[place] = _word(place, words[place] & (1 << 48) - 4 | ENDING)
 
 
 def _beyond(world: World) -> None:

@@ -122,14 +122,14 @@ MUTANTS = [
     Mutant(
         "no wait after a power cut",
         "manager/recovery.py",
-        "reuse_at=now + max(horizon, settings.cooldown_ms)",
-        "reuse_at=now",
+        "floor = now + max(horizon, settings.cooldown_ms)",
+        "floor = now",
         "FU",
     ),
     Mutant(
         "the time that an ID may be in use is not noted",
         "manager/registry.py",
-        "self.store.header[Word.HORIZON] = horizon",
+        "self.store.write(Word.HORIZON, horizon)",
         "pass",
         "FU",
     ),

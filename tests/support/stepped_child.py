@@ -28,6 +28,8 @@ FORBIDDEN = 77
 """What it exits with if it may not be traced."""
 NOW = 10_000
 """When the thing is done; everything before it is at 0."""
+TIMES = [NOW, *(NOW + after + by for after in (ENDED, UNENDED, 300) for by in (-1, 0)), NOW + 1_000]
+"""When what is free is looked at."""
 SEQS = iter(range(1, 10**9))
 
 
@@ -148,8 +150,8 @@ SCENARIOS: dict[str, Scenario] = {
     "release one twice": Scenario(
         lambda w: w.release("a", 3, 1, 2, 1), _three, 6, under_way=_back(1, 2, 3)
     ),
-    "open the first": Scenario(lambda w: w.open("a"), snapshots=8),
-    "take the first without a session": Scenario(lambda w: w.acquire("", 1), snapshots=12),
+    "open the first": Scenario(lambda w: w.open("a"), snapshots=6),
+    "take the first without a session": Scenario(lambda w: w.acquire("", 1), snapshots=10),
     "open": Scenario(lambda w: w.open("c"), _three, 4),
     "open where one was": Scenario(
         lambda w: w.open("c"),

@@ -77,6 +77,7 @@ def test_a_copy_in_a_forked_child_refuses_everything() -> None:
         "reduce",
         "pyx_vtable",
         "buffer_size",
+        "sealed_blocks",
     }
     assert {name.strip("_") for name in FORKED_CALLS} == named
     pool = Allocator()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from contextlib import suppress
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cidalloc import Allocator, errors
 
@@ -138,3 +142,75 @@ def test_damage_is_refused_and_nothing_is_written(place: int, value: int, messag
 def test_holders_need_a_buffer() -> None:
     with pytest.raises(errors.InvalidArgument, match="holders needs a buffer"):
         Allocator(CAPACITY, holders=ALL)
+
+
+# ---- Sealed blocks
+
+
+def sealed(memory: bytearray, **how: object) -> Allocator:
+    return Allocator(CAPACITY, 1, 1, buffer=memory, holders=ALL, sealed=True, **how)
+
+
+def new_memory() -> bytearray:
+    return bytearray(Allocator.sealed_blocks(0, CAPACITY + 1))
+
+
+ACTS = st.tuples(
+    st.sampled_from(["one", "many", "release", "release many", "owner", "wrong", "die"]),
+    st.integers(0, OWNERS - 1),
+    st.integers(1, 40),
+    st.integers(0, 20),
+)
+
+
+@given(st.lists(ACTS, max_size=40))
+def test_a_sealed_pool_does_what_another_one_does(acts: list[tuple[str, int, int, int]]) -> None:
+    plain, memory = Allocator(CAPACITY, 1, 1), new_memory()
+    pool, now = sealed(memory), 0
+    for what, owner, n, cool in acts:
+        now += cool
+        mine = plain.held_by(owner)[::-2][:n].tolist()
+        for each in (plain, pool):
+            with suppress(errors.Exhausted, errors.NotHeld, errors.NotOwner, errors.Duplicate):
+                if what == "one":
+                    each.acquire(owner, now)
+                elif what == "many":
+                    each.acquire_many(n, owner, now)
+                elif what == "owner":
+                    each.release_owner(owner, now + cool)
+                elif what == "release" and mine:
+                    each.release(mine[0], owner, now + cool)
+                elif what == "release many":
+                    each.release_many(mine, owner, now + cool)
+                elif what == "wrong":
+                    each.release_many([*mine, 1, 1], owner, now + cool)
+            each._check()
+        assert held(pool) == held(plain)
+        assert (pool.opened, pool.free, pool.next_due) == (plain.opened, plain.free, plain.next_due)
+        if what == "die":
+            again = sealed(bytearray(memory))
+            again._check()
+            assert held(again) == held(plain) and again.high_water == plain.high_water
+
+
+def test_a_block_in_the_place_of_another_one() -> None:
+    """Free, held and new ones."""
+    memory = new_memory()
+    pool = sealed(memory)
+    pool.release_many(pool.acquire_many(6, 1)[:3], 1, 50)
+    for one, other in itertools.permutations(range(1, 9), 2):
+        left = bytearray(memory)
+        left[other * RECORD : (other + 1) * RECORD] = memory[one * RECORD : (one + 1) * RECORD]
+        with pytest.raises(errors.RegistryCorrupt):
+            sealed(left)
+
+
+def test_what_a_sealed_pool_has_not() -> None:
+    pool = sealed(new_memory())
+    for call in (lambda: pool.reserve([1]), pool.snapshot):
+        with pytest.raises(errors.InvalidArgument, match="sealed blocks has no"):
+            call()
+    for how in ({}, {"holders": ALL, "block": 8}):
+        memory = bytearray(Allocator.buffer_size(CAPACITY, how.get("block", 1)))
+        with pytest.raises(errors.InvalidArgument, match="sealed needs holders, and blocks of one"):
+            Allocator(CAPACITY, buffer=memory, sealed=True, **{"block": 1, **how})

@@ -311,7 +311,7 @@ def test_after_a_reboot_fresh_ids_come_from_above_the_mark(tmp_path: Path) -> No
     registry.open(A, 0, ttl_ms=60_000)
     registry.acquire(10, 0, token=A, seq=1, cooldown_ms=100_000)
     anonymous = registry.acquire(1, 0)
-    mark, horizon = registry.pool.ready, registry.store.header[Word.HORIZON]
+    mark, horizon = registry.pool.ready, registry.store.read(Word.HORIZON)
     assert 730_000 <= horizon < 2 * 730_000, "a session could have lived for so long, and cooled"
     registry.close()
     registry = rebooted(tmp_path / "r", values, 5, 1)
@@ -330,14 +330,14 @@ def test_whoever_asks_for_a_longer_cooldown_raises_the_horizon(how: str) -> None
     registry = small(capacity=100)
     registry.open(A, 0, ttl_ms=1_000)
     taken = registry.acquire(1, 0, token=A, seq=1)
-    long_ms = 40 * registry.store.header[Word.HORIZON]
+    long_ms = 40 * registry.store.read(Word.HORIZON)
     if how == "NEW":
         registry.acquire(1, 0, token=A, seq=2, cooldown_ms=long_ms)
     elif how == "RENEW":
         registry.renew(A, 0, cooldown_ms=long_ms)
     else:
         registry.release(taken, 0, token=A, seq=2, cooldown_ms=long_ms)
-    assert registry.store.header[Word.HORIZON] >= long_ms
+    assert registry.store.read(Word.HORIZON) >= long_ms
 
 
 @pytest.mark.parametrize("ended", [False, True])

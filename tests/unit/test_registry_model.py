@@ -490,7 +490,7 @@ class Histories(RuleBasedStateMachine):
     def reboot(self, now: int) -> None:
         self.pass_time()
         store = self.registry.store
-        self.marked, horizon = store.ready_ids, store.header[Word.HORIZON]
+        self.marked, horizon = store.ready_ids, store.read(Word.HORIZON)
         waits = [self.due_of(cid) - self.now for cid in self.due] + [
             session.expires - self.now + session.cooldown for session in self.sessions.values()
         ]

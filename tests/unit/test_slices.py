@@ -159,7 +159,7 @@ def test_a_new_slice_waits_whatever_its_size(tmp_path: Path, place: str, fixed: 
     shape = shape_for(values)
     (cid,) = registry.acquire(1, 25_007).tolist()
     assert shape.first <= cid < shape.first + shape.capacity
-    assert registry.store.header[Word.ISSUES_FROM] == 0
+    assert registry.store.read(Word.ISSUES_FROM) == 0
     assert status_of(registry, 25_007)["issues_in_s"] == 0.0
     registry._check()
     registry.close()

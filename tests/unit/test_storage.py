@@ -37,7 +37,7 @@ from cidalloc.manager.registry import Registry
 from cidalloc.manager.settings import Settings
 from cidalloc.manager.storage import drain
 from cidalloc.manager.storage.file import Storage
-from cidalloc.manager.storage.file_format import GRANULE, Part, Shape, Word, checked
+from cidalloc.manager.storage.file_format import GRANULE, Part, Shape, Word, checked, new_content
 from cidalloc.manager.storage.file_lock import TakeoverRequest, process_id, writer_of
 
 PER = GRANULE // 32  # records in a granule
@@ -332,8 +332,8 @@ def poke(path: Path, place: int, data: bytes) -> None:
 
 
 def test_another_format(used: Path) -> None:
-    poke(used, Word.FORMAT * 8, struct.pack("=Q", 2))
-    refused(used, RegistryMismatch, "the format 2, and this version of cidalloc writes 1: use")
+    poke(used, Word.FORMAT * 8, struct.pack("=Q", 1))
+    refused(used, RegistryMismatch, "the format 1, and this version of cidalloc writes 2: use")
 
 
 @pytest.mark.parametrize(
@@ -466,7 +466,7 @@ def test_records_that_were_overwritten(used: Path, part: Part, fill: bytes) -> N
 
 def test_sessions_that_were_overwritten_by_zeros(used: Path) -> None:
     poke(used, Part.ROWS.place, bytes(4096))
-    refused(used, RegistryCorrupt, "record of ID 10 is damaged")
+    refused(used, RegistryCorrupt, "record of session 1 is damaged")
 
 
 def test_damage_names_the_id(path: Path) -> None:
@@ -856,9 +856,10 @@ def test_a_copy_of_a_file_that_moved_meanwhile(used: Path) -> None:
     registry = look(used, 0, BOOT)
     held = status_of(registry, 0)["held"]
     registry.close()
-    gone = Part.ROWS.place + 128
-    poke(used, gone, bytes(128))  # a session that ended before its row was copied
-    poke(used, Part.RECORDS.place + 32, bytes(32))  # opened after its record was
+    place = Part.ROWS.place + 128  # of a session that ended before its row was copied
+    poke(used, place, struct.pack("=Q", checked(place // 8, 1 << 2)))
+    place = Part.RECORDS.place + 32  # of an ID that was issued after its record was
+    poke(used, place, new_content(Part.RECORDS, 0, 1)[32:64])
     with pytest.raises(RegistryCorrupt, match="the record of ID"):
         look(used, 0, BOOT)
     poke(used, Word.PID * 8, struct.pack("=Q", os.getpid()))

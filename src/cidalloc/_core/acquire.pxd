@@ -6,6 +6,7 @@ from .intrinsics cimport count_up, new_peak
 from .owners cimport count_idle, open_block
 from .pool cimport EXHAUSTED, OK, Block, Owner, Pool, bits, is_idle, pool_ids
 from .queue cimport count_due
+from .seal cimport held_word
 
 
 cdef inline void see(Pool *pool, int64_t now) noexcept nogil:
@@ -13,10 +14,14 @@ cdef inline void see(Pool *pool, int64_t now) noexcept nogil:
         pool.now = now
 
 
-cdef inline uint64_t take(Pool *pool, Owner *own, Block *block, uint64_t n) noexcept nogil:
+cdef inline uint64_t take(Pool *pool, Owner *own, Block *block, uint64_t n,
+                          bint sealed) noexcept nogil:
     # Issue the next n IDs of the owner's current block, which has them; return the first.
     cdef uint64_t offset = (own.current << pool.shift) + block.bump
-    block.used |= bits(n, offset)
+    if sealed:
+        block.used = held_word(pool, own.current, 0)
+    else:
+        block.used |= bits(n, offset)
     block.bump += n
     own.held += n
     pool.below -= n
@@ -40,7 +45,7 @@ cdef inline int acquire_first(Pool *pool, uint32_t owner, uint64_t *cid) noexcep
         block = open_block(pool, owner)
         if block == NULL:
             return EXHAUSTED
-    cid[0] = take(pool, own, block, 1)
+    cid[0] = take(pool, own, block, 1, pool.sealed)
     count_issued(pool, block)
     return OK
 
@@ -52,7 +57,7 @@ cdef inline int pool_acquire(Pool *pool, uint32_t owner, int64_t now, uint64_t *
     cdef Block *block = &pool.blocks[own.current]
     if block.bump == block.seen:
         return acquire_first(pool, owner, cid)
-    cid[0] = take(pool, own, block, 1)
+    cid[0] = take(pool, own, block, 1, False)     # blocks of one ID never come here
     return OK
 
 
@@ -85,7 +90,7 @@ cdef inline int pool_acquire_many(Pool *pool, uint64_t n, uint32_t owner, int64_
         if block.bump == block.end:
             block = open_block(pool, owner)
         some = min(n, <uint64_t>(block.end - block.bump))
-        count_up(cids, take(pool, own, block, some), some)
+        count_up(cids, take(pool, own, block, some, pool.sealed), some)
         count_issued(pool, block)
         cids += some
         n -= some

@@ -5,6 +5,7 @@ from libc.stdint cimport uint64_t
 from .intrinsics cimport count_bits
 from .pool cimport BUCKETS, Block, Bucket, Pool, bits, is_idle, pool_held, room_of
 from .queue cimport bucket_of
+from .seal cimport is_sealed, used_of
 
 
 cdef inline set check_bucket(Pool *pool, int i):
@@ -16,7 +17,7 @@ cdef inline set check_bucket(Pool *pool, int i):
     assert not i or bool(at) == bool(pool.filled >> (i - 1) & 1), "filled"
     while at:
         block = &pool.blocks[at]
-        assert 0 < at <= pool.opened and at not in found and not block.used, "queued block"
+        assert 0 < at <= pool.opened and at not in found and not used_of(pool, at), "queued block"
         assert bucket_of(pool, block.reuse_at) == i and block.reuse_at >= pool.last, "bucket"
         found.add(at)
         dues.append(block.reuse_at)
@@ -53,9 +54,10 @@ cdef inline set check_idle_owners(Pool *pool):
 
 cdef inline int check_owned_block(Pool *pool, uint64_t at, set listed) except -1:
     cdef Block *block = &pool.blocks[at]
+    cdef uint64_t used = used_of(pool, at)
     assert 0 < block.bump <= block.seen, "issued"
-    assert not block.used & ~bits(block.bump, at << pool.shift), "issued above bump"
-    assert block.used or is_idle(block), "empty, but not queued"
+    assert not used & ~bits(block.bump, at << pool.shift), "issued above bump"
+    assert used or is_idle(block), "empty, but not queued"
     assert not is_idle(block) or block.owner in listed, "idle, but not listed"
     assert block.bump == block.end or pool.owners[block.owner].current == at, "room"
     return 0
@@ -63,15 +65,18 @@ cdef inline int check_owned_block(Pool *pool, uint64_t at, set listed) except -1
 
 cdef inline dict check_blocks(Pool *pool, set queued, set listed):
     # Check each opened block, and the pool's counts of IDs; return the blocks of each owner.
-    cdef uint64_t at, held = 0, issued = 0
+    cdef uint64_t at, held = 0, issued = 0, used
     cdef Block *block
     owned = {}
     assert pool.opened <= pool.ready <= pool.count, "opened"
     for at in range(1, pool.opened + 1):
         block = &pool.blocks[at]
         assert block.end == room_of(pool, at) and block.bump <= block.end, "bounds"
-        assert not block.used & ~bits(block.end, at << pool.shift), "wrong bits"
-        held += count_bits(block.used)
+        used = used_of(pool, at)
+        assert not pool.sealed or is_sealed(pool, at), "seal"
+        assert pool.sealed or used == block.used, "wrong bits"
+        assert not used & ~bits(block.end, at << pool.shift), "wrong bits"
+        held += count_bits(used)
         issued += block.seen
         if at not in queued:
             check_owned_block(pool, at, listed)
@@ -88,7 +93,7 @@ cdef inline int check_owner(Pool *pool, uint64_t owner, set blocks) except -1:
         assert at not in found, "owner's list"
         assert not before or pool.blocks[at].prev == before, "link to the previous block"
         found.add(at)
-        held += count_bits(pool.blocks[at].used)
+        held += count_bits(used_of(pool, at))
         before, at = at, pool.blocks[at].next
     assert found == blocks and pool.owners[owner].current in found | {0}, "owner's blocks"
     assert held == pool.owners[owner].held, "owner's count"

@@ -6,6 +6,7 @@ from .intrinsics cimport keep_order, keep_order_of, low_bit
 from .pool cimport (NOT_HELD, OK, OUT_OF_RANGE, Block, Owner, Pool, is_idle, pool_held, pool_ids,
                     room_of)
 from .queue cimport count_due, count_queued, dequeue, enqueue
+from .seal cimport used_of
 
 # ---- The list of an owner's blocks
 
@@ -117,7 +118,7 @@ cdef inline int pool_owner_of(const Pool *pool, uint64_t cid, uint32_t *owner) n
 
 cdef inline uint64_t *write_block(const Pool *pool, uint64_t at, uint64_t *cids) noexcept nogil:
     # Write the held IDs of a block in order; return the place behind them.
-    cdef uint64_t used = pool.blocks[at].used
+    cdef uint64_t used = used_of(pool, at)
     cdef uint64_t base = pool.base + (at << pool.shift & ~<uint64_t>63)
     while used:
         cids[0] = base + low_bit(used)

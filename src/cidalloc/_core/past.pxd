@@ -9,14 +9,14 @@ from .recover cimport Past, pool_recover
 
 
 cdef inline int recover(
-    Pool *pool, object holders, int64_t latest, object reuse_at, bint live_snapshot
+    Pool *pool, object holders, int64_t latest, object reuse_at, bint live_snapshot, bint sealed
 ) except -1:
     # Take over the blocks in the pool's memory. Raises `RegistryCorrupt`.
     cdef const uint8_t[::1] holds = holders
     cdef uint64_t at = 0
     cdef Past past
     past.holds, past.owners, past.latest = NULL, holds.shape[0], latest
-    past.live_snapshot = live_snapshot
+    past.live_snapshot, past.sealed = live_snapshot, sealed
     if past.owners:
         past.holds = &holds[0]
     past.after_power_loss = reuse_at is not None

@@ -91,6 +91,7 @@ cdef struct Pool:
     uint32_t idle       # the first owner, plus 1, that may have an idle block
     uint32_t shift      # log2 of the width of a block
     uint32_t mask       # the width less 1
+    uint32_t sealed     # 1: `used` of its blocks is as seal.pxd says
     Bucket queue[BUCKETS]   # a radix heap by reuse_at, stable; bucket 0: reuse_at == last
 
 

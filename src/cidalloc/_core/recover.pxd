@@ -1,7 +1,8 @@
 # Make a pool from the memory of an earlier one. Its process may have died between any two stores.
 #
 # Only `used`, `owner`, `reuse_at`, `end`, `bump` and `seen` of a block count. Lists, counters and
-# the queue are built again. The order of stores in other files keeps these fields consistent:
+# the queue are built again. The blocks of a sealed pool must be as seal.pxd says. The order of
+# stores in other files keeps these fields consistent:
 # - `end` is stored first in a new block, and blocks are opened in order: those with an `end` come
 #   first, and the others are blank;
 # - `owner` is stored before the first bit of `used`, so the owner of a held ID is always known;
@@ -13,6 +14,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from .intrinsics cimport count_bits, high_bit, keep_order
 from .pool cimport OK, REGISTRY_CORRUPT, Block, Owner, Pool, bits, is_blank, pool_held, room_of
 from .queue cimport enqueue
+from .seal cimport free_word, is_new, is_sealed, new_word, used_of
 
 cdef struct Past:
     const uint8_t *holds    # not 0 for each owner that may hold IDs
@@ -21,6 +23,7 @@ cdef struct Past:
     bint after_power_loss   # some stores may be missing: keep the IDs of those owners, and let
     int64_t reuse_at        # every other ID of the ready blocks cool until this time
     bint live_snapshot      # a copy, taken while that pool was in use: owners came and went
+    bint sealed             # the pool was sealed, and is again
 
 
 cdef inline bint may_hold(const Past *past, uint32_t owner) noexcept nogil:
@@ -30,15 +33,19 @@ cdef inline bint may_hold(const Past *past, uint32_t owner) noexcept nogil:
 cdef inline bint is_sound(const Pool *pool, uint64_t at, const Past *past) noexcept nogil:
     # Tell whether a pool may have left this block behind.
     cdef const Block *block = &pool.blocks[at]
-    cdef uint64_t room = room_of(pool, at)
-    if (block.bump > room or block.seen > room or block.end not in (0, room)
-            or block.used & ~bits(room, at << pool.shift)):
+    cdef uint64_t room = room_of(pool, at), used = used_of(pool, at)
+    if block.bump > room or block.seen > room or block.end not in (0, room):
+        return False
+    if pool.sealed:
+        if not past.live_snapshot and not is_sealed(pool, at):
+            return False
+    elif block.used & ~bits(room, at << pool.shift):
         return False
     if past.after_power_loss:
         return True
-    if block.reuse_at > past.latest:
+    if block.reuse_at > past.latest and not (pool.sealed and used):
         return False
-    return past.live_snapshot or not block.used or may_hold(past, block.owner)
+    return past.live_snapshot or not used or may_hold(past, block.owner)
 
 
 cdef inline void link_recovered(Pool *pool, Owner *own, uint64_t at) noexcept nogil:
@@ -72,22 +79,30 @@ cdef inline void take_over(Pool *pool, uint64_t at, const Past *past) noexcept n
     # Count a sound block, and link it to its owner or queue it.
     cdef Block *block = &pool.blocks[at]
     cdef Owner *own = &pool.owners[block.owner]
+    cdef uint64_t used = used_of(pool, at)
     if past.after_power_loss or past.live_snapshot:
         block.end = room_of(pool, at)
+        if not may_hold(past, block.owner):
+            used = 0
+        if pool.sealed and not used:
+            block.used = new_word(pool, at)     # in which reuse_at does not count
+            keep_order()
         if past.after_power_loss:
             block.reuse_at = past.reuse_at
         keep_order()
-        if not may_hold(past, block.owner):
-            block.used = 0
-    if block.used:
-        correct_bump(pool, own, block, block.used >> (at << pool.shift & 63), past)
-    if block.bump > block.seen:
+        if not used:
+            block.used = free_word(pool, at)
+    elif pool.sealed and block.used == new_word(pool, at):
+        block.reuse_at = pool.last      # it was about to be issued for the first time
+    if used:
+        correct_bump(pool, own, block, used >> (at << pool.shift & 63), past)
+    if block.bump > block.seen and (used or not pool.sealed):
         block.seen = block.bump
     pool.issued += block.seen
-    if block.used:
+    if used:
         link_recovered(pool, own, at)
-        own.held += count_bits(block.used)
-        pool.below -= count_bits(block.used)
+        own.held += count_bits(used)
+        pool.below -= count_bits(used)
     else:
         enqueue(pool, at)
 
@@ -98,12 +113,13 @@ cdef inline int pool_recover(Pool *pool, const Past *past, uint64_t *at) noexcep
     # `at` is the first wrong block, and nothing was written. Linear in the ready blocks.
     cdef uint64_t i, opened = 0
     at[0] = 0
+    pool.sealed = past.sealed
     if not is_blank(pool.blocks):
         return REGISTRY_CORRUPT
     for i in range(1, pool.ready + 1):
         at[0] = i
         if not pool.blocks[i].end and not past.after_power_loss:
-            if not is_blank(&pool.blocks[i]):
+            if not is_new(pool, i):
                 return REGISTRY_CORRUPT
         elif not is_sound(pool, i, past) or (i > opened + 1 and not past.live_snapshot):
             return REGISTRY_CORRUPT

@@ -10,6 +10,7 @@ from .intrinsics cimport keep_order, low_bit, prefetch, read_once, unlikely
 from .owners cimport emptied, find, not_found
 from .pool cimport DUPLICATE, INTERNAL, NOT_HELD, NOT_OWNER, OK, Block, Owner, Pool, bits
 from .queue cimport enqueue
+from .seal cimport held_word, release_sealed
 
 cdef enum:
     AHEAD = 64      # IDs to prefetch ahead: the memory has time to answer, the cache has room
@@ -41,12 +42,16 @@ cdef inline int pool_release(Pool *pool, uint64_t cid, uint32_t owner,
         return NOT_OWNER
     cdef Owner *own = &pool.owners[owner]
     cdef uint64_t left = block.used & ~bits(1, offset)
+    own.held -= 1
+    pool.below += 1
+    if unlikely(pool.sealed):
+        release_sealed(pool, offset, reuse_at)
+        emptied(pool, own, block)
+        return OK
     if reuse_at > block.reuse_at:
         block.reuse_at = reuse_at
     keep_order()
     block.used = left
-    own.held -= 1
-    pool.below += 1
     if not left:
         emptied(pool, own, block)
     return OK
@@ -133,14 +138,35 @@ cdef inline int clear_bits(Pool *pool, const uint64_t *cids, uint64_t n, uint32_
     return code
 
 
+cdef inline int clear_sealed(Pool *pool, const uint64_t *cids, uint64_t n, uint32_t owner,
+                             int64_t reuse_at, Log *log, uint64_t *at) noexcept nogil:
+    # The same for a sealed pool.
+    cdef uint64_t cid, offset = 0
+    cdef Block *block
+    for at[0] in range(n):
+        cid = read_once(&cids[at[0]])
+        block = find(pool, cid, &offset)
+        log.refused = offset
+        if block == NULL:
+            return not_found(pool, cid)
+        if block.owner != owner:
+            return NOT_OWNER
+        log.runs[log.steps] = log.changes[log.emptied].emptied = offset
+        log.steps += 1
+        log.emptied += 1
+        release_sealed(pool, offset, reuse_at)
+    return OK
+
+
 cdef inline bint undo(Pool *pool, const Log *log) noexcept nogil:
     # Undo the steps of a bulk release. Returns whether one of them released the refused ID.
-    cdef uint64_t j, offset, some
+    cdef uint64_t j, at, offset, some
     cdef bint found = False
     for j in range(log.steps):
         offset, some = log.runs[j] & (<uint64_t>1 << RUN) - 1, (log.runs[j] >> RUN) + 1
         found |= log.refused - offset < some
-        pool.blocks[offset >> pool.shift].used |= bits(some, offset)
+        at = offset >> pool.shift
+        pool.blocks[at].used = held_word(pool, at, bits(some, offset))
     keep_order()
     for j in range(log.raised):
         pool.blocks[log.changes[j].raised].reuse_at = log.changes[j].reuse_at
@@ -176,8 +202,11 @@ cdef inline int pool_release_many(Pool *pool, const uint64_t *cids, uint64_t n, 
     if log.changes == NULL:
         return INTERNAL
     log.runs = <uint64_t *>(log.changes + changes)
-    log.raised = log.emptied = 0
-    code = clear_bits(pool, cids, n, owner, reuse_at, &log, at)
+    log.raised = log.emptied = log.steps = 0
+    if unlikely(pool.sealed):
+        code = clear_sealed(pool, cids, n, owner, reuse_at, &log, at)
+    else:
+        code = clear_bits(pool, cids, n, owner, reuse_at, &log, at)
     if code:
         if undo(pool, &log) and code == NOT_HELD:
             code = DUPLICATE
@@ -199,10 +228,13 @@ cdef inline uint64_t pool_release_owner(Pool *pool, uint32_t owner,
     while at:
         block = &pool.blocks[at]
         following = block.next
-        if block.used and reuse_at > block.reuse_at:
-            block.reuse_at = reuse_at
-        keep_order()
-        block.used = 0
+        if pool.sealed:
+            release_sealed(pool, at, reuse_at)
+        else:
+            if block.used and reuse_at > block.reuse_at:
+                block.reuse_at = reuse_at
+            keep_order()
+            block.used = 0
         enqueue(pool, at)
         at = following
     own.held, own.head, own.current = 0, 0, 0

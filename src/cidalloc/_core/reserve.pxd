@@ -13,6 +13,7 @@ from .pool cimport (BUCKETS, DUPLICATE, EXHAUSTED, INTERNAL, NOT_OWNER, OK, OUT_
                     Owner, Pool, bits, room_of)
 from .queue cimport enqueue
 from .release cimport pool_release_owner
+from .seal cimport used_of
 
 cdef enum:
     MOST_OPENED = 1 << 26   # blocks that one call may open: 2 GiB
@@ -20,8 +21,7 @@ cdef enum:
 
 cdef inline bint is_owned(const Pool *pool, uint64_t at) noexcept nogil:
     # Tell whether an opened block is in its owner's list, and not queued.
-    cdef const Block *block = &pool.blocks[at]
-    return block.used or pool.owners[block.owner].current == at
+    return used_of(pool, at) or pool.owners[pool.blocks[at].owner].current == at
 
 
 cdef inline int can_reserve(const Pool *pool, uint64_t cid, uint32_t owner) noexcept nogil:

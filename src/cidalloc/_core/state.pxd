@@ -45,7 +45,7 @@ cdef inline int load_state(Pool *pool, bytes blocks, bytes order, int64_t now, i
     for at in range(1, n + 1):
         owners = max(owners, pool.blocks[at].owner + 1)
     pool.ready = n      # recover() visits all of these
-    recover(pool, b"\1" * owners, INT64_MAX, None, False)
+    recover(pool, b"\1" * owners, INT64_MAX, None, False, False)
     pool.ready = ready
     if pool.opened != n or peak < pool_held(pool):
         raise error(REGISTRY_CORRUPT, "the state is wrong")

@@ -78,7 +78,8 @@ def look(path: Path, now: int, boot: bytes) -> Registry:
         store = Storage.look(path)
         busy = store.header[Word.PID] != 0
         if busy:
-            store.header[Word.GENERATION] |= 2**32 - 1  # sessions may be opened meanwhile
+            # Sessions may be opened meanwhile.
+            store.write(Word.GENERATION, store.read(Word.GENERATION) | 2**32 - 1)
         settings = Settings(first=store.shape.first, capacity=store.shape.capacity)
         try:
             return Registry(settings, now, store, boot, busy and attempt >= _LOOKS // 10)

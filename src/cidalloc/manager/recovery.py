@@ -68,37 +68,40 @@ def recover(
     Raises:
         RegistryCorrupt: the records are damaged. Then nothing was written.
     """
-    generation, horizon = store.header[Word.GENERATION], store.header[Word.HORIZON]
+    generation, horizon = store.read(Word.GENERATION), store.read(Word.HORIZON)
     is_copy = store.is_copy
     after_power_loss = is_copy or store.boot != boot
     if after_power_loss:
         # The times are of another clock, and the last stores may be lost. Generations leap, so that
         # none comes twice. All IDs that sessions may have had cool for long enough.
         generation = (generation | 2**32 - 1) + 1
-    shape = store.shape
+    shape, floor = store.shape, 0
+    if after_power_loss:
+        floor = now + max(horizon, settings.cooldown_ms)
     try:
-        owners = Sessions.owners(store, generation, after_power_loss)
+        rows = Sessions.read(store, generation, after_power_loss)
         pool = Allocator(
             shape.capacity,
             shape.first,
             1,  # each ID is a block of its own: none has to wait for others
             buffer=store.records,
             ready=store.ready_ids,
-            holders=owners,
+            holders=rows.holders,
             latest=now + max(MAX_COOLDOWN_MS, horizon),
-            reuse_at=now + max(horizon, settings.cooldown_ms) if after_power_loss else None,
+            reuse_at=floor if after_power_loss else None,
             live_snapshot=live_snapshot,
+            sealed=True,
         )
     except RegistryCorrupt as error:
         raise RegistryCorrupt(f"{store.path}: {shape.with_id(error)}") from None
-    store.header[Word.GENERATION] = generation
+    store.write(Word.GENERATION, generation)
     if is_copy:  # what was issued since it was made is unknown
         store.wait(now, max(horizon, settings.max_ttl_ms + settings.grace_ms))
-    elif after_power_loss and store.header[Word.ISSUES_FROM]:
-        store.wait(now, store.header[Word.WAIT])
+    elif after_power_loss and store.read(Word.ISSUES_FROM):
+        store.wait(now, store.read(Word.WAIT))
     sessions = Sessions(store, pool)
     store.sign()
-    ending = sessions.recover(owners, now, settings.grace_ms)
+    ending = sessions.recover(rows, now, settings.grace_ms, floor)
     if after_power_loss:
         store.sync()
         store.boot = boot

@@ -98,8 +98,8 @@ class Registry:
         self.pool, self.sessions, ending = recover(self.store, settings, now, boot, live_snapshot)
         self.waiting = WaitingList(self.pool)
         self.uuid: UUID = self.store.uuid  # a forked child has no header to read it from
-        self._horizon: int = self.store.header[Word.HORIZON]
-        self._issues_from: int = self.store.header[Word.ISSUES_FROM]
+        self._horizon = self.store.read(Word.HORIZON)
+        self._issues_from = self.store.read(Word.ISSUES_FROM)
         self._secret = self.store.secret
         self.now = self.opened_at = now
         for session in ending:
@@ -217,7 +217,7 @@ class Registry:
         """
         session = self._renewed(token, now, seq)
         if seq is not None:
-            self.sessions.set_seq(session, self.sessions.seq_place(session), seq)
+            self.sessions.set_seq(session, self.sessions.seq_note(session, seq))
         return np.sort(self.store.shape.ids(self.pool.held_by(session.number)))
 
     # ---- IDs
@@ -276,7 +276,7 @@ class Registry:
             )
         if token is not None:
             self._raise_cooldown(session, cooldown_ms)
-        acquired, place = self.acquired + count, self.sessions.seq_place(session)
+        acquired, note = self.acquired + count, self.sessions.seq_note(session, seq)
         try:
             numbers = self._issue(count, session, wait_ms is not None)
         except Exhausted:
@@ -289,7 +289,7 @@ class Registry:
             self.pool.release_many(numbers, session.number, self.now)
             raise
         if token is not None:
-            self.sessions.set_seq(session, place, seq, used)
+            self.sessions.set_seq(session, note, used)
             if wait_ms is not None:
                 self.waiting.leave(session)
         self.acquired = acquired
@@ -345,9 +345,9 @@ class Registry:
             if session is None:
                 self._release_anonymous(numbers, self.now + cooldown)
             else:
-                place = self.sessions.seq_place(session)
+                note = self.sessions.seq_note(session, seq)
                 self.pool.release_many(numbers, session.number, self.now + cooldown)
-                self.sessions.set_seq(session, place, seq, used)
+                self.sessions.set_seq(session, note, used)
         except (NotHeld, NotOwner, Duplicate) as error:
             raise self.store.shape.with_id(error) from None
         self.released[how] = released
@@ -426,7 +426,7 @@ class Registry:
         self.waiting.leave(session)
         self.dead.leave(session.generation)
         reuse_at = self.now + max(cooldown, self.settings.cooldown_ms)
-        return self.sessions.end(session, reuse_at)
+        return self.sessions.end(session, max(reuse_at, session.floor))
 
     def _renewed(self, token: bytes, now: int, seq: int | None = None) -> Session:
         """Return a session after its lease was renewed. With ``seq``, check it."""
@@ -458,7 +458,7 @@ class Registry:
         """Note on the disk that IDs may be in use for so long from now on, before they are."""
         if time_ms > self._horizon:
             horizon = 1 << (time_ms - 1).bit_length()  # a power of two, so that syncs are rare
-            self.store.header[Word.HORIZON] = horizon
+            self.store.write(Word.HORIZON, horizon)
             self.store.sync()
             self._horizon = horizon
 
@@ -474,7 +474,8 @@ class Registry:
                 f" may still use IDs from before it; the next is due in {waits_ms / 1e3:.12g} s"
             )
         if self._issues_from:
-            self._issues_from = self.store.header[Word.ISSUES_FROM] = 0
+            self._issues_from = 0
+            self.store.write(Word.ISSUES_FROM, 0)
         if pool.opened + count > pool.ready < pool.capacity:
             try:
                 self.store.grow(Part.RECORDS, count)
@@ -517,10 +518,13 @@ class Registry:
                 cid = int(self.store.shape.ids(np.array([number], np.uint64))[0])
                 raise NotOwner(f"ID {cid} is held by a session: only that session can release it")
         if len({owner for _, owner in held}) == 1:
-            self.pool.release_many(numbers, held[0][1], reuse_at)
+            owner = held[0][1]
+            floor = self.sessions.anonymous[owner].floor
+            self.pool.release_many(numbers, owner, max(reuse_at, floor))
             return
         if len(set(listed)) < len(listed):
             raise Duplicate("an ID is given twice in this call")
+        due = {owner: max(reuse_at, self.sessions.anonymous[owner].floor) for _, owner in held}
         release = self.pool.release
         for number, owner in held:  # these need no memory: none fails
-            release(number, owner, reuse_at)
+            release(number, owner, due[owner])

@@ -18,27 +18,50 @@ from __future__ import annotations
 import heapq
 import struct
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from .._alloc import Allocator
 from ..errors import RegistryCorrupt
+from ..protocol import SEQ_BITS
 from .storage.file import Storage
-from .storage.file_format import MAX_CAPACITY, Part, Word
+from .storage.file_format import GRANULE, ROW, Part, Word, checked, new_content, read_checked
 
 __all__ = ["Session", "Sessions"]
 
 FREE, OPEN, ENDING = range(3)
-_ROW = np.dtype("u8, u8, V16, i8, i8, i8, u8, V64")
-# A row after its first word: seq, digest, ttl, cooldown, opened_at, kind, label. The kind is 1 for
-# anonymous IDs. Otherwise it is twice as many as IDs are in use, and 2; or 0 if that is not known.
-_REST = struct.Struct("=Q16sqqqQ64s")
-_BYTES, _WORDS = 128, 16  # of a row
-# Words of a row; the first has generation and state.
-_SEQ, _COOLDOWN, _OPENED_AT, _KIND = 1, 5, 6, 7
-_LONGEST_MS = 2**40  # no time in a row is as long
+# A row: life, seq, digest, ttl, cooldown, opened_at, kind, label. Its life is the generation times
+# 4 and a state; 0: it was never used. The kind is 1 for anonymous IDs. Otherwise it is twice as
+# many as IDs are in use, and 2; or 0 if that is not known.
+_ROW = struct.Struct("=QQ16sQQQQ64s")
+# The words that are checked; that of opened_at covers generation, digest, ttl and label, too.
+_LIFE, _SEQ, _COOLDOWN, _OPENED_AT, _KIND = 0, 1, 5, 6, 7
+_COVERED = struct.Struct("=Q16sQ64s")
+_WORDS = ROW // 8  # of a row
+_FIRST = Part.ROWS.word(0)  # the word of the file at which the rows begin
 _ANONYMOUS = 1  # a kind
-_HIGHEST_KIND = 2 * MAX_CAPACITY + 2
+
+
+class _Row(NamedTuple):
+    """A row of the table, of a session that is or was open."""
+
+    number: int
+    life: int
+    seq: int
+    digest: bytes
+    ttl: int
+    cooldown: int
+    opened_at: int
+    kind: int
+    label: bytes
+
+
+class _Rows(NamedTuple):
+    """What an earlier process left: a byte for each row, whether it may hold IDs; used rows."""
+
+    holders: bytes
+    used: list[_Row]
 
 
 class Session:
@@ -48,7 +71,8 @@ class Session:
         number: of its row, and of its owner in the pool; 0 after its end.
         generation: a number that no other session of the registry has.
         expires: when its lease ends.
-        seq: of the last change that was applied.
+        seq: of the last change that was applied. Of anonymous IDs, which have none: until when they
+            cool at least; see `floor`.
         digest: stands for its token; empty for a session that holds anonymous IDs.
         ttl: for how long a renewal lasts.
         cooldown: for how long its IDs cool if it expires.
@@ -99,9 +123,58 @@ class Session:
         self.models: tuple[str, ...] = ()
 
     @property
+    def floor(self) -> int:
+        """Until when, at least, its IDs cool: a power cut may have lost who used them since."""
+        return 0 if self.digest else self.seq
+
+    @property
     def anonymous(self) -> bool:
         """Whether it holds the IDs that were acquired without a session."""
         return not self.digest
+
+
+def _word(place: int, value: int, bits: int = 48) -> int:
+    """Return the word at a place of the rows; see `checked`."""
+    return checked(_FIRST + place, value, bits=bits)
+
+
+def _opened_word(
+    place: int, opened_at: int, generation: int, digest: bytes, ttl: int, label: bytes
+) -> int:
+    """Return the word with opened_at in the row at a place."""
+    covered = _COVERED.pack(generation, digest, ttl, label)
+    return checked(_FIRST + place + _OPENED_AT, opened_at, covered)
+
+
+def _used(memory: memoryview, granules: int) -> Iterator[int]:
+    """Iterate over the rows that do not look as if they had never been used."""
+    lives = np.frombuffer(memory, np.uint64)[::_WORDS]
+    each = GRANULE // ROW
+    for first in range(granules):
+        new = np.frombuffer(new_content(Part.ROWS, first, 1), np.uint64)[::_WORDS]
+        found = lives[first * each : (first + 1) * each]
+        yield from (np.flatnonzero(found != new) + first * each).tolist()
+
+
+def _read(memory: memoryview, number: int) -> _Row:
+    """Return a row; of one that is free only the life counts.
+
+    Raises:
+        RegistryCorrupt: it is damaged.
+    """
+    words = memory[number * ROW : (number + 1) * ROW].cast("Q")
+    place = _FIRST + number * _WORDS
+    _, _, digest, ttl, _, _, _, label = _ROW.unpack(words)
+    life = read_checked(words, _LIFE, place)
+    if life & 3 == FREE:
+        return _Row(number, life, 0, b"", 0, 0, 0, 0, b"")
+    seq = read_checked(words, _SEQ, place + _SEQ, bits=SEQ_BITS)
+    covered = _COVERED.pack(life >> 2, digest, ttl, label)
+    cooldown, opened_at, kind = (
+        read_checked(words, at, place + at, rest)
+        for at, rest in ((_COOLDOWN, b""), (_OPENED_AT, covered), (_KIND, b""))
+    )
+    return _Row(number, life, seq, digest, ttl, cooldown, opened_at, kind, label)
 
 
 def _lease(session: Session) -> tuple[int, int, int, Session]:
@@ -137,58 +210,59 @@ class Sessions:
         self._leases: list[tuple[int, int, int, Session]] = []
 
     @staticmethod
-    def owners(store: Storage, generation: int, after_power_loss: bool) -> bytes:
-        """Return a byte for each row: whether its session may hold IDs. Only reads.
+    def read(store: Storage, generation: int, after_power_loss: bool) -> _Rows:
+        """Return what an earlier process left. Only reads.
 
         Args:
             store: where the rows are.
             generation: no session has a later one.
-            after_power_loss: only sessions that hold anonymous IDs may.
+            after_power_loss: only sessions that hold anonymous IDs may hold any.
 
         Raises:
             RegistryCorrupt: a row that no registry writes.
         """
-        table = np.frombuffer(memoryview(store.rows), _ROW, store.ready_rows)
-        life, _, digest, ttl, cooldown, _, kind, _ = (table[name] for name in _ROW.names or ())
-        used = (life & 3) != FREE
-        used[0] = False
-        sound = ((life & 3) <= ENDING) & (life >> 2 <= generation)
-        sound &= (kind == _ANONYMOUS) | (kind % 2 == 0) & (kind <= _HIGHEST_KIND)
-        for time in (ttl, cooldown):
-            sound &= (time >= 0) & (time < _LONGEST_MS)
-        if damaged := np.flatnonzero(used & ~sound).tolist():
-            raise RegistryCorrupt(f"the record of session {damaged[0]} is damaged")
-        if after_power_loss:  # also of one session that ended, and began again by a late OPEN
-            used &= kind == _ANONYMOUS
-        digests = digest[used & (kind != _ANONYMOUS)].tolist()
-        if len(set(digests)) < len(digests):
-            raise RegistryCorrupt("the records of two sessions have the same token")
-        found: bytes = used.tobytes()
-        return found
+        rows, digests = [], set()
+        holders = bytearray(store.ready_rows)
+        memory = memoryview(store.rows).cast("B")
+        for number in _used(memory, store.granules(Part.ROWS)):
+            try:
+                row = _read(memory, number)
+            except RegistryCorrupt:
+                row = None
+            if row is None or row.life & 3 > ENDING or row.life >> 2 > generation:
+                raise RegistryCorrupt(f"the record of session {number} is damaged")
+            rows.append(row)
+            # After power loss, also of one session that ended, and began again by a late OPEN.
+            if row.life & 3 != FREE and (row.kind == _ANONYMOUS or not after_power_loss):
+                if row.kind != _ANONYMOUS and row.digest in digests:
+                    raise RegistryCorrupt("the records of two sessions have the same token")
+                digests.add(row.digest)
+                holders[number] = True
+        return _Rows(bytes(holders), rows)
 
-    def recover(self, owners: bytes, now: int, grace: int) -> list[Session]:
+    def recover(self, rows: _Rows, now: int, grace: int, floor: int = 0) -> list[Session]:
         """Take over the rows of an earlier process; free those of no owner.
 
-        Each open session gets its whole time again.
+        Each open session gets its whole time again. Anonymous IDs cool until ``floor`` at least.
 
         Returns:
             The sessions that the earlier process was about to end: call `end` for each.
         """
         ending = []
-        used = np.flatnonzero(
-            np.frombuffer(self._rows, _ROW, self._store.ready_rows)["f0"]
-        ).tolist()
-        self._rows_used = max(used, default=0) + 1
-        for number in used:
-            life = self._words[number * _WORDS]
-            if not owners[number]:
-                self._words[number * _WORDS] = life & ~3
+        self._rows_used = max((row.number for row in rows.used), default=0) + 1
+        for number, life, seq, digest, ttl, cooldown, opened_at, kind, label in rows.used:
+            place = number * _WORDS
+            if not rows.holders[number]:
+                self._words[place] = _word(place, life & ~3)
                 continue
-            seq, digest, ttl, cooldown, opened_at, kind, label = _REST.unpack_from(
-                self._rows, number * _BYTES + 8
-            )
             if opened_at > now:  # by the clock of another boot
-                opened_at = self._words[number * _WORDS + _OPENED_AT] = now
+                opened_at = now
+                self._words[place + _OPENED_AT] = _opened_word(
+                    place, now, life >> 2, digest, ttl, label
+                )
+            if floor and kind == _ANONYMOUS:
+                seq = floor
+                self._words[place + _SEQ] = _word(place + _SEQ, seq, SEQ_BITS)
             session = Session(
                 number,
                 life >> 2,
@@ -218,8 +292,8 @@ class Sessions:
         Raises:
             Unavailable: there is no row for it, since the disk is full.
         """
-        self._store.header[Word.GENERATION] += 1
-        generation = self._store.header[Word.GENERATION]
+        generation = self._store.read(Word.GENERATION) + 1
+        self._store.write(Word.GENERATION, generation)
         if self._free:
             number = self._free.pop()
         else:
@@ -238,9 +312,20 @@ class Sessions:
                 opened_at=now,
                 label=label,
             )
-            values = (0, digest, ttl, cooldown, now, not digest, label.encode())
-            _REST.pack_into(self._rows, number * _BYTES + 8, *values)
-            place, life = number * _WORDS, generation << 2 | OPEN
+            place, name = number * _WORDS, label.encode().ljust(64, b"\0")
+            life = _word(place, generation << 2 | OPEN)
+            digest = digest.ljust(16, b"\0")
+            row = _ROW.pack(
+                self._words[place],
+                _word(place + _SEQ, 0, SEQ_BITS),
+                digest,
+                ttl,
+                _word(place + _COOLDOWN, cooldown),
+                _opened_word(place, now, generation, digest, ttl, name),
+                _word(place + _KIND, _ANONYMOUS if session.anonymous else 0),
+                name,
+            )
+            self._rows[number * ROW : (number + 1) * ROW] = row
             self._add(session)
         except BaseException:
             if session is not None:
@@ -279,7 +364,8 @@ class Sessions:
     def end(self, session: Session, reuse_at: int) -> int:
         """End a session: all its IDs cool until `reuse_at`. Return how many IDs these are."""
         number, life = session.number, session.generation << 2
-        place, states = number * _WORDS, (life | FREE, life | OPEN, life | ENDING)
+        place = number * _WORDS
+        states = [_word(place, life | state) for state in (FREE, OPEN, ENDING)]
         used, silent = self._counts(session, -1)
         self._free.append(number)
         self._words[place] = states[ENDING]
@@ -299,17 +385,21 @@ class Sessions:
 
     def raise_cooldown(self, session: Session, cooldown: int) -> None:
         """Let the IDs cool for at least so long if the session expires."""
-        cooldown = max(cooldown, session.cooldown)
-        self._words[session.number * _WORDS + _COOLDOWN] = cooldown
+        cooldown, place = max(cooldown, session.cooldown), session.number * _WORDS + _COOLDOWN
+        self._words[place] = _word(place, cooldown)
         session.cooldown = cooldown
 
-    def seq_place(self, session: Session) -> int:
-        """Return the place of a session's seq, for `set_seq`: make it before the change."""
-        return session.number * _WORDS + _SEQ
+    def seq_note(self, session: Session, seq: int) -> tuple[int, int, int]:
+        """Return the note of a session's seq, for `set_seq`: make it before the change."""
+        place = session.number * _WORDS + _SEQ
+        return place, _word(place, seq, SEQ_BITS), seq
 
-    def set_seq(self, session: Session, place: int, seq: int, used: int | None = None) -> None:
+    def set_seq(
+        self, session: Session, note: tuple[int, int, int], used: int | None = None
+    ) -> None:
         """Note the last change that was applied, and call `set_used`. Needs no memory."""
-        session.seq = self._words[place] = seq
+        self._words[note[0]] = note[1]  # to unpack it takes an iterator
+        session.seq = note[2]
         try:  # noqa: SIM105 a context manager is an object
             self.set_used(session, used)
         except MemoryError:  # the change is done, and this is only for the status
@@ -323,7 +413,8 @@ class Sessions:
         held = self._pool.held_count(session.number)
         used = held if used > held else used
         total, silent = self.used + used - (before or 0), self.silent - (before is None)
-        self._words[session.number * _WORDS + _KIND] = 2 * used + 2
+        place = session.number * _WORDS + _KIND
+        self._words[place] = _word(place, 2 * used + 2)
         self.used, self.silent, session.used = total, silent, used
 
     def largest(self, most: int, now: int) -> list[Session]:

@@ -19,6 +19,8 @@ import weakref
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+
 from ...errors import (
     InvalidArgument,
     RegistryCorrupt,
@@ -39,6 +41,7 @@ from .file_format import (
     checked,
     fill_header,
     mismatch,
+    new_content,
     read_checked,
     shape_of,
 )
@@ -58,6 +61,7 @@ __all__ = ["Storage", "enlarge"]
 
 _GET_VERSION = 0x80087601  # FS_IOC_GETVERSION of linux/fs.h, where a long has 8 bytes
 _AHEAD = {Part.ROWS: 1, Part.RECORDS: 16}  # granules by which a part grows at least
+_MOST = 64  # granules by which it grows at most beyond what is needed: a request waits for them
 
 
 class Storage:
@@ -134,8 +138,8 @@ class Storage:
                 _lock(fd, path)
                 if _is_at(fd, path):
                     header, found = _check(fd, path, shape, locked=True)
-                    if not header[Word.GENERATION]:  # before the first ID is issued
-                        sync_folder(path.parent)
+                    if not read_checked(header, Word.GENERATION, Word.GENERATION):
+                        sync_folder(path.parent)  # before the first ID is issued
                     store = cls(_header_of(fd), found, fd, path)
                     return store
             except OSError as error:
@@ -226,14 +230,20 @@ class Storage:
 
     def wait(self, now: int, wait_ms: int) -> None:
         """Let no ID be issued from ``now`` on, for so long."""
-        self.header[Word.WAIT] = wait_ms
-        self.header[Word.ISSUES_FROM] = now + wait_ms
+        self.write(Word.WAIT, wait_ms)
+        self.write(Word.ISSUES_FROM, now + wait_ms)
+
+    def read(self, word: int) -> int:
+        """Return the value of a checked word of the header."""
+        return read_checked(self.header, word, word)
+
+    def write(self, word: int, value: int) -> None:
+        """Store the value of a checked word of the header."""
+        self.header[word] = checked(word, value)
 
     def granules(self, part: Part) -> int:
         """Return the length of a part so far, in granules."""
-        found = read_checked(self.header, part)
-        assert found is not None, "it was checked when the file was opened"
-        return found
+        return self.read(part)
 
     def grow(self, part: Part, records: int) -> None:
         """Let so many more records or rows be used, or as many as there can be.
@@ -242,20 +252,25 @@ class Storage:
             Unavailable: the disk is full.
         """
         have = self.granules(part)
-        more = max(records * part.record // GRANULE + 1, have // 4, _AHEAD[part])
+        more = max(records * part.record // GRANULE + 1, min(have // 4, _MOST), _AHEAD[part])
         self._grow_to(part, min(have + more, len(self._memory(part)) // GRANULE))
 
     def _grow_to(self, part: Part, granules: int) -> None:
         have, before = self.granules(part), self.header[part]
-        more = (granules - have) * GRANULE
+        start, more = have * GRANULE, (granules - have) * GRANULE
         if more <= 0:
             return
         try:
+            content = new_content(part, have, granules - have)
             if self._fd >= 0:
-                os.posix_fallocate(self._fd, part.place + have * GRANULE, more)
+                os.posix_fallocate(self._fd, part.place + start, more)
+                if os.pwrite(self._fd, content, part.place + start) < more:
+                    raise OSError(errno.EIO, "a part of it was not written")
                 os.fsync(self._fd)
-            self._memory(part).extend(granules * GRANULE, self._fd, part.place)
-            self.header[part] = checked(part, granules)
+            self._memory(part).extend(start + more, self._fd, part.place)
+            if self._fd < 0:
+                memoryview(self._memory(part))[start : start + more] = content
+            self.write(part, granules)
             if self._fd >= 0:
                 os.fsync(self._fd)
         except BaseException as error:
@@ -329,7 +344,7 @@ def enlarge(path: Path, capacity: int) -> Shape:
                 f"a pool of {present} IDs from {first} on cannot become one of {capacity}: it only"
                 " grows, to at most 2**38 IDs and to below 2**63"
             )
-        store.header[Word.CAPACITY] = checked(Word.CAPACITY, capacity)
+        store.write(Word.CAPACITY, capacity)
         store.sync()
         return shape_of(store.header, path)
     finally:
@@ -389,15 +404,17 @@ def _check(
     shape = shape_of(header, path)
     if wanted is not None and not wanted.fits(shape):
         raise mismatch(path, shape, wanted)
-    rows, records = (part.place + (read_checked(header, part) or 0) * GRANULE for part in Part)
-    if status.st_size < records:
+    used = {part: part.place + read_checked(header, part, part) * GRANULE for part in Part}
+    if status.st_size < (records := used[Part.RECORDS]):
         raise RegistryCorrupt(
             f"{path} is truncated: {status.st_size} bytes, and at least {records} were in use"
         )
     # The length of a part is stored before anything beyond it. Without the lock, a writer may store
     # both between our reads.
-    blank = _is_blank(fd, rows, Part.RECORDS.place) and _is_blank(fd, records, status.st_size)
-    if not blank and (locked or not header[Word.PID] or query(fd, WRITER)):
+    ends = {Part.ROWS: Part.RECORDS.place, Part.RECORDS: status.st_size}
+    if not all(_is_new(fd, part, used[part], ends[part]) for part in Part) and (
+        locked or not header[Word.PID] or query(fd, WRITER)
+    ):
         raise RegistryCorrupt(f"{path} is damaged: it has records beyond what it says is in use")
     return header, shape
 
@@ -426,8 +443,8 @@ def _read(fd: int, memory: memoryview, offset: int) -> None:
         memory, offset = memory[n:], offset + n
 
 
-def _is_blank(fd: int, start: int, end: int) -> bool:
-    """Return whether a part of a file has only zeros. Holes are not read."""
+def _is_new(fd: int, part: Part, start: int, end: int) -> bool:
+    """Return whether a stretch of a part has only zeros or new content. Holes are not read."""
     while True:
         try:
             start = os.lseek(fd, start, os.SEEK_DATA)
@@ -435,9 +452,16 @@ def _is_blank(fd: int, start: int, end: int) -> bool:
             if error.errno != errno.ENXIO:
                 raise
             return True  # there is no more data
-        data = os.pread(fd, min(1 << 20, max(end - start, 0)), start)
-        if not data or any(data):
-            return not data
+        first = (start - part.place) // GRANULE
+        start = part.place + first * GRANULE
+        data = os.pread(fd, min(16 * GRANULE, max(end - start, 0)), start)
+        if any(data):  # it was about to grow by this
+            found = np.frombuffer(data[: len(data) // 8 * 8], np.uint64)
+            new = np.frombuffer(new_content(part, first, -(-len(data) // GRANULE)), np.uint64)
+            if np.any((found != 0) & (found != new[: len(found)])) or any(data[len(found) * 8 :]):
+                return False
+        if not data:
+            return True
         start += len(data)
 
 

@@ -1,7 +1,11 @@
 """The layout of a registry's file: a header, the rows of sessions, the records of IDs.
 
 Each part has a fixed place. The file is sparse: only what was used takes space on the disk. Two
-words of the header say how much of the rows and of the records may be used.
+words of the header say how much of the rows and of the records may be used. Before that a row or
+record is *new*: it tells its own place, so that zeros or another page in its place are noticed.
+
+A `checked` word has a checksum of its value and place. Records have checksums of their own, see
+_core/seal.pxd.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..._alloc import Allocator
 from ...errors import CidError, RegistryCorrupt, RegistryMismatch
 from ...protocol import IDs
 from .. import slices
@@ -36,18 +41,19 @@ __all__ = [
     "checked",
     "fill_header",
     "mismatch",
+    "new_content",
     "read_checked",
     "shape_of",
 ]
 
-FORMAT = 1
+FORMAT = 2
 """The version of the file's format."""
 GRANULE = 1 << 16
 """Bytes: a part grows by a multiple of it, which is a multiple of any page size."""
 RECORD = 32
 """Bytes of an ID's record; record 0 belongs to no ID."""
 ROW = 128
-"""Bytes of a session's row; row 0 belongs to no session."""
+"""Bytes of a session's row, see sessions.py; row 0 belongs to no session."""
 MAX_ROWS = 1 << 20
 """Rows that the file has room for."""
 MAX_CAPACITY = 1 << 38
@@ -59,10 +65,11 @@ NEW_FILE = (
 )
 """How to change the pool of a manager with the file at a path."""
 
+_PAIR = struct.Struct("=QQ")
+_WORD = 2**64 - 1
 _MAGIC = int.from_bytes(b"CIDALLOC", "little")
-_ETERNITY_MS = 2**50  # no time in the header is as long
-_MAX_GENERATION = 2**61  # it shares a word with the state of its session
-_VALUE_BITS = 40  # of a checked word; the checksum has the other 24
+_MAX_GENERATION = 2**46  # it shares a checked word with the state of its session
+_VALUE_BITS = 48  # of most checked words; the checksum has the other bits
 
 
 class Word(IntEnum):
@@ -76,25 +83,28 @@ class Word(IntEnum):
     MODULUS = 7
     OFFSET = 8
     SUM = 9  # the checksum of the words before it, which never change
-    # Each of these changes by one store. The first three are `checked`.
+    # Each of these changes by one store. They are `checked` up to the boot; without it, the file is
+    # as after a power cut.
     CAPACITY = 10
     ROWS = 11  # granules of rows that may be used
     RECORDS = 12  # granules of records that may be used
-    BOOT = 14  # two words: the boot of the machine whose clock the times are of
-    GENERATION = 16  # of the latest session
-    HORIZON = 17  # milliseconds: no ID is in use for longer unless the registry hears of it
-    PID = 18  # the process that writes the file
-    SERVER = 19  # the `process_id` of the process that started it
-    REQUESTER = 20  # the same of the process that waits for the file
-    DRAIN = 21  # by the command `cidalloc drain`: which server is being drained, see drain.py
-    DRAIN_SEEN = 22  # the writer's answer: the same, or 0 if it is not being drained
-    ISSUES_FROM = 23  # a registry that lacks its past waits until then; 0 once it has issued IDs
-    WAIT = 24  # milliseconds: for how long, from when it was opened first in a boot of the machine
-    FILE = 25  # the identity of the file that was written last, by which a copy is known
-    END = 26
+    GENERATION = 13  # of the latest session
+    HORIZON = 14  # milliseconds: no ID is in use for longer unless the registry hears of it
+    ISSUES_FROM = 15  # a registry that lacks its past waits until then; 0 once it has issued IDs
+    WAIT = 16  # milliseconds: for how long, from when it was opened first in a boot of the machine
+    BOOT = 17  # two words: the boot of the machine whose clock the times are of
+    FILE = 19  # the identity of the file that was written last, by which a copy is known
+    PID = 20  # the process that writes the file
+    SERVER = 21  # the `process_id` of the process that started it
+    REQUESTER = 22  # the same of the process that waits for the file
+    DRAIN = 23  # by the command `cidalloc drain`: which server is being drained, see drain.py
+    DRAIN_SEEN = 24  # the writer's answer: the same, or 0 if it is not being drained
+    END = 25
 
 
 HEADER_BYTES = Word.END * 8
+CHECKED = range(Word.CAPACITY, Word.BOOT)
+"""The checked words of the header."""
 
 
 class Part(IntEnum):
@@ -112,6 +122,10 @@ class Part(IntEnum):
     def record(self) -> int:
         """Bytes of one row or record."""
         return ROW if self is Part.ROWS else RECORD
+
+    def word(self, number: int) -> int:
+        """Return where in the file a row or record begins, in words."""
+        return (self.place + number * self.record) // 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +198,8 @@ def fill_header(header: memoryview, shape: Shape) -> None:
     header[Word.FIRST] = shape.first
     header[Word.MODULUS], header[Word.OFFSET] = shape.modulus, shape.offset
     header[Word.SUM] = _sum_of(header)
-    header[Word.CAPACITY] = checked(Word.CAPACITY, shape.capacity)
-    for part in Part:
-        header[part] = checked(part, 0)
+    for word in CHECKED:
+        header[word] = checked(word, shape.capacity if word == Word.CAPACITY else 0)
 
 
 def _sum_of(header: memoryview) -> int:
@@ -194,15 +207,44 @@ def _sum_of(header: memoryview) -> int:
     return int.from_bytes(digest, "little")
 
 
-def checked(word: int, value: int) -> int:
-    """Return a value below 2**40 with a checksum, for the header's word of that number."""
-    return value | (zlib.crc32(struct.pack("=QQ", word, value)) & 0xFFFFFF) << _VALUE_BITS
+def checked(place: int, value: int, rest: bytes = b"", bits: int = _VALUE_BITS) -> int:
+    """Return a word with a value and a checksum, which notices each single flipped bit.
+
+    Args:
+        place: the number of the word in the file.
+        value: it has at most so many ``bits``.
+        rest: what else the checksum covers.
+        bits: how many of the word's bits the value has.
+    """
+    return value | zlib.crc32(rest, zlib.crc32(_PAIR.pack(place, value))) << bits & _WORD
 
 
-def read_checked(header: memoryview, word: int) -> int | None:
-    """Return the value of a checked word; None if it is damaged."""
-    value = int(header[word]) & (1 << _VALUE_BITS) - 1
-    return value if header[word] == checked(word, value) else None
+def read_checked(
+    words: memoryview, at: int, place: int, rest: bytes = b"", bits: int = _VALUE_BITS
+) -> int:
+    """Return the value of the checked word ``at``; see `checked`.
+
+    Raises:
+        RegistryCorrupt: it is damaged.
+    """
+    word: int = words[at]
+    value = word & (1 << bits) - 1
+    if word != checked(place, value, rest, bits):
+        raise RegistryCorrupt(f"word {place} is damaged")
+    return value
+
+
+def new_content(part: Part, first: int, count: int) -> bytes:
+    """Return ``count`` granules of a part from granule ``first`` on, as they were never used."""
+    each = GRANULE // part.record
+    if part is Part.RECORDS:
+        return Allocator.sealed_blocks(first * each, count * each)
+    found = bytearray(count * GRANULE)
+    words = memoryview(found).cast("Q")
+    for number in range(max(first * each, 1), (first + count) * each):
+        place = part.word(number)
+        words[place - part.word(first * each)] = checked(place, 0)
+    return bytes(found)
 
 
 def shape_of(header: memoryview, path: Path) -> Shape:
@@ -220,20 +262,20 @@ def shape_of(header: memoryview, path: Path) -> Shape:
             f" {FORMAT}: use the version that made it, or a newer one"
         )
     first, modulus, offset = header[Word.FIRST : Word.SUM].tolist()
-    capacity, rows, records = (read_checked(header, word) for word in (Word.CAPACITY, *Part))
+    try:
+        values = {word: read_checked(header, word, word) for word in CHECKED}
+    except RegistryCorrupt:
+        values = dict.fromkeys(CHECKED, 0)
+    capacity = values[Word.CAPACITY]
     sound = (
         header[Word.SUM] == _sum_of(header)
-        and capacity is not None
         and 0 <= offset < modulus <= capacity <= MAX_CAPACITY
         and 0 < first <= 2**63 - capacity
-        and rows is not None
-        and 0 < rows <= MAX_ROWS * ROW // GRANULE
-        and records is not None
-        and 0 < records <= Shape(first, capacity).granules
-        and header[Word.HORIZON] < _ETERNITY_MS
-        and header[Word.GENERATION] < _MAX_GENERATION
+        and 0 < values[Part.ROWS] <= MAX_ROWS * ROW // GRANULE
+        and 0 < values[Part.RECORDS] <= Shape(first, capacity).granules
+        and values[Word.GENERATION] < _MAX_GENERATION
     )
-    if not sound or capacity is None:
+    if not sound:
         raise RegistryCorrupt(f"{path}: its header is damaged")
     return Shape(first, capacity, modulus, offset)
 
