@@ -34,6 +34,8 @@
 #                JavaScript, and clients that are wrong on purpose: 8 minutes; needs node
 #   make faults  each request and each answer of a client is spoilt in turn, in every way: 15
 #                minutes; fills docs/testing.md in
+#   make record  bugs that were found, each shown by a test on the commit before it was mended: 5 at
+#                random, or ARGS="ROW ..." of the table in docs/testing.md; needs the history
 #   make bench-gate  instructions per call against their limits; needs valgrind
 #   make pythons  the wheel and the tests of the allocator on each Python that is there: 3.10 to
 #                3.14 and the free-threaded 3.14t, on PATH, of pyenv or in /opt
@@ -70,7 +72,7 @@ define install
 endef
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
 
-.PHONY: help demo test lint dist pythons bench bench-client bench-registry bench-gate load scale simulate chaos errors fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy drill-route proxies simulate-fleet cpp conformance faults clean
+.PHONY: help demo test lint dist pythons bench bench-client bench-registry bench-gate load scale simulate chaos errors fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy drill-route proxies simulate-fleet cpp conformance faults record clean
 .DELETE_ON_ERROR:
 
 help:
@@ -141,6 +143,9 @@ simulate: .venv/.built .venv/.dev
 
 chaos: .venv/.built .venv/.dev
 	$(BIN)/python tests/support/chaos.py $(ARGS)
+
+record: .venv/.built .venv/.dev
+	$(BIN)/python tests/support/record.py $(ARGS)
 
 errors: .venv/.built .venv/.dev
 	CIDALLOC_ERRORS=all $(BIN)/python -m pytest -q -rP -n 2 tests/crash/test_every_error.py tests/crash/test_damaged_file.py $(ARGS)

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from pages import fill, markdown
+
 STATES = {
     "takeover under load": "another process of the manager takes the file over while IDs are in"
     " use and requests are on their way",
@@ -34,9 +36,6 @@ STATES = {
 reached: Counter[str] = Counter()
 """How many times each was reached since it was cleared."""
 
-_BEGIN = "<!-- rare states: begin (written by `make simulate`) -->"
-_END = "<!-- rare states: end -->"
-
 
 def sometimes(name: str, when: object = True) -> None:
     """Count a state, if it is reached."""
@@ -59,12 +58,9 @@ def write_table(file: Path, found: Counter[str], runs: int, others: Mapping[str,
         runs: how many runs there were.
         others: how many there were for some of the states.
     """
-    rows = ["| state | reached in | per 1,000 seeds |", "|---|---|---|"]
+    rows = [["state", "reached in", "per 1,000 seeds"]]
     for name, what in STATES.items():
         of = others.get(name, runs)
-        rows.append(
-            f"| **{name}**: {what} | {found[name]} of {of} | {1000 * found[name] / of:.0f} |"
-        )
-    head, rest = file.read_text().split(_BEGIN)
-    tail = rest.split(_END)[1]
-    file.write_text("\n".join([f"{head}{_BEGIN}", "", *rows, "", f"{_END}{tail}"]))
+        share = f"{1000 * found[name] / of:.0f}"
+        rows.append([f"**{name}**: {what}", f"{found[name]} of {of}", share])
+    fill(file, "rare states", markdown(rows))

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from flows_in_turn import FLOWS, WAYS, Way
 from in_turn import Turn, all_turns, run, run_all
+from pages import TESTING, fill, markdown
 from server_front import Network
 from spoilt import FAULTS
 
@@ -24,7 +23,6 @@ from cidalloc.manager.registry import Registry
 
 ALL = os.environ.get("CIDALLOC_FAULTS") == "all"
 EACH = 1 if ALL else 71  # no multiple of the number of faults
-PAGE = Path(__file__).parent.parent.parent / "docs" / "testing.md"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200 if ALL else 120)]
 
@@ -123,13 +121,11 @@ GROUPS = {
 
 @pytest.mark.skipif(not ALL, reason="only all cases fill the table")
 def test_the_table() -> None:
-    rows = [f"| flow | {' | '.join(GROUPS)} | all |", f"|{'---|' * (len(GROUPS) + 2)}"]
+    rows = [["flow", *GROUPS, "all"]]
     for flow in (*FLOWS, "all"):
         row = [
             sum(n for (f, g), n in counts.items() if flow in (f, "all") and g == each)
             for each in GROUPS
         ]
-        rows.append(f"| {flow} | {' | '.join(f'{n:,}' for n in (*row, sum(row)))} |")
-    begin, end = "<!-- faults -->", "<!-- end of faults -->"
-    text, table = PAGE.read_text(), "\n".join(rows)
-    PAGE.write_text(re.sub(f"{begin}.*{end}", f"{begin}\n{table}\n{end}", text, flags=re.S))
+        rows.append([flow, *(f"{n:,}" for n in (*row, sum(row)))])
+    fill(TESTING, "faults", markdown(rows))
