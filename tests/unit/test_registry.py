@@ -391,6 +391,18 @@ def test_a_registry_that_is_closed() -> None:
     registry.close()
 
 
+def test_a_file_does_not_tell_the_tokens(tmp_path: Path) -> None:
+    """And the digest of a token is another one in each registry."""
+    digests = set()
+    for name in ("one", "two"):
+        registry = rebooted(tmp_path / name, Settings(fresh=True), 0, 0)
+        registry.open(A, 0, ttl_ms=5_000)
+        digests |= set(registry.sessions.named)
+        registry.close()
+        assert A not in (tmp_path / name).read_bytes()[: 2**17]
+    assert len(digests) == 2
+
+
 def test_releasing_nothing_is_a_mistake() -> None:
     with pytest.raises(InvalidArgument, match="say which"):
         small().release(ids(), 0)

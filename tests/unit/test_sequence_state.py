@@ -101,6 +101,41 @@ def test_an_id_is_recycled_only_if_all_is_certain(actions: list[str]) -> None:
     assert it.close() == bool(certain)
 
 
+def test_an_answered_end_is_not_enough_after_a_failure() -> None:
+    it = life()
+    it.send(0.0, False)
+    it.settle(0.0, False, Unavailable("no answer"))
+    it.send(0.0, True)
+    it.settle(0.0, True, None)
+    assert it.phase is Phase.ENDED and it.doubtful and not it.close()
+
+
+def test_an_answered_end_is_not_enough_after_a_request_of_the_application() -> None:
+    it = life()
+    it.lend(0.0, False)
+    it.send(0.0, True)
+    it.settle(0.0, True, None)
+    assert it.phase is Phase.ENDED and not it.close()
+
+
+def test_an_answered_end_is_not_enough_after_one_that_was_broken_off() -> None:
+    it = life()
+    it.send(0.0, False)
+    it.doubt(0, False)
+    it.send(0.0, True)
+    it.settle(0.0, True, None)
+    assert it.phase is Phase.ENDED and not it.close()
+
+
+def test_start_and_end_in_one_request_are_not_enough() -> None:
+    it = life()
+    it.send(0.0, False)
+    it.settle(0.0, False, None)
+    it.drop(9.0)
+    it.settle(9.0, True, None)
+    assert it.phase is Phase.ENDED and not it.close()
+
+
 def test_an_answered_end_is_not_enough_while_something_is_unanswered() -> None:
     it = life()
     it.send(0.0, False)
