@@ -34,6 +34,11 @@ class Mutant:
     promise: str = ""
     tests: tuple[str, ...] = ()  # that find it
 
+    @property
+    def is_core(self) -> bool:
+        """Whether it is in Cython, so that the package has to be compiled with it."""
+        return self.file.endswith(".pxd")
+
 
 def table() -> list[Mutant]:
     """Return the mutants of tests/mutants, which unit tests find."""

@@ -1,17 +1,20 @@
-"""Runs the mutants of tests/mutants: each must be killed by the tests that its entry names.
+"""Runs the mutants of tests/mutants: the tests that each one names must fail with it.
 
-`python mutate.py` runs all of them, two at a time. `python mutate.py WORD` runs those whose promise,
-name or file has the word.
+`python mutate.py` runs those in Python, two at a time. `--core` runs those of the allocator core,
+which has to be compiled for each. Any other word chooses those whose promise, name or file has it,
+and `=NAME` the one of that name.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import shlex
+import subprocess
 import sys
+import sysconfig
 import tempfile
 import traceback
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -19,12 +22,12 @@ import pytest
 from mutants import Mutant, table, write
 
 TESTS = Path(__file__).parent.parent
+_CORE = TESTS.parent / "src" / "cidalloc" / "_alloc.pyx"
 _AT_ONCE = 2
-_LIMIT_S = 60
 _PYTEST = (
-    *("-q", "-x", "-p", "no:cacheprovider", "--hypothesis-seed=0", f"--timeout={_LIMIT_S}"),
-    *("-p", "no:anyio", "-p", "no:xdist"),
-    *("-W", "ignore::pytest.PytestAssertRewriteWarning"),  # of plugins that are imported here
+    *("-q", "-x", "--timeout=60", "--hypothesis-seed=0", f"--rootdir={TESTS.parent}"),
+    *("-p", "no:cacheprovider", "-p", "no:anyio", "-p", "no:xdist"),
+    *("-W", "ignore::pytest.PytestAssertRewriteWarning"),  # of plugins that were imported before
 )
 _MODULES = (  # what most tests import, and what no mutant changes
     *("asyncio", "hypothesis.stateful", "numpy", "httptools", "click", "rich.console"),
@@ -33,17 +36,17 @@ _MODULES = (  # what most tests import, and what no mutant changes
 
 
 def node_ids(mutant: Mutant) -> list[str]:
-    """Return pytest's names of the tests that kill a mutant, as paths from the root."""
+    """Return pytest's names of the tests that a mutant names."""
     found = []
     for test in mutant.tests:
-        file, _, name = test.partition("::")
+        file, *names = test.split("::")
         (path,) = TESTS.glob(f"*/{file}")
-        found.append(f"{path}::{name}")
+        found.append("::".join([str(path), *names]))
     return found
 
 
 def judged(mutants: Iterable[Mutant]) -> Iterator[tuple[Mutant, str]]:
-    """Run the tests of each mutant; yield it with what is wrong: empty if a test failed.
+    """Run the tests of each mutant; yield it with what is wrong, which is empty if a test failed.
 
     A process is forked for each, which saves the time of most imports.
     """
@@ -55,6 +58,8 @@ def judged(mutants: Iterable[Mutant]) -> Iterator[tuple[Mutant, str]]:
         while len(running) < _AT_ONCE and (mutant := next(todo, None)) is not None:
             folder = tempfile.TemporaryDirectory()
             write(mutant, Path(folder.name))
+            if mutant.is_core:
+                _compile(Path(folder.name, "cidalloc"))
             running[_fork(folder.name, node_ids(mutant))] = mutant, folder
         if not running:
             return
@@ -77,26 +82,51 @@ def _fork(folder: str, nodes: list[str]) -> int:
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.path.insert(0, folder)
-        os.environ.update(PYTHONPATH=folder)
-        code = int(pytest.main([*_PYTEST, "--rootdir", str(TESTS.parent), *nodes]))
+        os.environ["PYTHONPATH"] = folder
+        code = int(pytest.main([*_PYTEST, *nodes]))
         sys.stdout.flush()
     except BaseException:
         traceback.print_exc()
     os._exit(code)
 
 
+def _compile(package: Path) -> None:
+    """Compile the core of a copy of the package."""
+    (package / _CORE.name).write_bytes(_CORE.read_bytes())
+    module = f"_alloc{sysconfig.get_config_var('EXT_SUFFIX')}"
+    (package / module).unlink()
+    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+    flags = ["-shared", "-fPIC", "-O1", f"-I{sysconfig.get_path('include')}"]
+    for command in (
+        [sys.executable, "-m", "cython", "-3", "cidalloc/_alloc.pyx", "-o", "cidalloc/_alloc.c"],
+        [*compiler, *flags, "cidalloc/_alloc.c", "-o", f"cidalloc/{module}"],
+    ):
+        subprocess.run(command, cwd=package.parent, check=True)
+
+
 def main(words: list[str]) -> int:
-    """Run the mutants, and print those that survive."""
+    """Run the mutants that the words choose, and print those that survive."""
+    core = "--core" in words
+    names = {word[1:] for word in words if word[0] == "="}
+    parts = [word for word in words if word[0] not in "=-"]
     chosen = [
-        each for each in table() if all(word in f"{each.promise} {each.name} {each.file}" for word in words)
+        each
+        for each in table()
+        if each.is_core == core
+        and (not names or each.name in names)
+        and all(part in f"{each.promise}: {each.name} {each.file}" for part in parts)
     ]
-    wrong = Counter[str]()
+    with tempfile.TemporaryDirectory() as folder:  # a test that fails anyway kills nothing
+        _fork(folder, sorted({node for each in chosen for node in node_ids(each)}))
+        if os.wait()[1]:
+            sys.exit("without a mutant:\n" + Path(folder, "output").read_text())
+    wrong = 0
     for mutant, told in judged(chosen):
         if told:
-            wrong[mutant.promise] += 1
+            wrong += 1
             print(f"{mutant.promise}: {mutant.name} ({mutant.file}): {told}", flush=True)
-    print(f"{len(chosen)} mutants, {wrong.total()} not killed")
-    return min(wrong.total(), 1)
+    print(f"{len(chosen)} mutants, {wrong} of them not killed")
+    return 1 if wrong or not chosen else 0
 
 
 if __name__ == "__main__":

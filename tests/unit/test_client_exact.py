@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import pytest
+from loopback import Loopback
 from simulation import World
 
 from cidalloc import errors
+from cidalloc.client import Client
 from cidalloc.client.core.effects import Reply, Send
+from cidalloc.client.core.id_cache import IdCache, need_ms
 from cidalloc.client.core.lease import Acquired
 from cidalloc.client.core.session import Session
 from cidalloc.codes import Operation
 from cidalloc.manager.settings import Settings
+from cidalloc.protocol import IDs, Request
 
 TTL = 60.0
 
@@ -97,3 +101,89 @@ def test_a_lost_lease_has_no_slice() -> None:
     assert session.route() == 3
     session.lease.lose("it expired")
     assert session.route() is None
+
+
+def test_ids_in_the_cache_are_not_taken_after_the_lease(world: World, session: Session) -> None:
+    taken = Acquired()
+    world.now += TTL
+    session.lease.take_ready(1, None, taken)
+    assert session.lease.cache.fresh and not taken
+    world.run(session, session.establish(world.now + 10))
+    session.lease.take_ready(1, None, taken)
+    assert taken
+
+
+# ---- Times
+
+
+def test_no_pause_is_longer_than_a_part_of_the_lease(world: World) -> None:
+    for tries in (1, 5, 50):
+        assert 0.025 <= world.session(ttl=4.0).link.pause(tries) <= 0.5
+    assert 1.0 <= world.session(ttl=600.0).link.pause(50) <= 2.0
+
+
+def test_pauses_differ_between_clients(world: World) -> None:
+    assert len({world.session(seed=seed).link.pause(3) for seed in range(5)}) == 5
+
+
+class Noting(Loopback):
+    """It notes the cooldowns of releases."""
+
+    def __init__(self) -> None:
+        super().__init__(Settings(first=1, capacity=10, fresh=True))
+        self.cooldowns: list[int] = []
+
+    def call(self, model: str, request: Request, timeout: float) -> tuple[IDs, str]:
+        if request.operation is Operation.DELETE:
+            self.cooldowns.append(request.parameters["cooldown_ms"])
+        return super().call(model, request, timeout)
+
+
+def test_no_cooldown_is_shorter_than_asked_for() -> None:
+    manager = Noting()
+    with Client(transport=manager) as cids:
+        cids.release(cids.acquire(), cooldown=10.0001)
+        cids.active()
+    assert manager.cooldowns == [10_001]
+    assert need_ms(10.0, 0.0001) == 10_001
+
+
+# ---- The ID cache
+
+
+def test_what_the_manager_does_not_count_is_in_no_place() -> None:
+    cache = IdCache(cooldown=5.0, ahead=100)
+    cache.refill(range(1, 4), range(4, 13), 0.0)
+    for cid in (4, 5):
+        assert cache.recycle(cid, 0.0)
+    cache.give_back([6, 7, 8], 60_000)
+    cache.await_model(9, "model", 1.0, 1.0, 0.0)
+    cache.await_model(10, "model", 1.0, 1.0, 0.0)
+    held = {1, 4, 6, 9, 11, 50}
+    assert cache.reconcile(held) == [12]
+    assert cache.known() == held
+    assert list(cache.fresh) == [1, 50] and cache.used == {11}
+    assert [cid for _, cid in cache.cooling] == [4]
+    assert {cooldown: list(cids) for cooldown, cids in cache.to_release.items()} == {60_000: [6]}
+    assert list(cache.awaiting_model["model"]) == [9]
+
+
+def test_fresh_ids_beyond_the_demand_go_back_although_some_are_used() -> None:
+    cache = IdCache(ahead=100)
+    cache.plan(0.0, 0)
+    cache.refill(range(1, 11), (), 0.0)
+    assert cache.take(29.0)
+    cache.trim(29.9)
+    assert len(cache.fresh) == 9
+    cache.trim(30.0)
+    assert len(cache.fresh) == cache.target_size == 1 and cache.outgoing
+
+
+def test_releases_wait_for_each_other() -> None:
+    cache = IdCache(ahead=1000)
+    cache.refill((), range(1, 5), 0.0)
+    cache.give_back([1], 60_000)
+    assert cache.send(1000, 100.0) == [1]
+    cache.releasing = []
+    cache.give_back([2, 3], 60_000)
+    assert 100.0 < cache.due(100.0) <= 100.1

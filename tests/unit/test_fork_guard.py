@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -97,6 +99,28 @@ def test_a_child_process_of_asyncio() -> None:
                 await sequence.infer([], end=True)
 
     asyncio.run(main())
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_what_a_child_collects_as_garbage_is_its_parents() -> None:
+    """So the child neither ends it nor warns of it."""
+    cids = Client(transport=Loopback(SETTINGS))
+    sequence = cids.sequence("model")
+    child = os.fork()
+    if not child:
+        found = 255
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                session = cids._session
+                del sequence, cids
+                gc.collect()
+            found = len(seen) + 2 * session.abandoned
+        finally:
+            os._exit(found)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    sequence.infer([], end=True)
+    cids.close()
 
 
 def test_another_event_loop() -> None:

@@ -324,6 +324,15 @@ def test_after_a_reboot_fresh_ids_come_from_above_the_mark(tmp_path: Path) -> No
     assert max(registry.acquire(1, 5 + horizon)) <= mark
 
 
+def test_what_is_new_after_a_reboot_outlives_the_next_process(tmp_path: Path) -> None:
+    values = Settings(first=1, capacity=10**6, fresh=True)
+    rebooted(tmp_path / "r", values, 0, 0).close()
+    for _ in range(2):
+        registry = rebooted(tmp_path / "r", values, 5, 1)
+        assert registry.open(A, 5, ttl_ms=60_000).generation == 2**32 + 1
+        registry.close()
+
+
 @pytest.mark.parametrize("how", ["NEW", "RENEW", "DELETE"])
 def test_whoever_asks_for_a_longer_cooldown_raises_the_horizon(how: str) -> None:
     """Or a power cut would cut it short."""
@@ -367,6 +376,15 @@ def test_anonymous_ids_are_taken_back_in_slices() -> None:
                 assert now > since + 8_000
     assert registry.anonymous == len(registry.sessions) == 0
     assert registry.expired.count == 0, "none of them was a session"
+
+
+def test_anonymous_ids_that_are_taken_back_cool_as_without_end() -> None:
+    registry = small(capacity=1, anonymous_age_ms=8_000)
+    registry.acquire(1, 0)
+    registry.tick(9_001)
+    with pytest.raises(Exhausted, match="due in 0.001 s"):
+        registry.acquire(1, 9_001 + 119_999)
+    assert registry.acquire(1, 9_001 + 120_000).tolist() == [1]
 
 
 def test_anonymous_ids_of_several_slices_go_back_together_or_not_at_all() -> None:

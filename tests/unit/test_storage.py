@@ -799,6 +799,7 @@ def test_a_forked_child_does_not_keep_a_claim(path: Path) -> None:
 
 def test_the_number_of_a_process_is_its_own() -> None:
     assert process_id(os.getpid()) & 2**22 - 1 == os.getpid()
+    assert process_id(os.getpid()) >> 22 > process_id(1) >> 22, "when it was started"
     gone = subprocess.Popen(["sleep", "60"])
     number = process_id(gone.pid)
     gone.kill()
