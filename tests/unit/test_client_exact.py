@@ -8,8 +8,8 @@ from simulation import World
 
 from cidalloc import errors
 from cidalloc.client import Client
-from cidalloc.client.core.effects import Reply, Send
-from cidalloc.client.core.id_cache import IdCache, need_ms
+from cidalloc.client.core.effects import Idle, Reply, Send
+from cidalloc.client.core.id_cache import need_ms
 from cidalloc.client.core.lease import Acquired
 from cidalloc.client.core.session import Session
 from cidalloc.codes import Operation
@@ -150,42 +150,30 @@ def test_no_cooldown_is_shorter_than_asked_for() -> None:
     assert need_ms(10.0, 0.0001) == 10_001
 
 
-# ---- The ID cache
+# ---- The link
 
 
-def test_what_the_manager_does_not_count_is_in_no_place() -> None:
-    cache = IdCache(cooldown=5.0, ahead=100)
-    cache.refill(range(1, 4), range(4, 13), 0.0)
-    for cid in (4, 5):
-        assert cache.recycle(cid, 0.0)
-    cache.give_back([6, 7, 8], 60_000)
-    cache.await_model(9, "model", 1.0, 1.0, 0.0)
-    cache.await_model(10, "model", 1.0, 1.0, 0.0)
-    held = {1, 4, 6, 9, 11, 50}
-    assert cache.reconcile(held) == [12]
-    assert cache.known() == held
-    assert list(cache.fresh) == [1, 50] and cache.used == {11}
-    assert [cid for _, cid in cache.cooling] == [4]
-    assert {cooldown: list(cids) for cooldown, cids in cache.to_release.items()} == {60_000: [6]}
-    assert list(cache.awaiting_model["model"]) == [9]
+def test_when_a_request_is_given_up(world: World, session: Session) -> None:
+    link = session.link
+    assert link.limit(world.now + 3.0) == pytest.approx(3.0)
+    assert link.limit(world.now + 30.0) == 10.0
+    assert link.limit(world.now) == 10.0 / 16
+    answered = errors.Unavailable("taking over")
+    answered.answered = True
+    world.now += 1.0
+    assert link.note(Reply(error=errors.Unavailable("no answer"))) is not None
+    assert link.heard_at < world.now and link.away_until == world.now + 5.0
+    link.note(Reply(error=answered))
+    assert link.heard_at == world.now
 
 
-def test_fresh_ids_beyond_the_demand_go_back_although_some_are_used() -> None:
-    cache = IdCache(ahead=100)
-    cache.plan(0.0, 0)
-    cache.refill(range(1, 11), (), 0.0)
-    assert cache.take(29.0)
-    cache.trim(29.9)
-    assert len(cache.fresh) == 9
-    cache.trim(30.0)
-    assert len(cache.fresh) == cache.target_size == 1 and cache.outgoing
-
-
-def test_releases_wait_for_each_other() -> None:
-    cache = IdCache(ahead=1000)
-    cache.refill((), range(1, 5), 0.0)
-    cache.give_back([1], 60_000)
-    assert cache.send(1000, 100.0) == [1]
-    cache.releasing = []
-    cache.give_back([2, 3], 60_000)
-    assert 100.0 < cache.due(100.0) <= 100.1
+def test_what_a_new_session_cures_needs_no_pause_at_first(world: World, session: Session) -> None:
+    error = errors.SessionUnknown("it has expired")
+    deadline = world.now + 10.0
+    assert list(session.link.recover(error, 3, deadline)) == []
+    pause = next(session.link.recover(error, 4, deadline))
+    assert isinstance(pause, Idle) and 0.2 <= pause.until - world.now <= 0.4
+    first = session.link.pause(1)
+    assert 0.025 <= first <= 0.05
+    with pytest.raises(errors.SessionUnknown):
+        next(session.link.recover(error, 4, world.now))

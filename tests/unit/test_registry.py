@@ -21,6 +21,7 @@ from cidalloc.errors import (
     NotHeld,
     NotOwner,
     OutOfRange,
+    Repeated,
     SessionUnknown,
     Unavailable,
 )
@@ -331,6 +332,25 @@ def test_what_is_new_after_a_reboot_outlives_the_next_process(tmp_path: Path) ->
         registry = rebooted(tmp_path / "r", values, 5, 1)
         assert registry.open(A, 5, ttl_ms=60_000).generation == 2**32 + 1
         registry.close()
+
+
+def test_a_retry_does_not_act_in_the_next_process(tmp_path: Path) -> None:
+    values = Settings(first=1, capacity=100, fresh=True)
+    registry = rebooted(tmp_path / "r", values, 0, 0)
+    registry.open(A, 0, ttl_ms=60_000)
+    taken = registry.acquire(2, 0, token=A, seq=1)
+    changes: list[Callable[[], object]] = [
+        lambda: registry.acquire(1, 0, token=A, seq=3),
+        lambda: registry.release(taken[:1], 0, token=A, seq=4, ended=True),
+        lambda: registry.held(A, 0, seq=7),
+    ]
+    for change in changes:
+        change()
+        registry.close()
+        registry = rebooted(tmp_path / "r", values, 0, 0)
+        with pytest.raises(Repeated):
+            change()
+    assert len(registry.held(A, 0)) == 2
 
 
 @pytest.mark.parametrize("how", ["NEW", "RENEW", "DELETE"])

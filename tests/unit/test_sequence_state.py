@@ -153,6 +153,51 @@ def test_an_answered_end_is_not_enough_if_triton_forgets_later() -> None:
     assert not it.close()
 
 
+def test_an_answer_before_that_to_end_ends_nothing() -> None:
+    it = life()
+    it.send(0.0, False)
+    it.send(0.0, True)
+    it.settle(0.0, False, None)
+    assert it.phase is Phase.ENDING and it.answered == 1
+    it.settle(0.0, True, None)
+    assert it.answered == 2 and it.unanswered == 0 and it.close()
+
+
+def test_a_request_that_the_application_sends() -> None:
+    it = life()
+    assert it.lend(0.0, False) and not it.lend(0.0, False)
+    assert (it.unanswered, it.answered) == (0, 2)
+    it.lend(0.0, True)
+    assert it.phase is Phase.ENDED
+    with pytest.raises(InvalidArgument):
+        it.lend(0.0, False)
+
+
+@pytest.mark.parametrize(("end", "after"), [(False, Phase.ENDING), (True, Phase.LIVE)])
+def test_an_end_that_was_broken_off(end: bool, after: Phase) -> None:
+    it = life()
+    it.doubt(0, end)
+    assert it.phase is Phase.FRESH and not it.doubtful, "nothing was sent"
+    it.send(0.0, False)
+    it.send(0.0, True)
+    it.doubt(1, end)
+    assert it.phase is after and it.doubtful and it.unanswered == 1
+
+
+def test_what_the_model_may_keep() -> None:
+    it = life()
+    assert it.needs_end(0.0) == (False, False)
+    it.send(0.0, False)
+    assert it.needs_end(99.0) == (True, False), "it may be on its way"
+    it.settle(0.0, False, None)
+    assert it.needs_end(IDLE + 0.5) == (True, False)
+    assert it.needs_end(IDLE + 0.6) == (True, True)
+    it.drop(6.0)
+    assert it.unanswered == 1
+    it.lose()
+    assert it.phase is Phase.LOST and it.needs_end(6.0) == (True, True)
+
+
 def test_start_goes_with_the_first_and_again_if_that_failed() -> None:
     it = life()
     assert it.send(0, False) is True
