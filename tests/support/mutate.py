@@ -7,13 +7,17 @@ and `=NAME` the one of that name.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
+import time
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,6 +28,7 @@ from mutants import Mutant, table, write
 TESTS = Path(__file__).parent.parent
 _CORE = TESTS.parent / "src" / "cidalloc" / "_alloc.pyx"
 _AT_ONCE = 2
+_LIMIT_S = 120
 _PYTEST = (
     *("-q", "-x", "--timeout=60", "--hypothesis-seed=0", f"--rootdir={TESTS.parent}"),
     *("-p", "no:cacheprovider", "-p", "no:anyio", "-p", "no:xdist"),
@@ -64,6 +69,8 @@ def judged(mutants: Iterable[Mutant]) -> Iterator[tuple[Mutant, str]]:
         if not running:
             return
         pid, status = os.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # what a test has started and not ended
         mutant, folder = running.pop(pid)
         with folder:
             output = Path(folder.name, "output").read_text(errors="replace")
@@ -78,6 +85,8 @@ def _fork(folder: str, nodes: list[str]) -> int:
         return pid
     code = 70
     try:
+        os.setsid()
+        threading.Thread(target=_end_late, daemon=True).start()
         output = os.open(f"{folder}/output", os.O_WRONLY | os.O_CREAT, 0o600)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -88,6 +97,11 @@ def _fork(folder: str, nodes: list[str]) -> int:
     except BaseException:
         traceback.print_exc()
     os._exit(code)
+
+
+def _end_late() -> None:
+    time.sleep(_LIMIT_S)
+    os._exit(71)
 
 
 def _compile(package: Path) -> None:

@@ -177,3 +177,12 @@ def test_what_a_new_session_cures_needs_no_pause_at_first(world: World, session:
     assert 0.025 <= first <= 0.05
     with pytest.raises(errors.SessionUnknown):
         next(session.link.recover(error, 4, world.now))
+
+
+def test_the_answer_to_end_gives_the_id_back() -> None:
+    manager = Loopback(Settings(first=1, capacity=10, fresh=True))
+    with Client(transport=manager) as cids, cids.sequence("model") as sequence:
+        sequence.infer([])
+        assert cids.held().tolist() == [sequence.cid]
+        sequence.infer([], end=True)
+        assert not cids.held().size and sequence.state == "closed, recycled"

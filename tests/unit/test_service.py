@@ -274,6 +274,10 @@ def test_a_seq_that_is_none(service: Service, operation: Operation, seq: Any) ->
     assert ask(service, operation, [10], session=TOKEN, seq=2**63 - 1) is Code.REPEATED
 
 
+def test_an_open_without_a_ttl(service: Service) -> None:
+    assert ask(service, Operation.OPEN, session=TOKEN) is Code.INVALID_ARGUMENT
+
+
 @pytest.mark.parametrize("operation", [Operation.NEW, Operation.DELETE])
 def test_a_change_of_a_session_without_a_seq(service: Service, operation: Operation) -> None:
     open_session(service)
