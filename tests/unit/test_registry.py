@@ -441,6 +441,21 @@ def test_a_file_does_not_tell_the_tokens(tmp_path: Path) -> None:
     assert len(digests) == 2
 
 
+def test_releases_are_counted_by_their_kind() -> None:
+    registry = small(capacity=100, grace_ms=0)
+    for number, ended in enumerate((True, False)):
+        token = bytes([number] * 16)
+        registry.open(token, 0, ttl_ms=1_000)
+        taken = registry.acquire(5, 0, token=token, seq=1)
+        registry.release(taken[:2], 0, token=token, seq=2, ended=ended)
+        registry.close_session(token, 0, ended=ended)
+    registry.open(A, 0, ttl_ms=1_000)
+    registry.acquire(3, 0, token=A, seq=1)
+    registry.tick(1_001)
+    assert registry.acquired == 13
+    assert registry.released == {"ended": 5, "cooled": 5, "expired": 3}
+
+
 def test_releasing_nothing_is_a_mistake() -> None:
     with pytest.raises(InvalidArgument, match="say which"):
         small().release(ids(), 0)
