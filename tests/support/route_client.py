@@ -3,9 +3,10 @@
     python route_client.py MODEL REQUESTS SECONDS URL...
 
 For each URL it runs workers that begin one sequence after the other, until so many requests were
-sent, so many seconds have passed, and each of the three servers had a sequence. The model adds up from a number that is its server's own, so
-each answer shows which server had the sequence and which requests it had. The first part of a
-sequence's key names the registry of its ID. Prints counts as JSON.
+sent, so many seconds have passed, and each of the three servers had a sequence. The model adds up
+from a number that is its server's own, so each answer shows which server had the sequence and which
+requests it had. The first part of a sequence's key names the registry of its ID. Prints counts as
+JSON.
 """
 
 from __future__ import annotations
