@@ -212,3 +212,10 @@ def test_without_demand_all_that_are_ready_go_back(others_wait: bool, pause: flo
     cache.trim(pause, others_wait)
     assert list(cache.to_release[ENDED]) == [1000, 2000]
     assert [cid for _, cid in cache.cooling] == [3000]
+
+
+def test_ids_that_nobody_saw_are_the_next() -> None:
+    cache = IdCache(ahead=100)
+    cache.refill([1], [2, 3], 0.0)
+    cache.take_back([2, 9])
+    assert cache.used == {3} and list(cache.fresh) == [2, 1]

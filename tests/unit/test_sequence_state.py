@@ -192,8 +192,9 @@ def test_what_the_model_may_keep() -> None:
     it.settle(0.0, False, None)
     assert it.needs_end(IDLE + 0.5) == (True, False)
     assert it.needs_end(IDLE + 0.6) == (True, True)
+    it.send(5.0, False)
     it.drop(6.0)
-    assert it.unanswered == 1
+    assert it.unanswered == 2
     it.lose()
     assert it.phase is Phase.LOST and it.needs_end(6.0) == (True, True)
 
