@@ -232,6 +232,17 @@ def test_when_triton_must_have_forgotten() -> None:
     assert not it.close()
 
 
+def test_the_edges_of_the_idle_time() -> None:
+    it = life()
+    send(it, 0.0, answered=0.0)
+    it.goes_out(IDLE)
+    assert it.why_forgotten == "nothing was sent for its idle time, 5 s"
+    it = life()
+    send(it, 0.0, answered=0.0)
+    it.send(IDLE + 0.5, False)
+    assert it.phase is Phase.LIVE
+
+
 @pytest.mark.parametrize(
     "then",
     [
