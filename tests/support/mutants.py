@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,10 +15,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import cidalloc
-
 _HERE = Path(__file__).parent
-_PACKAGE = Path(cidalloc.__file__).parent
+_SPEC = importlib.util.find_spec("cidalloc")
+assert _SPEC is not None and _SPEC.origin is not None
+PACKAGE = Path(_SPEC.origin).parent
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,31 @@ class Mutant:
     file: str
     old: str
     new: str
-    rules: str
+    rules: str  # by which the simulation finds it
     seed: int = 0  # some need rare luck
+    promise: str = ""
+    tests: tuple[str, ...] = ()  # that find it
+
+    @property
+    def is_core(self) -> bool:
+        """Whether it is in Cython, so that the package has to be compiled with it."""
+        return self.file.endswith(".pxd")
+
+
+def table() -> list[Mutant]:
+    """Return the mutants of tests/mutants, which unit tests find."""
+    found = []
+    for path in sorted((_HERE.parent / "mutants").glob("*.txt")):
+        promise = ""
+        for entry in re.split(r"\n\n+(?=[^-+])", path.read_text().strip()):
+            name, *lines = entry.splitlines()
+            if name.startswith("## "):
+                promise = name.removeprefix("## ")
+                continue
+            old, new = ("\n".join(x[1:] for x in lines if x[:1] == sign) for sign in "-+")
+            file, *tests = (line for line in lines if line[:1] not in "-+")
+            found.append(Mutant(name, file, old, new, "", promise=promise, tests=tuple(tests)))
+    return found
 
 
 _RELEASE = "self.pool.release_many(numbers, session.number, self.now + cooldown)"
@@ -305,7 +330,7 @@ _LEAVE = """
 
 def write(mutant: Mutant, folder: Path) -> None:
     """Write a copy of the package with the fault in it."""
-    shutil.copytree(_PACKAGE, folder / "cidalloc", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PACKAGE, folder / "cidalloc")
     file = folder / "cidalloc" / mutant.file
     text = file.read_text()
     if text.count(mutant.old) != 1:

@@ -93,7 +93,9 @@ def test_a_lease_that_ran_out_moves() -> None:
                 expire(client)
             assert gateway.route() == 0, "it may come back"
             gateway.any = 2
+            gateway.routes.clear()
             cid = expire(client)
+            assert [name for name, _ in gateway.routes].count("OPEN") == 1
             assert gateway.route() == 2 and cid in range(2**30 + 32, 2**30 + 48)
             with pytest.raises(SequenceLost, match="cannot reach the server of 0; a new session"):
                 sequence.infer([])

@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from sparse import content
 
 from cidalloc.errors import Exhausted, SessionUnknown
 from cidalloc.manager.registry import Registry
 from cidalloc.manager.settings import Settings
 from cidalloc.manager.storage.file import _identity
+from cidalloc.manager.storage.file_format import Word
 
 BOOT, NEXT_BOOT = b"1" * 16, b"2" * 16
 SETTINGS = Settings(first=1, capacity=2**24, cooldown_ms=0, max_ttl_ms=600_000, grace_ms=1_000)
@@ -52,7 +54,7 @@ def knows(registry: Registry, now: int = NOW) -> bool:
 
 
 def test_a_copy_is_another_registry_and_waits(original: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copy(original, tmp_path / "copy"))
+    copy = content(original).put(tmp_path / "copy")
     first, second = opened(original), opened(copy)
     assert first.uuid != second.uuid
     assert knows(first) and not knows(second)
@@ -68,8 +70,20 @@ def test_a_copy_is_another_registry_and_waits(original: Path, tmp_path: Path) ->
     again.close()
 
 
+def test_a_copy_waits_for_the_longest_time_that_it_knows_of(tmp_path: Path) -> None:
+    path = tmp_path / "original"
+    registry = opened(path)
+    registry.open(TOKEN, NOW, ttl_ms=10_000, cooldown_ms=5 * WAIT_MS)
+    horizon = registry.store.header[Word.HORIZON]
+    assert horizon > 5 * WAIT_MS
+    registry.close()
+    copy = opened(content(path).put(tmp_path / "copy"))
+    assert not issues(copy, NOW + horizon - 1)
+    assert issues(copy, NOW + horizon)
+
+
 def test_a_power_cut_while_a_copy_waits(original: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copy(original, tmp_path / "copy"))
+    copy = content(original).put(tmp_path / "copy")
     opened(copy).close()
     registry = opened(copy, 5, NEXT_BOOT)
     assert registry.issues_in_ms == WAIT_MS

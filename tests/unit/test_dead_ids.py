@@ -350,3 +350,13 @@ class Against(RuleBasedStateMachine):
 
 TestAgainst = Against.TestCase
 TestAgainst.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_a_list_that_is_just_full_is_not_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dead_ids, "_MOST", 10)
+    found = DeadIds()
+    assert found.name("asr", 1, 10, 0).dtype == np.uint64, "also without IDs"
+    found.add(ids(*range(10)), ["asr"], since=0, now=0)
+    assert found.count(0) == 10 and not caplog.records

@@ -41,8 +41,8 @@ from cidalloc.manager.inspection import look
 from cidalloc.manager.service import Service, boottime_ms
 from cidalloc.manager.settings import Settings
 from cidalloc.manager.storage import file
-from cidalloc.manager.storage.drain import DrainSwitch
-from cidalloc.manager.storage.file_format import Word
+from cidalloc.manager.storage.drain import DrainSwitch, _name_of
+from cidalloc.manager.storage.file_format import HEADER_BYTES, Word
 from cidalloc.manager.takeover import boot_id
 from cidalloc.protocol import DRAINING
 
@@ -585,9 +585,14 @@ def test_it_is_shown(polled: Service, path: Path) -> None:
     assert json.loads(found)["draining"] is False, "no manager runs"
 
 
-def test_a_word_of_another_server(service: Service, path: Path, switch: DrainSwitch) -> None:
+@pytest.mark.parametrize("other", [Word.SERVER, Word.BOOT, Word.BOOT + 1])
+def test_a_word_of_another_server(
+    service: Service, path: Path, switch: DrainSwitch, other: int
+) -> None:
     with path.open("r+b") as raw:
+        header = memoryview(bytearray(raw.read(HEADER_BYTES))).cast("Q")
+        header[other] ^= 1
         raw.seek(Word.DRAIN * 8)
-        raw.write(struct.pack("=Q", 12345))
+        raw.write(struct.pack("=Q", _name_of(header)))
     assert not switch.on
     assert ask(service, Operation.NEW) == (10,)

@@ -184,12 +184,59 @@ def test_a_name_that_dns_cannot_have() -> None:
         fleet.sequence(**MODEL)
 
 
+def test_a_name_that_could_not_be_looked_up_is_looked_up_soon() -> None:
+    with Fleet("dns:triton.test:1") as fleet:
+        now = 1000.0
+        fleet.now = lambda: now
+        assert fleet._resolves() and not fleet._resolves()
+        fleet._unresolved(Unavailable("no answer"))
+        now += 0.1
+        assert not fleet._resolves()
+        now += 0.2
+        assert fleet._resolves()
+        now += 29.0
+        assert not fleet._resolves()
+        now += 1.1
+        assert fleet._resolves()
+
+
+def test_each_client_has_another_subset() -> None:
+    urls = [f"triton-{number}:8001" for number in range(100)]
+    found = []
+    for label in ("one", "two", "one"):
+        with Fleet(urls, subset=5, label=label) as fleet:
+            found.append({each.url for each in fleet.servers})
+    assert found[0] == found[2] and len(found[0] | found[1]) > 5
+
+
+def test_a_server_that_left_stays_open_while_a_sequence_runs(
+    fake: FakeTriton, other: FakeTriton
+) -> None:
+    with Fleet([fake.url]) as fleet:
+        now = fleet.now()
+        fleet.now = lambda: now
+        running = fleet.sequence(**MODEL)
+        (server,) = fleet.servers
+        fleet._set([ServerUrl(f"grpc://{other.url}")])
+        now += 60.0
+        assert not fleet._left()
+        running.close()
+        now -= 31.0
+        assert not fleet._left(), "a sequence may just begin there"
+        now += 31.0
+        assert fleet._left() == [server.client] and not fleet._left()
+        server.client.close()
+
+
 def test_only_a_server_without_an_answer_gets_a_heartbeat_at_once(fake: FakeTriton) -> None:
     with Fleet([fake.url], ahead=0) as fleet:  # no refill, which renews the lease
         with fleet.sequence(**MODEL):
             (server,) = fleet.servers
             lease = server.client._session.lease
-            due = lease.renew_at
+            while lease.to_renew:  # the heartbeat announces the model
+                time.sleep(0.01)
+            with server.client._runner.lock:
+                due = lease.renew_at
             server.fails(Exhausted("none"), fleet.now(), fleet._rng)
             assert lease.renew_at == due
             server.fails(Unavailable("no answer"), fleet.now(), fleet._rng)

@@ -21,6 +21,7 @@ from cidalloc.errors import (
     NotHeld,
     NotOwner,
     OutOfRange,
+    Repeated,
     SessionUnknown,
     Unavailable,
 )
@@ -324,6 +325,34 @@ def test_after_a_reboot_fresh_ids_come_from_above_the_mark(tmp_path: Path) -> No
     assert max(registry.acquire(1, 5 + horizon)) <= mark
 
 
+def test_what_is_new_after_a_reboot_outlives_the_next_process(tmp_path: Path) -> None:
+    values = Settings(first=1, capacity=10**6, fresh=True)
+    rebooted(tmp_path / "r", values, 0, 0).close()
+    for _ in range(2):
+        registry = rebooted(tmp_path / "r", values, 5, 1)
+        assert registry.open(A, 5, ttl_ms=60_000).generation == 2**32 + 1
+        registry.close()
+
+
+def test_a_retry_does_not_act_in_the_next_process(tmp_path: Path) -> None:
+    values = Settings(first=1, capacity=100, fresh=True)
+    registry = rebooted(tmp_path / "r", values, 0, 0)
+    registry.open(A, 0, ttl_ms=60_000)
+    taken = registry.acquire(2, 0, token=A, seq=1)
+    changes: list[Callable[[], object]] = [
+        lambda: registry.acquire(1, 0, token=A, seq=3),
+        lambda: registry.release(taken[:1], 0, token=A, seq=4, ended=True),
+        lambda: registry.held(A, 0, seq=7),
+    ]
+    for change in changes:
+        change()
+        registry.close()
+        registry = rebooted(tmp_path / "r", values, 0, 0)
+        with pytest.raises(Repeated):
+            change()
+    assert len(registry.held(A, 0)) == 2
+
+
 @pytest.mark.parametrize("how", ["NEW", "RENEW", "DELETE"])
 def test_whoever_asks_for_a_longer_cooldown_raises_the_horizon(how: str) -> None:
     """Or a power cut would cut it short."""
@@ -369,6 +398,15 @@ def test_anonymous_ids_are_taken_back_in_slices() -> None:
     assert registry.expired.count == 0, "none of them was a session"
 
 
+def test_anonymous_ids_that_are_taken_back_cool_as_without_end() -> None:
+    registry = small(capacity=1, anonymous_age_ms=8_000)
+    registry.acquire(1, 0)
+    registry.tick(9_001)
+    with pytest.raises(Exhausted, match=r"due in 0\.001 s"):
+        registry.acquire(1, 9_001 + 119_999)
+    assert registry.acquire(1, 9_001 + 120_000).tolist() == [1]
+
+
 def test_anonymous_ids_of_several_slices_go_back_together_or_not_at_all() -> None:
     registry = small(capacity=10, anonymous_age_ms=8_000)
     one, two = registry.acquire(2, 0), registry.acquire(2, 5_000)
@@ -389,6 +427,33 @@ def test_a_registry_that_is_closed() -> None:
     with pytest.raises(Unavailable, match="closed"):
         registry.acquire(1, 0)
     registry.close()
+
+
+def test_a_file_does_not_tell_the_tokens(tmp_path: Path) -> None:
+    """And the digest of a token is another one in each registry."""
+    digests = set()
+    for name in ("one", "two"):
+        registry = rebooted(tmp_path / name, Settings(fresh=True), 0, 0)
+        registry.open(A, 0, ttl_ms=5_000)
+        digests |= set(registry.sessions.named)
+        registry.close()
+        assert A not in (tmp_path / name).read_bytes()[: 2**17]
+    assert len(digests) == 2
+
+
+def test_releases_are_counted_by_their_kind() -> None:
+    registry = small(capacity=100, grace_ms=0)
+    for number, ended in enumerate((True, False)):
+        token = bytes([number] * 16)
+        registry.open(token, 0, ttl_ms=1_000)
+        taken = registry.acquire(5, 0, token=token, seq=1)
+        registry.release(taken[:2], 0, token=token, seq=2, ended=ended)
+        registry.close_session(token, 0, ended=ended)
+    registry.open(A, 0, ttl_ms=1_000)
+    registry.acquire(3, 0, token=A, seq=1)
+    registry.tick(1_001)
+    assert registry.acquired == 13
+    assert registry.released == {"ended": 5, "cooled": 5, "expired": 3}
 
 
 def test_releasing_nothing_is_a_mistake() -> None:

@@ -101,6 +101,41 @@ def test_an_id_is_recycled_only_if_all_is_certain(actions: list[str]) -> None:
     assert it.close() == bool(certain)
 
 
+def test_an_answered_end_is_not_enough_after_a_failure() -> None:
+    it = life()
+    it.send(0.0, False)
+    it.settle(0.0, False, Unavailable("no answer"))
+    it.send(0.0, True)
+    it.settle(0.0, True, None)
+    assert it.phase is Phase.ENDED and it.doubtful and not it.close()
+
+
+def test_an_answered_end_is_not_enough_after_a_request_of_the_application() -> None:
+    it = life()
+    it.lend(0.0, False)
+    it.send(0.0, True)
+    it.settle(0.0, True, None)
+    assert it.phase is Phase.ENDED and not it.close()
+
+
+def test_an_answered_end_is_not_enough_after_one_that_was_broken_off() -> None:
+    it = life()
+    it.send(0.0, False)
+    it.doubt(0, False)
+    it.send(0.0, True)
+    it.settle(0.0, True, None)
+    assert it.phase is Phase.ENDED and not it.close()
+
+
+def test_start_and_end_in_one_request_are_not_enough() -> None:
+    it = life()
+    it.send(0.0, False)
+    it.settle(0.0, False, None)
+    it.drop(9.0)
+    it.settle(9.0, True, None)
+    assert it.phase is Phase.ENDED and not it.close()
+
+
 def test_an_answered_end_is_not_enough_while_something_is_unanswered() -> None:
     it = life()
     it.send(0.0, False)
@@ -116,6 +151,52 @@ def test_an_answered_end_is_not_enough_if_triton_forgets_later() -> None:
     it.settle(1, True, None)
     assert it.words == "ended" and not it.doubtful
     assert not it.close()
+
+
+def test_an_answer_before_that_to_end_ends_nothing() -> None:
+    it = life()
+    it.send(0.0, False)
+    it.send(0.0, True)
+    it.settle(0.0, False, None)
+    assert it.phase is Phase.ENDING and it.answered == 1
+    it.settle(0.0, True, None)
+    assert it.answered == 2 and it.unanswered == 0 and it.close()
+
+
+def test_a_request_that_the_application_sends() -> None:
+    it = life()
+    assert it.lend(0.0, False) and not it.lend(0.0, False)
+    assert (it.unanswered, it.answered) == (0, 2)
+    it.lend(0.0, True)
+    assert it.phase is Phase.ENDED
+    with pytest.raises(InvalidArgument):
+        it.lend(0.0, False)
+
+
+@pytest.mark.parametrize(("end", "after"), [(False, Phase.ENDING), (True, Phase.LIVE)])
+def test_an_end_that_was_broken_off(end: bool, after: Phase) -> None:
+    it = life()
+    it.doubt(0, end)
+    assert it.phase is Phase.FRESH and not it.doubtful, "nothing was sent"
+    it.send(0.0, False)
+    it.send(0.0, True)
+    it.doubt(1, end)
+    assert it.phase is after and it.doubtful and it.unanswered == 1
+
+
+def test_what_the_model_may_keep() -> None:
+    it = life()
+    assert it.needs_end(0.0) == (False, False)
+    it.send(0.0, False)
+    assert it.needs_end(99.0) == (True, False), "it may be on its way"
+    it.settle(0.0, False, None)
+    assert it.needs_end(IDLE + 0.5) == (True, False)
+    assert it.needs_end(IDLE + 0.6) == (True, True)
+    it.send(5.0, False)
+    it.drop(6.0)
+    assert it.unanswered == 2
+    it.lose()
+    assert it.phase is Phase.LOST and it.needs_end(6.0) == (True, True)
 
 
 def test_start_goes_with_the_first_and_again_if_that_failed() -> None:
@@ -149,6 +230,17 @@ def test_when_triton_must_have_forgotten() -> None:
         it.send(30, False)
     assert it.phase is Phase.LOST
     assert not it.close()
+
+
+def test_the_edges_of_the_idle_time() -> None:
+    it = life()
+    send(it, 0.0, answered=0.0)
+    it.goes_out(IDLE)
+    assert it.why_forgotten == "nothing was sent for its idle time, 5 s"
+    it = life()
+    send(it, 0.0, answered=0.0)
+    it.send(IDLE + 0.5, False)
+    assert it.phase is Phase.LIVE
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,47 @@ def test_the_life_of_a_session(service: Service) -> None:
     assert open_session(service)[1] == 2, "another generation"
 
 
+def test_nothing_has_ended_unless_it_is_said(service: Service, clock: Clock) -> None:
+    open_session(service)
+    ask(service, Operation.NEW, session=TOKEN, seq=1, count=5, cooldown_ms=60_000)
+    assert ask(service, Operation.DELETE, [10], session=TOKEN, seq=2) == [1]
+    assert ask(service, Operation.CLOSE, session=TOKEN) == [4]
+    clock.now += 59_999
+    assert ask(service, Operation.NEW) is Code.EXHAUSTED
+    clock.now += 1
+    assert sorted(ask(service, Operation.NEW, count=4)) == [11, 12, 13, 14]
+    clock.now += 59_999
+    assert ask(service, Operation.NEW) is Code.EXHAUSTED, "the manager's default"
+    clock.now += 1
+    assert ask(service, Operation.NEW) == [10]
+
+
+def test_a_cooldown_is_announced_with_each_request_of_a_session(
+    service: Service, clock: Clock
+) -> None:
+    for operation in (Operation.OPEN, Operation.NEW, Operation.RENEW):
+        given = {each: {} for each in (Operation.OPEN, Operation.NEW, Operation.RENEW)}
+        given[operation] = {"cooldown_ms": 300_000}
+        open_session(service, **given[Operation.OPEN])
+        assert ask(
+            service,
+            Operation.NEW,
+            session=TOKEN,
+            seq=1,
+            count=5,
+            **{"cooldown_ms": 5_000, **given[Operation.NEW]},
+        )
+        ask(service, Operation.RENEW, session=TOKEN, **given[Operation.RENEW])
+        clock.now += 20_001
+        assert ask(service, Operation.ACTIVE) == [0]
+        clock.now += 299_999
+        assert ask(service, Operation.NEW) is Code.EXHAUSTED, operation.name
+        clock.now += 1
+        assert len(ask(service, Operation.NEW, count=5)) == 5
+        ask(service, Operation.DELETE, [10, 11, 12, 13, 14], ended=True)
+        clock.now += 5_000
+
+
 def test_a_session_expires(service: Service, clock: Clock) -> None:
     open_session(service)
     assert ask(service, Operation.NEW, session=TOKEN, seq=1, count=5, cooldown_ms=7_000)
@@ -231,6 +272,10 @@ def test_a_seq_that_is_none(service: Service, operation: Operation, seq: Any) ->
     assert ask(service, operation, [10], session=TOKEN, seq=seq) is Code.INVALID_ARGUMENT
     assert ask(service, Operation.HELD, session=TOKEN, seq=2**53 - 1) == [10]
     assert ask(service, operation, [10], session=TOKEN, seq=2**53 - 1) is Code.REPEATED
+
+
+def test_an_open_without_a_ttl(service: Service) -> None:
+    assert ask(service, Operation.OPEN, session=TOKEN) is Code.INVALID_ARGUMENT
 
 
 @pytest.mark.parametrize("operation", [Operation.NEW, Operation.DELETE])

@@ -449,7 +449,9 @@ def test_a_delete_that_is_refused_though_we_hold_them(world: World, session: Ses
     """What the manager counts as ours goes back all the same."""
     cids = world.acquire(session, 3)
     world.release(session, *cids, cooldown_ms=10_000)
-    world.lies[Operation.DELETE] = Reply(error=errors.NotHeld("nobody holds it"))
+    refused = errors.NotHeld("nobody holds it")
+    refused.answered = True
+    world.lies[Operation.DELETE] = Reply(error=refused)
     world.operations()
     world.keep(session, world.now)
     assert world.operations()[:3] == ["DELETE", "HELD", "DELETE"]

@@ -752,6 +752,31 @@ def test_a_forked_child_does_not_keep_the_lock(path: Path) -> None:
         os.waitpid(pid, 0)
 
 
+FORKS = """if True:
+    import os, sys, time
+    from pathlib import Path
+    from cidalloc.manager.storage.file import Storage
+    from cidalloc.manager.storage.file_format import Shape
+    store = Storage.open(Path(sys.argv[1]), Shape(1, 10), boot=bytes(16))
+    if pid := os.fork():
+        print(pid, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_forked_child_does_not_keep_the_lock_of_a_killed_process(path: Path) -> None:
+    command = [sys.executable, "-c", FORKS, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.kill()
+        parent.wait()
+        try:
+            Storage.open(path, None, boot=bytes(16)).close()
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
 def test_a_forked_child_does_not_release_the_lock(path: Path) -> None:
     registry = opened(path)
     assert forked(registry.close) in (0, 1)
@@ -799,6 +824,7 @@ def test_a_forked_child_does_not_keep_a_claim(path: Path) -> None:
 
 def test_the_number_of_a_process_is_its_own() -> None:
     assert process_id(os.getpid()) & 2**22 - 1 == os.getpid()
+    assert process_id(os.getpid()) >> 22 > process_id(1) >> 22, "when it was started"
     gone = subprocess.Popen(["sleep", "60"])
     number = process_id(gone.pid)
     gone.kill()

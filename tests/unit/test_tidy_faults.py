@@ -32,6 +32,9 @@ class SlowStream:
             self._asked.append(self._world.now)
             ids = np.arange(1000, dtype=np.uint64).reshape(1, -1)
             outputs = {protocol.OUTPUT: ids, protocol.DETAIL: np.array([[b""]], object)}
+        else:
+            assert options["sequence_start"] and options["sequence_end"]
+            assert options["timeout"] == 1_000_000, "live sequences need the slots more"
         self._world.now += 0.05
         self._answer(model, SimpleNamespace(as_numpy=outputs.get))
 

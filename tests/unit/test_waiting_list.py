@@ -89,6 +89,17 @@ def test_sessions_are_served_in_the_order_in_which_they_came(manager: Manager) -
     assert manager.acquire(C, wait_ms=1000)
 
 
+def test_all_places_before_a_request_count() -> None:
+    manager = Manager(3)
+    assert manager.acquire(A, 3)
+    assert not manager.acquire(B, wait_ms=1000) and not manager.acquire(C, wait_ms=1000)
+    manager.release(A, 2)
+    assert not manager.acquire(D), "one is for B, one for C"
+    assert manager.registry.waiting.any(manager.now)
+    assert manager.acquire(B, wait_ms=1000) and manager.acquire(C, wait_ms=1000)
+    assert not manager.registry.waiting.any(manager.now), "nobody waits any more"
+
+
 def test_ids_that_are_enough_for_all_need_no_order(manager: Manager) -> None:
     assert not manager.acquire(B, wait_ms=1000)
     manager.release(A, 2)
