@@ -34,14 +34,11 @@
 #                JavaScript, and clients that are wrong on purpose: 8 minutes; needs node
 #   make faults  each request and each answer of a client is spoilt in turn, in every way: 15
 #                minutes; fills docs/testing.md in
-<<<<<<< HEAD
 #   make record  bugs that were found, each shown by a test on the commit before it was mended: 5 at
 #                random, or ARGS="ROW ..." of the table in docs/testing.md; needs the history
-=======
 #   make mutants  hundreds of faults in the package, one at a time, which its tests must find: 5
 #                minutes; ARGS=--core those of the allocator core, which are compiled
 #   make mutation  the same with the faults that mutmut makes: hours; ARGS="PATTERN --max-children N"
->>>>>>> 1cf569832e2639089936e94db16a12a7077351a5
 #   make bench-gate  instructions per call against their limits; needs valgrind
 #   make pythons  the wheel and the tests of the allocator on each Python that is there: 3.10 to
 #                3.14 and the free-threaded 3.14t, on PATH, of pyenv or in /opt
@@ -78,11 +75,8 @@ define install
 endef
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
 
-<<<<<<< HEAD
 .PHONY: help demo test lint dist pythons bench bench-client bench-registry bench-gate load scale simulate chaos errors fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy drill-route proxies simulate-fleet cpp conformance faults record clean
-=======
 .PHONY: help demo test lint dist pythons bench bench-client bench-registry bench-gate load scale simulate chaos errors fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy drill-route proxies simulate-fleet cpp conformance faults mutants mutation clean
->>>>>>> 1cf569832e2639089936e94db16a12a7077351a5
 .DELETE_ON_ERROR:
 
 help:

@@ -306,6 +306,24 @@ def test_ids_without_a_session_cool_after_a_power_cut(tmp_path: Path) -> None:
     registry.close()
 
 
+def test_an_id_without_a_session_that_is_released_after_a_power_cut(tmp_path: Path) -> None:
+    """It may have been released and issued to a session before, of which nothing is left."""
+    shape, path = Shape(1, 1), tmp_path / "it"
+    registry = Registry.in_file(path, settings(shape), 0, BOOT)
+    ids = registry.acquire(1, 0)
+    horizon = registry.store.read(Word.HORIZON)
+    registry.close()
+    for _ in range(2):  # also if the process dies then
+        registry = Registry.in_file(path, settings(shape), 0, NEXT_BOOT)
+        registry.close()
+    registry = Registry.in_file(path, settings(shape), 0, NEXT_BOOT)
+    assert registry.release(ids, 0, ended=True) == 1
+    with pytest.raises(Exhausted):
+        registry.acquire(1, horizon - 1)
+    assert registry.acquire(1, horizon).tolist() == [1]
+    registry.close()
+
+
 def test_ids_without_a_session_have_their_whole_age_after_a_reboot(tmp_path: Path) -> None:
     shape = Shape(1, 8)
     path, age = tmp_path / "it", settings(shape).anonymous_age_ms
