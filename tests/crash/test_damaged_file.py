@@ -26,6 +26,7 @@ ALL = os.environ.get("CIDALLOC_ERRORS") == "all"
 SOME = 400  # bits to flip, otherwise
 SHAPE = Shape(1, 20, offset=4)
 ROWS, RECORDS = 9, 17  # that were used, and one that was not
+UNITS = [RECORD, ROW, 512, PAGE]  # that are zeroed, or get in the place of another one
 LIVE = [
     (0, HEADER_BYTES),
     (Part.ROWS.place, ROWS * ROW),
@@ -106,16 +107,16 @@ def test_a_flipped_bit(judge: Judge) -> None:
     print(f"{len(places)} bits:", dict(judge.found))
 
 
-@pytest.mark.parametrize("unit", [512, PAGE])
+@pytest.mark.parametrize("unit", UNITS)
 def test_zeros(judge: Judge, unit: int) -> None:
-    for start, _ in LIVE:
-        for place in range(start, start + 4 * unit, unit):
+    for start, n in LIVE:
+        for place in range(start, start + max(n, 2 * unit), unit):
             judge.judge(changed(judge.left, (place, bytes(unit))), f"{unit} bytes at {place}")
 
 
-@pytest.mark.parametrize("unit", [512, PAGE])
+@pytest.mark.parametrize("unit", UNITS)
 def test_parts_in_wrong_places(judge: Judge, unit: int) -> None:
-    places = [start + n * unit for start, _ in LIVE for n in range(3)]
+    places = [start + n * unit for start, _ in LIVE for n in range(1, 4)]
     for one, other in permutations(places, 2):
         copied = (other, judge.left.bytes(one, unit))
         judge.judge(changed(judge.left, copied), f"{unit} bytes of {one} at {other}")

@@ -74,7 +74,7 @@ def test_a_copy_waits_for_the_longest_time_that_it_knows_of(tmp_path: Path) -> N
     path = tmp_path / "original"
     registry = opened(path)
     registry.open(TOKEN, NOW, ttl_ms=10_000, cooldown_ms=5 * WAIT_MS)
-    horizon = registry.store.header[Word.HORIZON]
+    horizon = registry.store.read(Word.HORIZON)
     assert horizon > 5 * WAIT_MS
     registry.close()
     copy = opened(content(path).put(tmp_path / "copy"))
