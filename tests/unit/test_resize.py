@@ -21,7 +21,7 @@ from cidalloc.errors import (
 from cidalloc.manager.registry import Registry
 from cidalloc.manager.settings import Settings
 from cidalloc.manager.storage.file import Storage, enlarge
-from cidalloc.manager.storage.file_format import Part, Shape
+from cidalloc.manager.storage.file_format import Part, Shape, Word
 from cidalloc.manager.takeover import boot_id
 
 BOOT = b"b" * 16
@@ -123,6 +123,16 @@ def test_show(file: Path) -> None:
     assert TOKEN.hex() not in printed
     assert '"held": 7' in run("registry", "show", "--json", file)
     assert content(file) == before, "it was only read"
+
+
+def test_show_what_became_of_a_file(file: Path, tmp_path: Path) -> None:
+    assert "see docs/operations.md" not in run("registry", "show", file)
+    copy = content(file).put(tmp_path / "copy")
+    assert "is or was a copy" in run("registry", "show", copy)
+    with file.open("r+b") as opened:
+        opened.seek(Word.BOOT * 8)
+        opened.write(BOOT)
+    assert "The machine has restarted since the last write" in run("registry", "show", file)
 
 
 def test_check(file: Path) -> None:

@@ -62,7 +62,7 @@ def show(file: Path, as_json: bool) -> None:
     told = ""
     if status["restored"]:
         told = "This is or was a copy: it is another registry than the original"
-    elif found.store.boot != boot_id():
+    elif found.store.found_boot != boot_id():
         told = "The machine has restarted since the last write"
     if told:
         console.print(f"[dim]{told}, see docs/operations.md[/dim]")

@@ -72,6 +72,7 @@ class Storage:
         header: the words of the header; see `Word`.
         rows, records: memory for a `Sessions` and an `Allocator`.
         path: the file, if there is one.
+        found_boot: the boot in which it was written before it was opened; zeros for a new one.
         is_full: the disk was full when a part could not grow the last time.
     """
 
@@ -83,6 +84,7 @@ class Storage:
         self._file = 0
         self.is_full = False
         self._signed = False
+        self.found_boot = self.boot
         with explained(path):
             if fd >= 0:
                 self._file = _identity(fd)
