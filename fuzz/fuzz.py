@@ -31,7 +31,7 @@ with atheris.instrument_imports(include=["cidalloc"]):
     from cidalloc.manager.registry import Registry
     from cidalloc.manager.service import Service
     from cidalloc.manager.settings import Settings
-    from cidalloc.manager.storage.file_format import GRANULE, Part, Word
+    from cidalloc.manager.storage.file_format import GRANULE, Part, Word, checked
     from cidalloc.triton_model.config import settings_from
 
 TOKENS = ["0123456789abcdef" * 2, "f" * 32, "0" * 31, "x" * 32, ""]
@@ -144,11 +144,16 @@ class Files:
         some = atheris.FuzzedDataProvider(data)
         content = {place: bytearray(part) for place, part in self.sound.items()}
         for _ in range(some.ConsumeIntInRange(0, 8)):
-            part, at = content[some.PickValueInList(PLACES)], some.ConsumeIntInRange(0, 4096)
+            place, at = some.PickValueInList(PLACES), some.ConsumeIntInRange(0, 4096)
             patch = some.ConsumeBytes(some.ConsumeIntInRange(0, 16))
-            if some.ConsumeBool():
-                patch = struct.pack("=Q", some.ConsumeIntInRange(0, 2**64 - 1))
-            part[at : at + len(patch)] = patch
+            kind = some.ConsumeIntInRange(0, 2)
+            if kind:
+                word = some.ConsumeIntInRange(0, 2**64 - 1)
+                if kind == 2:  # one that is not taken for damage
+                    at -= at % 8
+                    word = checked((place + at) // 8, word % 2**48)
+                patch = struct.pack("=Q", word)
+            content[place][at : at + len(patch)] = patch
         cut = some.ConsumeIntInRange(0, 3) == 0
         size = some.ConsumeIntInRange(0, self.size) if cut else self.size
         boot = self.boot if some.ConsumeBool() else b"another boot of i"[:16]
