@@ -129,15 +129,18 @@ def test_pauses_differ_between_clients(world: World) -> None:
 
 
 class Noting(Loopback):
-    """It notes the cooldowns of releases."""
+    """It notes the cooldowns of releases, and those that NEW announces."""
 
     def __init__(self) -> None:
         super().__init__(Settings(first=1, capacity=10, fresh=True))
-        self.cooldowns: list[int] = []
+        self.cooldowns: list[object] = []  # None: END was answered
+        self.announced: list[object] = []
 
     def call(self, model: str, request: Request, timeout: float) -> tuple[IDs, str]:
         if request.operation is Operation.DELETE:
-            self.cooldowns.append(request.parameters["cooldown_ms"])
+            self.cooldowns.append(request.parameters.get("cooldown_ms"))
+        if request.operation is Operation.NEW:
+            self.announced.append(request.parameters.get("cooldown_ms"))
         return super().call(model, request, timeout)
 
 
@@ -150,6 +153,21 @@ def test_no_cooldown_is_shorter_than_asked_for() -> None:
         cids.active()
     assert manager.cooldowns == [10_001, 120_000]
     assert need_ms(10.0, 0.0001) == 10_001
+
+
+@pytest.mark.parametrize("check", [False, True])
+@pytest.mark.parametrize(("cooldown", "idle_ms"), [(10.0, 10_000), (0.5, 2_000)])
+def test_a_sequence_without_end_cools(check: bool, cooldown: float, idle_ms: int) -> None:
+    """For as long as its model may remember it, if that is known."""
+    manager = Noting()
+    with Client(transport=manager) as cids:
+        with cids.sequence("model", cooldown=cooldown, check=check, timeout=3.0) as sequence:
+            sequence.infer([])
+        cids.active()
+    idle_ms = idle_ms if check else int(cooldown * 1000)
+    (cooled,) = manager.cooldowns
+    assert cooled == pytest.approx(idle_ms + 3_000, abs=1)
+    assert manager.announced[0] == idle_ms + 3_000, "for the case that the client dies"
 
 
 # ---- The link

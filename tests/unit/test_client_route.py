@@ -82,6 +82,21 @@ def test_an_earlier_manager(monkeypatch: pytest.MonkeyPatch) -> None:
         assert gateway.route() is None
 
 
+def test_a_manager_that_tells_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = Loopback(SLICES[1])
+    inner = manager.call
+
+    def call(model: str, request: protocol.Request, timeout: float) -> tuple[Any, str]:
+        output, detail = inner(model, request, timeout)
+        return (output[:5] if request.operation is Operation.OPEN else output), detail
+
+    monkeypatch.setattr(manager, "call", call)
+    with Client(transport=manager) as client:
+        client.acquire()
+        lease = client._session.lease
+        assert lease.cache.cooldown == 5.0 and lease.default_ms == 120_000
+
+
 def test_a_lease_that_ran_out_moves() -> None:
     """Its server does not answer: the next session is at another, and its IDs are lost."""
     gateway = Gateway(*SLICES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,23 @@ def die(registry: Registry, models: tuple[str, ...] = ("asr",), count: int = 3) 
 
 def dead(registry: Registry, now: int, model: str = "asr", asker: int = 2) -> list[int]:
     return sorted(registry.dead_ids(token(asker), now, model, 1000).tolist())
+
+
+def test_the_window_after_the_least_cooldown_was_raised(registry: Registry) -> None:
+    registry.open(token(1), 0, ttl_ms=TTL, cooldown_ms=COOLDOWN)
+    (held,) = registry.acquire(1, 0, token=token(1), seq=1, cooldown_ms=COOLDOWN).tolist()
+    registry.renew(token(1), 0, models=("asr",))
+    registry.open(token(2), 0, ttl_ms=600_000)
+    dead(registry, 0)
+    registry.settings = replace(registry.settings, cooldown_ms=2 * COOLDOWN)
+    registry.tick(EXPIRY)
+    due = EXPIRY + 2 * (2 * COOLDOWN) + DEAD_WINDOW_MS
+    assert dead(registry, EXPIRY + 2 * COOLDOWN - 1) == []
+    assert dead(registry, EXPIRY + 2 * COOLDOWN) == [held]
+    registry.tick(due - 1)
+    assert registry.pool.cooling == 1
+    registry.pool.acquire_many(0, now=due)
+    assert registry.pool.cooling == 0
 
 
 def test_the_window(registry: Registry) -> None:
