@@ -196,7 +196,7 @@ def test_what_a_new_session_cures_needs_no_pause_at_first(world: World, session:
     first = session.link.pause(1)
     assert 0.025 <= first <= 0.05
     with pytest.raises(errors.SessionUnknown):
-        next(session.link.recover(error, 4, world.now))
+        next(session.link.recover(error, 4, world.now + 0.1))  # no pause is so short
 
 
 def test_the_answer_to_end_gives_the_id_back() -> None:
@@ -206,3 +206,12 @@ def test_the_answer_to_end_gives_the_id_back() -> None:
         assert cids.held().tolist() == [sequence.cid]
         sequence.infer([], end=True)
         assert not cids.held().size and sequence.state == "closed, recycled"
+
+
+def test_a_sequence_of_a_closed_client_sends_nothing() -> None:
+    with Client(transport=Loopback(Settings(first=1, capacity=10, fresh=True))) as cids:
+        sequence = cids.sequence("model")
+        sequence.infer([])
+        cids.close()
+        with pytest.raises(errors.InvalidArgument, match="the client of this sequence is closed"):
+            sequence.infer([])

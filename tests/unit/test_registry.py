@@ -25,6 +25,7 @@ from cidalloc.errors import (
     SessionUnknown,
     Unavailable,
 )
+from cidalloc.manager import sessions
 from cidalloc.manager.inspection import status_of
 from cidalloc.manager.registry import Grant, Registry
 from cidalloc.manager.settings import Settings
@@ -411,6 +412,25 @@ def test_the_end_of_a_session_keeps_to_a_cooldown_that_was_raised(tmp_path: Path
     with pytest.raises(Exhausted):
         registry.acquire(1, 5_099)
     assert registry.acquire(1, 5_100).tolist() == [1]
+    registry.close()
+
+
+def test_a_session_that_ended_halfway_cools_for_its_whole_time(tmp_path: Path) -> None:
+    """The process died before it released the IDs."""
+    settings = Settings(first=1, capacity=1, cooldown_ms=0, fresh=True)
+    registry = Registry.in_file(tmp_path / "it", settings, 0, bytes(16))
+    registry.open(A, 0, ttl_ms=1_000)
+    registry.acquire(1, 0, token=A, seq=1, cooldown_ms=60_000)
+    (session,) = registry.sessions
+    place = session.number * sessions._WORDS
+    word = sessions._word(place, session.generation << 2 | sessions.ENDING)
+    registry.sessions._words[place] = word
+    registry.close()
+    registry = Registry.in_file(tmp_path / "it", settings, 100, bytes(16))
+    assert not registry.sessions.named
+    with pytest.raises(Exhausted):
+        registry.acquire(1, 60_099)
+    assert registry.acquire(1, 60_100).tolist() == [1]
     registry.close()
 
 
