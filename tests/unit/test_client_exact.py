@@ -128,6 +128,26 @@ def test_pauses_differ_between_clients(world: World) -> None:
     assert len({world.session(seed=seed).link.pause(3) for seed in range(5)}) == 5
 
 
+def test_an_id_by_hand_waits_until_its_cooldown_is_announced(world: World) -> None:
+    session = world.session(TTL)
+    world.acquire(session, 1, 5_000)
+    lease = session.lease
+    assert lease.cache.fresh and lease.announced_ms < lease.default_ms
+    assert lease.take() == 0
+    world.run(session, lease.announce(lease.default_ms, world.now + 10))
+    assert lease.take()
+
+
+def test_a_cooldown_is_announced_once_the_manager_answers(world: World, session: Session) -> None:
+    before = session.lease.announced_ms
+    world.fates = ["lost"]
+    with pytest.raises(errors.Unavailable):
+        world.run(session, session.lease.announce(10 * before, world.now + 10))
+    assert session.lease.announced_ms == before
+    world.run(session, session.lease.announce(10 * before, world.now + 10))
+    assert session.lease.announced_ms == 10 * before
+
+
 class Noting(Loopback):
     """It notes the cooldowns of releases, and those that NEW announces."""
 
