@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from cidalloc.errors import Exhausted, InvalidArgument, LimitExceeded, SessionUnknown
-from cidalloc.manager import dead_ids
+from cidalloc.manager import dead_ids, service
 from cidalloc.manager.dead_ids import DeadIds
 from cidalloc.manager.registry import Registry
 from cidalloc.manager.settings import Settings
@@ -287,6 +287,12 @@ def test_no_more_than_a_limit(caplog: pytest.LogCaptureFixture) -> None:
 def test_models_that_are_none(models: str) -> None:
     with pytest.raises(InvalidArgument, match=r"^models is not a JSON list of at most 16 names"):
         decode(models=models)
+
+
+def test_a_request_without_a_count_gets_all_of_a_few(registry: Registry) -> None:
+    held = die(registry, count=12)
+    request = decode(session=token(2).hex(), model="asr")
+    assert sorted(service._dead(registry, request, EXPIRY + COOLDOWN).tolist()) == held
 
 
 def test_models_that_are_some() -> None:
