@@ -277,19 +277,19 @@ def _subsets(places: list[int]) -> Iterator[tuple[int, ...]]:
 # ---- Each found by the above, or by reading
 
 
-def lost(path: Path, shape: Shape, act: Any) -> Content:
+def lost(path: Path, shape: Shape, act: Any, fresh: bool = True) -> Content:
     """Return what is on the disk for certain when `act` has been done to a new registry."""
     on_disk: list[Content] = []
     fsync = os.fsync
 
     def synced(fd: int) -> None:
         fsync(fd)
-        if path.exists():
-            on_disk.append(content(path))
+        if stat.S_ISREG(os.fstat(fd).st_mode):  # and not its folder
+            on_disk.append(content(Path(f"/proc/self/fd/{fd}")))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", synced)
-        registry = Registry.in_file(path, settings(shape), 0, BOOT)
+        registry = Registry.in_file(path, settings(shape, fresh), 0, BOOT)
         act(registry)
         registry.close()
     return on_disk[-1]
@@ -303,6 +303,14 @@ def test_ids_without_a_session_cool_after_a_power_cut(tmp_path: Path) -> None:
     assert registry.pool.active == 0, "that ID was lost"
     with pytest.raises(Exhausted):
         registry.acquire(1, TTL + GRACE + UNENDED - 1)
+    registry.close()
+
+
+def test_a_new_registry_waits_although_the_power_is_cut(tmp_path: Path) -> None:
+    path, shape = tmp_path / "it", Shape(1, 3)
+    lost(path, shape, lambda registry: None, fresh=False).put(path)
+    registry = Registry.in_file(path, settings(shape, fresh=False), 0, NEXT_BOOT)
+    assert registry.issues_in_ms == TTL + GRACE
     registry.close()
 
 

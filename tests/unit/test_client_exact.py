@@ -128,16 +128,39 @@ def test_pauses_differ_between_clients(world: World) -> None:
     assert len({world.session(seed=seed).link.pause(3) for seed in range(5)}) == 5
 
 
+def test_an_id_by_hand_waits_until_its_cooldown_is_announced(world: World) -> None:
+    session = world.session(TTL)
+    world.acquire(session, 1, 5_000)
+    lease = session.lease
+    assert lease.cache.fresh and lease.announced_ms < lease.default_ms
+    assert lease.take() == 0
+    world.run(session, lease.announce(lease.default_ms, world.now + 10))
+    assert lease.take()
+
+
+def test_a_cooldown_is_announced_once_the_manager_answers(world: World, session: Session) -> None:
+    before = session.lease.announced_ms
+    world.fates = ["lost"]
+    with pytest.raises(errors.Unavailable):
+        world.run(session, session.lease.announce(10 * before, world.now + 10))
+    assert session.lease.announced_ms == before
+    world.run(session, session.lease.announce(10 * before, world.now + 10))
+    assert session.lease.announced_ms == 10 * before
+
+
 class Noting(Loopback):
-    """It notes the cooldowns of releases."""
+    """It notes the cooldowns of releases, and those that NEW announces."""
 
     def __init__(self) -> None:
         super().__init__(Settings(first=1, capacity=10, fresh=True))
-        self.cooldowns: list[int] = []
+        self.cooldowns: list[object] = []  # None: END was answered
+        self.announced: list[object] = []
 
     def call(self, model: str, request: Request, timeout: float) -> tuple[IDs, str]:
         if request.operation is Operation.DELETE:
-            self.cooldowns.append(request.parameters["cooldown_ms"])
+            self.cooldowns.append(request.parameters.get("cooldown_ms"))
+        if request.operation is Operation.NEW:
+            self.announced.append(request.parameters.get("cooldown_ms"))
         return super().call(model, request, timeout)
 
 
@@ -150,6 +173,21 @@ def test_no_cooldown_is_shorter_than_asked_for() -> None:
         cids.active()
     assert manager.cooldowns == [10_001, 120_000]
     assert need_ms(10.0, 0.0001) == 10_001
+
+
+@pytest.mark.parametrize("check", [False, True])
+@pytest.mark.parametrize(("cooldown", "idle_ms"), [(10.0, 10_000), (0.5, 2_000)])
+def test_a_sequence_without_end_cools(check: bool, cooldown: float, idle_ms: int) -> None:
+    """For as long as its model may remember it, if that is known."""
+    manager = Noting()
+    with Client(transport=manager) as cids:
+        with cids.sequence("model", cooldown=cooldown, check=check, timeout=3.0) as sequence:
+            sequence.infer([])
+        cids.active()
+    idle_ms = idle_ms if check else int(cooldown * 1000)
+    (cooled,) = manager.cooldowns
+    assert cooled == pytest.approx(idle_ms + 3_000, abs=1)
+    assert manager.announced[0] == idle_ms + 3_000, "for the case that the client dies"
 
 
 # ---- The link
@@ -178,7 +216,7 @@ def test_what_a_new_session_cures_needs_no_pause_at_first(world: World, session:
     first = session.link.pause(1)
     assert 0.025 <= first <= 0.05
     with pytest.raises(errors.SessionUnknown):
-        next(session.link.recover(error, 4, world.now))
+        next(session.link.recover(error, 4, world.now + 0.1))  # no pause is so short
 
 
 def test_the_answer_to_end_gives_the_id_back() -> None:
@@ -188,3 +226,12 @@ def test_the_answer_to_end_gives_the_id_back() -> None:
         assert cids.held().tolist() == [sequence.cid]
         sequence.infer([], end=True)
         assert not cids.held().size and sequence.state == "closed, recycled"
+
+
+def test_a_sequence_of_a_closed_client_sends_nothing() -> None:
+    with Client(transport=Loopback(Settings(first=1, capacity=10, fresh=True))) as cids:
+        sequence = cids.sequence("model")
+        sequence.infer([])
+        cids.close()
+        with pytest.raises(errors.InvalidArgument, match="the client of this sequence is closed"):
+            sequence.infer([])

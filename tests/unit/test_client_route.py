@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -35,6 +36,11 @@ class Gateway(Loopback):
         if place in self.away:
             raise Unavailable(f"the proxy cannot reach the server of {place}")
         return self.managers[place].call(model, request, timeout)
+
+    def model_config(self, model: str, timeout: float) -> Mapping[str, Any]:
+        if self.route() in self.away:
+            raise Unavailable(f"the proxy cannot reach the server of {self.route()}")
+        return super().model_config(model, timeout)
 
 
 def test_all_but_open_are_routed() -> None:
@@ -82,6 +88,21 @@ def test_an_earlier_manager(monkeypatch: pytest.MonkeyPatch) -> None:
         assert gateway.route() is None
 
 
+def test_a_manager_that_tells_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = Loopback(SLICES[1])
+    inner = manager.call
+
+    def call(model: str, request: protocol.Request, timeout: float) -> tuple[Any, str]:
+        output, detail = inner(model, request, timeout)
+        return (output[:5] if request.operation is Operation.OPEN else output), detail
+
+    monkeypatch.setattr(manager, "call", call)
+    with Client(transport=manager) as client:
+        client.acquire()
+        lease = client._session.lease
+        assert lease.cache.cooldown == 5.0 and lease.default_ms == 120_000
+
+
 def test_a_lease_that_ran_out_moves() -> None:
     """Its server does not answer: the next session is at another, and its IDs are lost."""
     gateway = Gateway(*SLICES)
@@ -103,6 +124,18 @@ def test_a_lease_that_ran_out_moves() -> None:
     assert gateway.routes[-1] == ("CLOSE", 2)
 
 
+def test_a_sequence_after_the_lease_ran_out_moves() -> None:
+    """It reads the model's configuration there, too."""
+    gateway = Gateway(*SLICES)
+    with Client(transport=gateway, ttl=1.0, timeout=0.2) as client:
+        client.acquire()
+        gateway.away.add(0)
+        gateway.any = 2
+        run_out(client)
+        with client.sequence("model") as sequence:
+            assert sequence.cid in range(2**30 + 32, 2**30 + 48)
+
+
 def test_a_lease_that_ran_out_stays_if_its_server_answers() -> None:
     gateway = Gateway(*SLICES)
     with Client(transport=gateway, ttl=1.0, timeout=0.2) as client:
@@ -116,9 +149,14 @@ def test_a_lease_that_ran_out_stays_if_its_server_answers() -> None:
         assert gateway.route() == 0 and cid in client.held()
 
 
-def expire(client: Client) -> int:
-    """Let the lease run out, and acquire an ID."""
+def run_out(client: Client) -> None:
+    """Let the lease run out."""
     lease = client._session.lease
     while time.clock_gettime(time.CLOCK_BOOTTIME) < lease.deadline:
         time.sleep(0.01)
+
+
+def expire(client: Client) -> int:
+    """Let the lease run out, and acquire an ID."""
+    run_out(client)
     return client.acquire()

@@ -236,6 +236,19 @@ def test_what_fails_after_the_renewal_is_no_doubt() -> None:
     heartbeat.close()
 
 
+def test_a_broken_connection_is_no_time_for_a_pause() -> None:
+    world = World(SETTINGS)
+    session = world.session()
+    world.acquire(session)
+    session.lease.put_off(10)
+    heartbeat = session.heartbeat()
+    assert isinstance(next(heartbeat), Idle)
+    heartbeat.close()
+    assert session.unsure(True)
+    effect = next(session.heartbeat())
+    assert isinstance(effect, Send) and effect.request.operation is Operation.RENEW
+
+
 @pytest.mark.parametrize("heartbeat", [False, True])
 def test_a_connection_that_breaks_during_the_renewal(heartbeat: bool) -> None:
     """Another server may have the address since then."""

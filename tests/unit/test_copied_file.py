@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -96,6 +97,16 @@ def test_a_file_that_was_moved_is_no_copy(original: Path, tmp_path: Path) -> Non
     after = opened(original.rename(tmp_path / "moved"))
     assert after.uuid == before.uuid and knows(after)
     after.close()
+
+
+def test_a_file_with_another_version_of_the_same_inode(
+    original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the next test on file systems that cannot show it."""
+    monkeypatch.setattr(fcntl, "ioctl", lambda fd, request, version: b"\1" * len(version))
+    registry = opened(original)
+    assert not knows(registry)
+    registry.close()
 
 
 def test_a_backup_that_gets_the_number_of_the_deleted_file(original: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from cidalloc.errors import Exhausted, InvalidArgument, LimitExceeded, SessionUnknown
-from cidalloc.manager import dead_ids
+from cidalloc.manager import dead_ids, service
 from cidalloc.manager.dead_ids import DeadIds
 from cidalloc.manager.registry import Registry
 from cidalloc.manager.settings import Settings
@@ -53,6 +54,23 @@ def die(registry: Registry, models: tuple[str, ...] = ("asr",), count: int = 3) 
 
 def dead(registry: Registry, now: int, model: str = "asr", asker: int = 2) -> list[int]:
     return sorted(registry.dead_ids(token(asker), now, model, 1000).tolist())
+
+
+def test_the_window_after_the_least_cooldown_was_raised(registry: Registry) -> None:
+    registry.open(token(1), 0, ttl_ms=TTL, cooldown_ms=COOLDOWN)
+    (held,) = registry.acquire(1, 0, token=token(1), seq=1, cooldown_ms=COOLDOWN).tolist()
+    registry.renew(token(1), 0, models=("asr",))
+    registry.open(token(2), 0, ttl_ms=600_000)
+    dead(registry, 0)
+    registry.settings = replace(registry.settings, cooldown_ms=2 * COOLDOWN)
+    registry.tick(EXPIRY)
+    due = EXPIRY + 2 * (2 * COOLDOWN) + DEAD_WINDOW_MS
+    assert dead(registry, EXPIRY + 2 * COOLDOWN - 1) == []
+    assert dead(registry, EXPIRY + 2 * COOLDOWN) == [held]
+    registry.tick(due - 1)
+    assert registry.pool.cooling == 1
+    registry.pool.acquire_many(0, now=due)
+    assert registry.pool.cooling == 0
 
 
 def test_the_window(registry: Registry) -> None:
@@ -269,6 +287,12 @@ def test_no_more_than_a_limit(caplog: pytest.LogCaptureFixture) -> None:
 def test_models_that_are_none(models: str) -> None:
     with pytest.raises(InvalidArgument, match=r"^models is not a JSON list of at most 16 names"):
         decode(models=models)
+
+
+def test_a_request_without_a_count_gets_all_of_a_few(registry: Registry) -> None:
+    held = die(registry, count=12)
+    request = decode(session=token(2).hex(), model="asr")
+    assert sorted(service._dead(registry, request, EXPIRY + COOLDOWN).tolist()) == held
 
 
 def test_models_that_are_some() -> None:

@@ -291,3 +291,16 @@ def test_a_sequence_of_a_fleet_has_the_options_of_a_client(fake: FakeTriton, opt
     asyncio.run(main())
     with Fleet([fake.url]) as fleet, fleet.sequence(**MODEL, **given) as sequence:
         assert sequence._begun.end_inputs
+
+
+def test_a_server_that_is_drained_gets_no_sequence(fake: FakeTriton, other: FakeTriton) -> None:
+    with Fleet([fake.url, other.url], choose=first) as fleet:
+        drained = first(fleet.servers)
+        with fleet.sequence(**MODEL):
+            assert drained.sequences == 1
+        drained.client._session.lease.cache.drain(True)
+        with fleet.sequence(**MODEL):
+            assert drained.sequences == 0
+        drained.client._session.lease.cache.drain(False)
+        with fleet.sequence(**MODEL):
+            assert drained.sequences == 1

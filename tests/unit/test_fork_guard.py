@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from loopback import AsyncLoopback, Loopback
 
-from cidalloc.client import AsyncClient, AsyncSequence, Client
+from cidalloc.client import AsyncClient, AsyncSequence, Client, Fleet
 from cidalloc.errors import CidError, Forked, InvalidArgument
 from cidalloc.manager.settings import Settings
 
@@ -176,3 +176,9 @@ def test_a_copy(how: Callable[[Any], Any]) -> None:
 def _refuse_copy(how: Callable[[Any], Any], thing: Any) -> None:
     with pytest.raises(InvalidArgument, match="cannot be copied or pickled"):
         how(thing)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fleet_in_a_child_process() -> None:
+    with Fleet(["localhost:1"]) as fleet:
+        assert in_a_child([lambda: fleet.sequence("model")]) == 1

@@ -87,6 +87,16 @@ def test_in_a_drain_unused_ids_go_at_once(fresh: int, cooling: int) -> None:
     assert cache.to_release.keys() == {ENDED} and not cache.fresh and not cache.cooling
 
 
+def test_in_a_drain_nothing_comes_in() -> None:
+    cache = IdCache(cooldown=5.0, ahead=100)
+    cache.refill([], [1], 0.0)
+    cache.needs_refill = True
+    cache.drain(True)
+    assert cache.due(0.0) == FOREVER, "to fetch more would be refused"
+    cache.recycle(1, 0.0)
+    assert not cache.cooling and list(cache.to_release[ENDED]) == [1]
+
+
 def test_in_a_drain_after_a_pause_all_go() -> None:
     cache = IdCache(cooldown=100.0, ahead=100)
     cache.refill([1, 2], [3], 0.0)

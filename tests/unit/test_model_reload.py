@@ -138,6 +138,7 @@ def test_a_heartbeat_announces_the_longer_idle_time(world: World, session: Sessi
     world.idle["model"] = 900.0
     world.now += 1
     assert begin(world, session).idle_s == 200, "it was read a second ago"
+    session.models.known("model", TIMEOUT / 3, world.now)  # by a sequence that takes less
     world.sent.clear()
     world.keep(session, world.now + TTL / 2)
     assert cooldowns(world) == [903_000]

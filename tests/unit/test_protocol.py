@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from cidalloc import protocol
 from cidalloc.codes import Code, Operation
-from cidalloc.errors import CidError, InvalidArgument, OutOfRange, UnknownOperation, error_for
+from cidalloc.errors import (
+    CidError,
+    InvalidArgument,
+    OutOfRange,
+    ProtocolError,
+    UnknownOperation,
+    error_for,
+)
 from cidalloc.protocol import Request
 
 cids = st.lists(st.integers(0, 2**64 - 1), max_size=5)
@@ -45,6 +52,12 @@ def test_errors_are_found_in_any_text(code: Code, words: str, before: str) -> No
 @pytest.mark.parametrize("text", ["", "CIDALLOC 3 NOT_OWNER", "[CIDALLOC x NOT_HELD] no"])
 def test_other_texts_are_no_errors(text: str) -> None:
     assert protocol.parse_error(text) is None
+
+
+def test_an_error_of_a_later_version() -> None:
+    found = protocol.parse_error("[CIDALLOC 99 NEW_KIND] its words")
+    assert type(found) is ProtocolError and found.answered
+    assert "its words" in str(found)
 
 
 ONE = np.array([[0]], np.int8)

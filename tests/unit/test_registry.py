@@ -25,6 +25,7 @@ from cidalloc.errors import (
     SessionUnknown,
     Unavailable,
 )
+from cidalloc.manager import sessions
 from cidalloc.manager.inspection import status_of
 from cidalloc.manager.registry import Grant, Registry
 from cidalloc.manager.settings import Settings
@@ -74,8 +75,9 @@ def test_the_default_pool_fits_every_corrid_type() -> None:
     assert values.first + values.capacity - 1 == 2**31 - 1
 
 
-def test_a_fresh_registry_starts_at_first() -> None:
-    assert small().acquire(3, 0).tolist() == [1, 2, 3]
+@pytest.mark.parametrize("capacity", [3, 2**24])
+def test_a_fresh_registry_starts_at_first(capacity: int) -> None:
+    assert small(capacity=capacity).acquire(3, 0).tolist() == [1, 2, 3]
 
 
 def test_a_registry_without_a_past_starts_anywhere() -> None:
@@ -261,6 +263,22 @@ def test_a_session_that_expires_lets_its_ids_cool_as_long_as_it_said() -> None:
     assert len(registry.acquire(2, 31_100)) == 2
 
 
+def test_the_next_process_lets_them_cool_as_long_as_that(tmp_path: Path) -> None:
+    settings = Settings(first=1, capacity=1, cooldown_ms=0, grace_ms=1_000, fresh=True)
+    registry = Registry.in_file(tmp_path / "it", settings, 0, bytes(16))
+    registry.open(bytes(16), 0, ttl_ms=10_000)
+    registry.acquire(1, 0, token=bytes(16), seq=1, cooldown_ms=60_000)
+    registry.close()
+    registry = Registry.in_file(tmp_path / "it", settings, 100, bytes(16))
+    end = 100 + 10_000 + 1_000 + 1
+    registry.tick(end)
+    assert not registry.sessions.named
+    with pytest.raises(Exhausted):
+        registry.acquire(1, end + 59_999)
+    assert registry.acquire(1, end + 60_000).tolist() == [1]
+    registry.close()
+
+
 def test_limits_say_which_setting_they_are() -> None:
     registry = small(capacity=100, max_sessions=1, max_held=5, max_anonymous=3, max_count=6)
     for ttl in (0, 999, 600_001, -5):
@@ -379,6 +397,41 @@ def test_the_end_of_a_session_keeps_to_the_least_cooldown(ended: bool) -> None:
     with pytest.raises(Exhausted):
         registry.acquire(1, 5_099, token=B, seq=1)
     assert registry.acquire(1, 5_100, token=B, seq=2).tolist() == [1]
+
+
+def test_the_end_of_a_session_keeps_to_a_cooldown_that_was_raised(tmp_path: Path) -> None:
+    """By an operator, in the settings of the next process."""
+    settings = Settings(first=1, capacity=1, cooldown_ms=1_000, fresh=True)
+    registry = Registry.in_file(tmp_path / "it", settings, 0, bytes(16))
+    registry.open(A, 0, ttl_ms=1_000)
+    registry.acquire(1, 0, token=A, seq=1, cooldown_ms=0)
+    registry.close()
+    settings = replace(settings, cooldown_ms=5_000)
+    registry = Registry.in_file(tmp_path / "it", settings, 0, bytes(16))
+    registry.close_session(A, 100)
+    with pytest.raises(Exhausted):
+        registry.acquire(1, 5_099)
+    assert registry.acquire(1, 5_100).tolist() == [1]
+    registry.close()
+
+
+def test_a_session_that_ended_halfway_cools_for_its_whole_time(tmp_path: Path) -> None:
+    """The process died before it released the IDs."""
+    settings = Settings(first=1, capacity=1, cooldown_ms=0, fresh=True)
+    registry = Registry.in_file(tmp_path / "it", settings, 0, bytes(16))
+    registry.open(A, 0, ttl_ms=1_000)
+    registry.acquire(1, 0, token=A, seq=1, cooldown_ms=60_000)
+    (session,) = registry.sessions
+    place = session.number * sessions._WORDS
+    word = sessions._word(place, session.generation << 2 | sessions.ENDING)
+    registry.sessions._words[place] = word
+    registry.close()
+    registry = Registry.in_file(tmp_path / "it", settings, 100, bytes(16))
+    assert not registry.sessions.named
+    with pytest.raises(Exhausted):
+        registry.acquire(1, 60_099)
+    assert registry.acquire(1, 60_100).tolist() == [1]
+    registry.close()
 
 
 def test_anonymous_ids_are_taken_back_in_slices() -> None:

@@ -78,6 +78,14 @@ def test_it_only_grows(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["it"]
 
 
+def test_it_grows_to_the_last_id(tmp_path: Path) -> None:
+    path, first = tmp_path / "it", 2**63 - 200
+    Registry.in_file(path, Settings(first=first, capacity=100, fresh=True), 0, BOOT).close()
+    with pytest.raises(InvalidArgument, match="below 2"):
+        enlarge(path, 201)
+    assert enlarge(path, 200).capacity == 200
+
+
 def test_a_disk_that_fails_leaves_a_file_that_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

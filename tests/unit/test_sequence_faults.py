@@ -19,7 +19,7 @@ from test_every_line import Bell
 from cidalloc.client import Client
 from cidalloc.client.core.tensors import ON_STREAMS, Library
 from cidalloc.client.core.transport import translating
-from cidalloc.errors import CidError, SequenceLost, Unavailable
+from cidalloc.errors import CidError, InvalidArgument, SequenceLost, Unavailable
 from cidalloc.manager.settings import Settings
 
 SETTINGS = Settings(first=1, capacity=10_000, max_sessions=1000, fresh=True)
@@ -172,3 +172,24 @@ def test_a_lost_id_that_another_sequence_got_gets_no_end_of_the_lost_one() -> No
         model.sent.clear()
         sequence.close()
         assert not model.sent, model.sent
+
+
+def test_a_sequence_stays_on_its_version() -> None:
+    model = Model()
+    with Client(transport=model) as cids, cids.sequence("model") as sequence:
+        sequence.infer([], model_version="1")
+        for other in ({}, {"model_version": "2"}):
+            with pytest.raises(InvalidArgument, match="is on version '1'"):
+                sequence.infer([], **other)
+        sequence.infer([], model_version="1", end=True)
+    assert [each["model_version"] for each in model.sent] == ["1", "1"]
+
+
+def test_an_iterative_model_gets_no_end() -> None:
+    """Its second iteration would not run."""
+    model = Model()
+    iterative = {"sequence_batching": {"iterative_sequence": True}}
+    model.model_config = lambda model, timeout: {"name": model, **iterative}  # type: ignore
+    with Client(transport=model) as cids, cids.sequence("model") as sequence:
+        sequence.infer([], end=True)
+    assert [each.get("sequence_end") for each in model.sent] == [None]

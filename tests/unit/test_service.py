@@ -397,11 +397,15 @@ def test_one_that_has_ended_its_work(service: Service) -> None:
     service.close()
 
 
+@pytest.mark.parametrize("kind", [ZeroDivisionError, MemoryError, RuntimeError])
 def test_nothing_escapes(
-    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    service: Service,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kind: type[Exception],
 ) -> None:
     def broken(*arguments: Any, **named: Any) -> None:
-        raise ZeroDivisionError("/secret/path.py")
+        raise kind("/secret/path.py")
 
     monkeypatch.setattr(Registry, "acquire", broken)
     output = service.answer(np.array([[0]], np.int8), None, "")

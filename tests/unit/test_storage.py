@@ -313,6 +313,12 @@ def test_a_truncated_file(used: Path, size: int) -> None:
     refused(used, RegistryCorrupt, f"is truncated: {size} bytes, and at least .* were in use")
 
 
+def test_a_truncated_file_shows_before_it_is_mapped(used: Path) -> None:
+    os.truncate(used, Part.RECORDS.place)
+    with pytest.raises(RegistryCorrupt, match="is truncated"):
+        Storage.expect(used, Shape(10, 50))
+
+
 def test_a_file_may_be_longer(used: Path) -> None:
     os.truncate(used, used.stat().st_size + 12_345)
     registry = opened(used)

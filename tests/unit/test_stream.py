@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from loopback import Loopback
@@ -191,3 +192,13 @@ class Streams(RuleBasedStateMachine):
 
 TestStreams = Streams.TestCase
 TestStreams.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_an_error_that_names_no_request_ends_them_all() -> None:
+    transport = Decoupled(SETTINGS, lambda: 1_000_000)
+    with Client(transport=transport) as client, client.sequence("asr") as sequence:
+        several = [sequence.stream([]) for _ in range(2)]
+        transport.wire.receive("", True, None, InferenceServerException("the model failed"))
+        for answers in several:
+            with pytest.raises(InferenceServerException, match="the model failed"):
+                next(answers)

@@ -16,6 +16,7 @@ import pytest
 from cidalloc.errors import InvalidArgument, RegistryLocked, RegistryMismatch, Unavailable
 from cidalloc.manager import takeover as handover
 from cidalloc.manager.settings import Settings
+from cidalloc.manager.storage.file import Storage
 from cidalloc.manager.storage.file_format import GRANULE, Word
 from cidalloc.manager.storage.file_lock import TakeoverRequest, process_id, writer_of
 from cidalloc.manager.takeover import RegistryHolder, boot_id
@@ -252,6 +253,26 @@ def test_trouble_with_the_file_is_told(
     assert old.registry().pool.active == 1
     old.poll()
     assert old.registry().pool.active == 1, "nobody wants it any more"
+    new.close()
+    old.close()
+
+
+def test_trouble_that_passes_ends_no_takeover(
+    values: Settings, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: object, **named: object) -> None:
+        raise Unavailable("the disk fails")
+
+    old = holder(values, clock)
+    new = holder(values, clock)
+    old.poll()
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "open", fails)
+        new.poll()
+    away(new, "the disk fails")
+    assert new.waits
+    new.poll()
+    assert not new.waits and new.registry().pool.active == 0
     new.close()
     old.close()
 
