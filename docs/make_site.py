@@ -1,0 +1,89 @@
+"""Build the site of mkdocs.yml from docs/ and the changelog: `make docs`.
+
+The pages link to files of this repository that are no pages, such as examples. Each of them becomes
+a page with its text, since the site has to work without the repository.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = ROOT / "build" / "pages"
+LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(?=\))")
+LANGUAGES = {".cc": "cpp", ".conf": "nginx", ".json": "json", ".mjs": "js", ".py": "python"}
+LANGUAGES |= {".sh": "sh", ".yaml": "yaml"}
+
+
+def place(path: Path) -> Path:
+    """Return the file of the site, below build/pages, that shows a file of this repository."""
+    if path.is_relative_to(DOCS):
+        return path.relative_to(DOCS)
+    within = path.relative_to(ROOT)
+    if path.suffix == ".md":
+        return Path(str(within).lower())
+    return Path("files", within, "index.md") if path.is_dir() else Path("files", f"{within}.md")
+
+
+def relinked(text: str, source: Path, found: set[Path]) -> str:
+    """Return a page whose links lead to the site's files, and add these files to ``found``."""
+    here = place(source).parent
+
+    def relink(match: re.Match[str]) -> str:
+        path = Path(os.path.normpath(source.parent / match[2]))
+        if not path.exists():
+            return match[0]  # the build says so
+        found.add(path)
+        return f"{match[1]}{os.path.relpath(place(path), here)}{match[3] or ''}"
+
+    return LINK.sub(relink, text)
+
+
+def shown(path: Path, found: set[Path]) -> str:
+    """Return the page of a file or folder that is no page of its own."""
+    name = path.relative_to(ROOT)
+    if path.is_file():
+        fence, language = "`" * 4, LANGUAGES.get(path.suffix, "text")
+        return f"# {name}\n\n{fence}{language}\n{path.read_text()}{fence}\n"
+    listed = subprocess.run(
+        ["git", "ls-files", "."], cwd=path, capture_output=True, text=True, check=True
+    ).stdout.split()
+    rows = [f"- [{each}]({each})" for each in listed if (path / each).stat().st_size]
+    return relinked("\n".join([f"# {name}", "", *rows, ""]), path / "index", found)
+
+
+def collect() -> None:
+    """Fill build/pages."""
+    shutil.rmtree(PAGES, ignore_errors=True)
+    done: set[Path] = set()
+    found = {ROOT / "CHANGELOG.md", DOCS / "site.css", *DOCS.rglob("*.md")}
+    while new := found - done:
+        for path in sorted(new):
+            target = PAGES / place(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".md":
+                target.write_text(relinked(path.read_text(), path, found))
+            elif path.is_relative_to(DOCS):
+                shutil.copy(path, target)
+            else:
+                target.write_text(shown(path, found))
+        done |= new
+
+
+def build() -> int:
+    """Build the site and return the exit code; a warning of a docstring is an error, too."""
+    command = [Path(sys.executable).parent / "zensical", "build", "--clean", "--strict"]
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    print(done.stderr, end="", file=sys.stderr)
+    return done.returncode or "griffe:" in done.stderr
+
+
+if __name__ == "__main__":
+    collect()
+    sys.exit(build())
