@@ -11,11 +11,14 @@ import re
 import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = ROOT / "build" / "pages"
+SITE = ROOT / "build" / "site"
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(?=\))")
 LANGUAGES = {".cc": "cpp", ".conf": "nginx", ".json": "json", ".mjs": "js", ".py": "python"}
 LANGUAGES |= {".sh": "sh", ".yaml": "yaml"}
@@ -38,7 +41,7 @@ def relinked(text: str, source: Path, found: set[Path]) -> str:
     def relink(match: re.Match[str]) -> str:
         path = Path(os.path.normpath(source.parent / match[2]))
         if not path.exists():
-            return match[0]  # the build says so
+            return match[0]  # see broken()
         found.add(path)
         return f"{match[1]}{os.path.relpath(place(path), here)}{match[3] or ''}"
 
@@ -80,6 +83,15 @@ def collect() -> None:
         done |= new
 
 
+def omitted() -> list[str]:
+    """Return what the navigation has and docs/ has not, or the other way round."""
+    named = set(
+        re.findall(r"- (?:\w+: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    )
+    there = [place(each) for each in (*DOCS.glob("*.md"), *DOCS.glob("api/*.md"))]
+    return [f"mkdocs.yml: {each}" for each in sorted(named ^ {"changelog.md", *map(str, there)})]
+
+
 def build() -> bool:
     """Build the site and return whether there was no warning, also about a docstring."""
     command = [Path(sys.executable).parent / "zensical", "build", "--clean", "--strict"]
@@ -88,6 +100,48 @@ def build() -> bool:
     return done.returncode == 0 and "griffe:" not in done.stderr
 
 
+class Page(HTMLParser):
+    """The anchors of a page of the site, and what it refers to."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.anchors: set[str] = set()
+        self.targets: set[str] = set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Remember an anchor or a target."""
+        for name, value in attrs:
+            if value and name == "id":
+                self.anchors.add(value)
+            elif value and name in ("href", "src"):
+                self.targets.add(value)
+
+
+def broken() -> list[str]:
+    """Return each link and picture of the site that leads nowhere in it.
+
+    The build checks the links between pages in their Markdown only.
+    """
+    pages = {path: Page(path) for path in sorted(SITE.rglob("*.html"))}
+    found = []
+    for path, page in pages.items():
+        for target in sorted(page.targets):
+            url = urlsplit(target)
+            if url.scheme or url.netloc:
+                continue
+            start = SITE if url.path.startswith("/") else path.parent
+            to = Path(os.path.normpath(start / unquote(url.path).lstrip("/"))) if url.path else path
+            to = to / "index.html" if to.is_dir() else to
+            anchor = unquote(url.fragment)
+            if not to.exists() or (anchor and to in pages and anchor not in pages[to].anchors):
+                found.append(f"{path.relative_to(SITE)}: {target}")
+    return found
+
+
 if __name__ == "__main__":
     collect()
-    sys.exit(not build())
+    sound = build()
+    for fault in (faults := omitted() + broken()):
+        print("leads nowhere:", fault, file=sys.stderr)
+    sys.exit(bool(faults) or not sound)
