@@ -20,8 +20,7 @@ DOCS = ROOT / "docs"
 PAGES = ROOT / "build" / "pages"
 SITE = ROOT / "build" / "site"
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(?=\))")
-LANGUAGES = {".cc": "cpp", ".conf": "nginx", ".json": "json", ".mjs": "js", ".py": "python"}
-LANGUAGES |= {".sh": "sh", ".yaml": "yaml"}
+LANGUAGES = {".cc": "cpp", ".conf": "nginx", ".mjs": "js", ".py": "python", ".yaml": "yaml"}
 
 
 def place(path: Path) -> Path:
@@ -84,12 +83,11 @@ def collect() -> None:
 
 
 def omitted() -> list[str]:
-    """Return what the navigation has and docs/ has not, or the other way round."""
-    named = set(
-        re.findall(r"- (?:\w+: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
-    )
-    there = [place(each) for each in (*DOCS.glob("*.md"), *DOCS.glob("api/*.md"))]
-    return [f"mkdocs.yml: {each}" for each in sorted(named ^ {"changelog.md", *map(str, there)})]
+    """Return the pages that the navigation lacks."""
+    config = (ROOT / "mkdocs.yml").read_text()
+    named = re.findall(r"- (?:\w+: )?(\S+\.md)$", config, re.MULTILINE)
+    there = [str(place(each)) for each in (*DOCS.glob("*.md"), *DOCS.glob("api/*.md"))]
+    return [f"mkdocs.yml lacks {each}" for each in sorted({*there} - {*named})]
 
 
 def build() -> bool:
@@ -135,7 +133,7 @@ def broken() -> list[str]:
             to = to / "index.html" if to.is_dir() else to
             anchor = unquote(url.fragment)
             if not to.exists() or (anchor and to in pages and anchor not in pages[to].anchors):
-                found.append(f"{path.relative_to(SITE)}: {target}")
+                found.append(f"{path.relative_to(SITE)} links to {target}")
     return found
 
 
@@ -143,5 +141,5 @@ if __name__ == "__main__":
     collect()
     sound = build()
     for fault in (faults := omitted() + broken()):
-        print("leads nowhere:", fault, file=sys.stderr)
+        print(f"error: {fault}", file=sys.stderr)
     sys.exit(bool(faults) or not sound)
