@@ -2,6 +2,8 @@
 #   make demo    two clients that collide, and two that do not, on a real Triton server
 #   make test    the whole test suite, with the tests on a real Triton server: 6 to 9 minutes
 #   make lint    style, types and layers
+#   make docs    the pages of docs/ and the API as a site in build/site, with every link checked; needs
+#                Python 3.11 or later
 #   make dist    sdist and wheel, the wheel tested in environments of its own
 #   make bench   the allocator next to its peers: 40 minutes; fills docs/performance.md and
 #                docs/choosing.md in
@@ -76,7 +78,7 @@ endef
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
 
 .PHONY: help demo test lint dist pythons bench bench-client bench-registry bench-gate load scale simulate chaos errors fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy drill-route proxies simulate-fleet cpp conformance faults record clean
-.PHONY: help demo test lint dist pythons bench bench-client bench-registry bench-gate load scale simulate chaos errors fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy drill-route proxies simulate-fleet cpp conformance faults mutants mutation clean
+.PHONY: help demo test lint dist pythons bench bench-client bench-registry bench-gate load scale simulate chaos errors fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy drill-route proxies simulate-fleet cpp conformance faults mutants mutation docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -106,6 +108,13 @@ faults: .venv/.built .venv/.dev
 
 mutants: .venv/.built .venv/.dev
 	$(BIN)/python tests/support/mutate.py $(ARGS)
+
+docs: .venv/.docs
+	$(BIN)/python docs/make_site.py
+
+.venv/.docs: .venv/.built
+	$(call install,Installing the tools of the site,$(BIN)/python -m pip install --group docs)
+	@touch $@
 
 # In a copy of the package, since it writes all its mutants beside it.
 mutation: .venv/.mutation

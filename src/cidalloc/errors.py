@@ -1,7 +1,5 @@
 """The exceptions of cidalloc: one class per code, and one table from code to class.
 
-::
-
     CidError
     ├── RequestError (ValueError)          the call itself is wrong; repeating it cannot help
     │   ├── OutOfRange

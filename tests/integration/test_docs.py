@@ -246,9 +246,10 @@ def test_links(page: Path) -> None:
 
 
 def test_every_page_is_in_the_index() -> None:
-    index = (ROOT / "docs" / "index.md").read_text()
-    linked = set(re.findall(r"\]\((\S+?\.md)\)", index))
-    assert linked == {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    docs = ROOT / "docs"
+    linked = set(re.findall(r"\]\((\S+?\.md)\)", (docs / "index.md").read_text()))
+    pages = {*docs.glob("*.md"), *docs.glob("api/*.md")} - {docs / "index.md"}
+    assert linked == {str(page.relative_to(docs)) for page in pages}
 
 
 def test_the_protocol_names_every_operation_and_code() -> None:
