@@ -205,16 +205,21 @@ def test_kubernetes(folder: str) -> None:
 def test_one_server() -> None:
     assert server_set("base")["replicas"] == 1, "a session belongs to one manager"
     assert render("base")["Service"]["spec"]["publishNotReadyAddresses"]
-    assert advised("base").slice == ""
+    assert settings_of("base").slice == ""
 
 
-def advised(folder: str) -> Settings:
-    """Return the settings that the head of a folder tells to write, with the state of its pods."""
-    head = (KUBERNETES / folder / "kustomization.yaml").read_text()
-    (line,) = re.findall(r"#   cidalloc (model .*)", head)
-    context = takes(line.split())
-    mounts = server_set(folder)["template"]["spec"]["containers"][0]["volumeMounts"]
-    assert context.params["state"] == Path({e["name"]: e["mountPath"] for e in mounts}["state"])
+def settings_of(folder: str) -> Settings:
+    """Return the settings with which the pods of a folder write their manager, beside their state."""
+    pod = server_set(folder)["template"]["spec"]
+    (init,), (container,) = pod["initContainers"], pod["containers"]
+    command, *arguments = init["command"]
+    assert command == "cidalloc" and init["image"] == container["image"]
+    assert "--reset" in arguments, "the folder outlives a restart of the pod's containers"
+    context = takes(arguments)
+    mounts = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
+    assert context.params["state"] == Path(mounts["state"])
+    assert context.params["repository"] == Path(mounts["manager"]) == Path("/cidalloc-models")
+    assert init["volumeMounts"] == [{"name": "manager", "mountPath": mounts["manager"]}]
     names = ("slice", "first", "capacity", "max_ttl_ms", "grace_ms")
     return Settings(**{name: context.params[name] for name in names})
 
@@ -229,7 +234,7 @@ def test_three_servers_with_slices() -> None:
     assert "hostNetwork" not in spec["template"]["spec"]
     (claim,) = spec["volumeClaimTemplates"]
     assert claim["metadata"]["name"] == "state"
-    settings = advised("slices")
+    settings = settings_of("slices")
     found = [settings.on_host(f"{name}-{ordinal}").slice for ordinal in range(64)]
     assert found == [f"{number}/64" for number in range(64)]
     assert settings.max_ttl_ms >= Client("localhost:1")._session.link.ttl * 1000
@@ -252,7 +257,7 @@ def test_autoscaled_servers() -> None:
     (policy,) = scaler["behavior"]["scaleDown"]["policies"]
     grace = spec["template"]["spec"]["terminationGracePeriodSeconds"]
     assert policy["value"] == 1 and policy["periodSeconds"] >= grace
-    settings = advised("autoscaled")
+    settings = settings_of("autoscaled")
     assert settings.slice == "random"
     assert waiting_for(settings) == 0, "a new server is of use at once"
 
@@ -264,8 +269,9 @@ def test_components() -> None:
     pod, (container,) = spec["template"]["spec"], spec["template"]["spec"]["containers"]
     assert container["resources"].pop("limits") == {"nvidia.com/gpu": "1"}
     assert [each["key"] for each in pod.pop("tolerations")] == ["nvidia.com/gpu"]
-    assert container.pop("image").startswith("registry.example.com/triton-cidalloc:")
-    plain["template"]["spec"]["containers"][0].pop("image")
+    for each in (container, *pod["initContainers"]):
+        assert each["image"].startswith("registry.example.com/triton-cidalloc:")
+        each["image"] = plain["template"]["spec"]["containers"][0]["image"]
     assert spec == plain
     policy = render("everything")["NetworkPolicy"]["spec"]
     assert policy["podSelector"]["matchLabels"] == spec["template"]["metadata"]["labels"]
@@ -286,7 +292,9 @@ def test_the_image() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
     assert "not built in the tests" in text
     (line,) = re.findall(r"cidalloc (model .*?) &&", text)
-    takes(line.split())
+    repository = takes(line.split()).params["repository"]
+    assert f"--model-repository={repository}" in text
+    assert '.whl)[client]"' in text, "all that the command needs"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of that package
