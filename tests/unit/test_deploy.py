@@ -209,7 +209,7 @@ def test_one_server() -> None:
 
 
 def settings_of(folder: str) -> Settings:
-    """Return the settings with which the pods of a folder write their manager, beside their state."""
+    """Return the settings with which the pods of a folder write their manager."""
     pod = server_set(folder)["template"]["spec"]
     (init,), (container,) = pod["initContainers"], pod["containers"]
     command, *arguments = init["command"]
