@@ -5,6 +5,7 @@
 #   make docs    the pages of docs/ and the API as a site in build/site, with every link checked; needs
 #                Python 3.11 or later
 #   make dist    sdist and wheel, the wheel tested in environments of its own
+#   make dependencies  the client with other dependencies: WITH=oldest, or WITH='numpy<2'
 #   make bench   the allocator next to its peers: 40 minutes; fills docs/performance.md and
 #                docs/choosing.md in
 #   make bench-registry  what the manager's registry costs: sessions, opening it again
@@ -77,8 +78,7 @@ define install
 endef
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
 
-.PHONY: help demo test lint dist pythons bench bench-client bench-registry bench-gate load scale simulate chaos errors fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy drill-route proxies simulate-fleet cpp conformance faults record clean
-.PHONY: help demo test lint dist pythons bench bench-client bench-registry bench-gate load scale simulate chaos errors fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy drill-route proxies simulate-fleet cpp conformance faults mutants mutation docs clean
+.PHONY: help demo test lint dist pythons bench bench-client bench-registry bench-gate load scale simulate chaos errors fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy drill-route proxies simulate-fleet cpp conformance faults mutants mutation record docs dependencies clean
 .DELETE_ON_ERROR:
 
 help:
@@ -95,6 +95,9 @@ lint: .venv/.built .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/hadolint deploy/Dockerfile
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/jactionlint
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint --max-line-length 100 src tests
 	$(BIN)/lint-imports
 	$(BIN)/python -m mypy
@@ -262,6 +265,17 @@ dist: .venv/.built .venv/.dev
 		manager metrics,tests/integration/test_$(name).py)
 	$(call clean_environment,client) 'numpy>=2'
 	cd build/dist/cidalloc-*/ && $(SHORT) -m 'not server' $(DRILLS)
+
+# As most users have it: without the server, on any Python. The oldest are those that pyproject.toml names.
+OLDEST = $(shell sed -n '/^dependencies = /p; /^client = /p' pyproject.toml | \
+	grep -o '[a-z]*[^"]*>=[0-9.]*' | sed 's/\[.*\]//; s/>=/==/')
+WITH := oldest
+dependencies: | .cache/tmp
+	$(PYTHON) -m venv --clear build/dependencies
+	build/dependencies/bin/python -m pip install -q -U 'pip>=25.1'
+	build/dependencies/bin/python -m pip install -q --group test '.[client]' \
+		$(foreach each,$(if $(filter oldest,$(WITH)),$(OLDEST),$(WITH)),'$(each)')
+	CIDALLOC_FLEET=5 build/dependencies/bin/python -m pytest -m 'not server' $(DRILLS)
 
 # The tests of the allocator need neither tritonclient nor a server, so neither does this.
 PYTHONS := 3.10 3.11 3.12 3.13 3.14 3.14t

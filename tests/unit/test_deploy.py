@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,8 @@ from cidalloc.manager.settings import Settings
 from cidalloc.triton_model.metrics import FAMILIES
 
 DEPLOY = Path(__file__).parent.parent.parent / "deploy"
+KUBERNETES = DEPLOY / "kubernetes"
+RULES = KUBERNETES / "monitoring" / "rules.yaml"
 
 pytestmark = pytest.mark.skipif(not DEPLOY.is_dir(), reason="a source distribution has none")
 
@@ -37,8 +42,8 @@ def dashboard() -> dict[str, Any]:
 
 
 def test_metrics_that_are_named_are_there() -> None:
-    for name in ("alerts.yml", "alerts_test.yml", "grafana.json"):
-        assert named((DEPLOY / name).read_text()) <= set(FAMILIES), name
+    for path in (RULES, RULES.with_name("rules_test.yaml"), DEPLOY / "grafana.json"):
+        assert named(path.read_text()) <= set(FAMILIES), path.name
     assert named((DEPLOY / "grafana.json").read_text()) == set(FAMILIES), "each one is shown"
 
 
@@ -56,12 +61,22 @@ def test_the_dashboard() -> None:
 
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not on PATH")
-@pytest.mark.parametrize("what", ["check rules alerts.yml", "test rules alerts_test.yml"])
-def test_the_alerts(what: str) -> None:
+@pytest.mark.parametrize("what", ["check rules alerts.yml", "test rules rules_test.yaml"])
+def test_the_alerts(what: str, tmp_path: Path) -> None:
+    """Prometheus takes what the command in the head of the file makes of it."""
+    for name in ("rules.yaml", "rules_test.yaml"):
+        shutil.copy(RULES.with_name(name), tmp_path)
+    (command,) = re.findall(r"^#   (sed .*)", RULES.read_text(), re.MULTILINE)
     done = subprocess.run(
-        ["promtool", *what.split()], cwd=DEPLOY, capture_output=True, text=True, timeout=60
+        ["sh", "-c", f"{command} && promtool {what}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    alone = yaml.safe_load((tmp_path / "alerts.yml").read_text())
+    assert alone == yaml.safe_load(RULES.read_text())["spec"]
 
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not on PATH")
@@ -79,23 +94,89 @@ def test_the_queries_of_the_dashboard(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-KINDS = ["Service", "PodDisruptionBudget", "StatefulSet"]
-
-
-@pytest.mark.parametrize(
-    ("file", "kinds"),
-    [
-        ("kubernetes.yaml", KINDS),
-        ("kubernetes-statefulset.yaml", KINDS),
-        ("kubernetes-autoscaled.yaml", [*KINDS[:2], "Deployment", "HorizontalPodAutoscaler"]),
+KINDS = {
+    "base": ["PodDisruptionBudget", "Service", "StatefulSet"],
+    "slices": ["PodDisruptionBudget", "Service", "StatefulSet"],
+    "autoscaled": ["Deployment", "HorizontalPodAutoscaler", "PodDisruptionBudget", "Service"],
+    "everything": [
+        "NetworkPolicy",
+        "PodDisruptionBudget",
+        "PrometheusRule",
+        "Service",
+        "ServiceMonitor",
+        "StatefulSet",
     ],
-)
-def test_kubernetes(file: str, kinds: list[str]) -> None:
-    parts = list(yaml.safe_load_all((DEPLOY / file).read_text()))
-    assert [each["kind"] for each in parts] == kinds
-    for part in parts:
-        kubernetes_validate.validate(part, "1.31", strict=True)
-    service, budget, servers = (each["spec"] for each in parts[:3])
+}
+KUBECTL = shutil.which("kubectl", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+rendered = pytest.mark.skipif(not KUBECTL, reason="kubectl is not on PATH")
+
+
+@cache
+def text_of(folder: str) -> str:
+    """Return what kubectl makes of a folder."""
+    assert KUBECTL
+    done = subprocess.run(
+        [KUBECTL, "kustomize", KUBERNETES / folder], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return done.stdout
+
+
+def render(folder: str) -> dict[str, dict[str, Any]]:
+    """Return the objects of a folder by their kinds, of which there is one each."""
+    parts = list(yaml.safe_load_all(text_of(folder)))
+    found = {each["kind"]: each for each in parts}
+    assert len(found) == len(parts)
+    return found
+
+
+def server_set(folder: str) -> dict[str, Any]:
+    parts = render(folder)
+    found: dict[str, Any] = (parts.get("StatefulSet") or parts["Deployment"])["spec"]
+    return found
+
+
+def test_each_folder_is_rendered() -> None:
+    """Or it is a component, which one of these has."""
+    components = yaml.safe_load((KUBERNETES / "everything/kustomization.yaml").read_text())
+    names = {Path(each).name for each in components["components"]}
+    assert {each.name for each in KUBERNETES.iterdir()} == names | KINDS.keys()
+    for path in KUBERNETES.rglob("*.yaml"):
+        if path.name not in ("kustomization.yaml", "rules_test.yaml"):
+            listed = yaml.safe_load(path.with_name("kustomization.yaml").read_text())["resources"]
+            assert path.name in listed
+
+
+@rendered
+@pytest.mark.parametrize("version", ["1.31", kubernetes_validate.latest_version()])
+@pytest.mark.parametrize("folder", KINDS)
+def test_kubernetes_takes_it(folder: str, version: str) -> None:
+    parts = render(folder)
+    assert sorted(parts) == KINDS[folder]
+    for part in parts.values():
+        if not part["apiVersion"].startswith("monitoring.coreos.com/"):
+            kubernetes_validate.validate(part, version, strict=True)
+
+
+@rendered
+def test_service_monitor() -> None:
+    """It has the form that the operator's reference gives, and finds the port. It is not run."""
+    parts = render("everything")
+    monitor, service = parts["ServiceMonitor"], parts["Service"]
+    assert monitor["apiVersion"] == "monitoring.coreos.com/v1"
+    assert monitor["spec"].keys() == {"selector", "endpoints"}
+    assert monitor["spec"]["selector"] == {"matchLabels": service["metadata"]["labels"]}
+    (endpoint,) = monitor["spec"]["endpoints"]
+    assert endpoint.keys() == {"port", "interval"}
+    assert endpoint["port"] in {each["name"] for each in service["spec"]["ports"]}
+
+
+@rendered
+@pytest.mark.parametrize("folder", KINDS)
+def test_kubernetes(folder: str) -> None:
+    parts = render(folder)
+    service, budget = parts["Service"]["spec"], parts["PodDisruptionBudget"]["spec"]
+    servers = server_set(folder)
     pod = servers["template"]["spec"]
     labels = servers["template"]["metadata"]["labels"]
     assert servers["selector"]["matchLabels"] == labels == service["selector"]
@@ -120,48 +201,54 @@ def test_kubernetes(file: str, kinds: list[str]) -> None:
     assert waits + 20 <= pod["terminationGracePeriodSeconds"]
 
 
-def server_set(file: str) -> dict[str, Any]:
-    found: dict[str, Any] = list(yaml.safe_load_all((DEPLOY / file).read_text()))[2]["spec"]
-    return found
-
-
+@rendered
 def test_one_server() -> None:
-    spec = server_set("kubernetes.yaml")
-    assert spec["replicas"] == 1, "a session belongs to one manager"
+    assert server_set("base")["replicas"] == 1, "a session belongs to one manager"
+    assert render("base")["Service"]["spec"]["publishNotReadyAddresses"]
+    assert settings_of("base").slice == ""
 
 
-def advised(file: str) -> Settings:
-    """Return the settings that the head of a file tells to write, with the state of its pods."""
-    (line,) = re.findall(r"#   cidalloc (model .*)", (DEPLOY / file).read_text())
-    context = takes(line.split())
-    mounts = server_set(file)["template"]["spec"]["containers"][0]["volumeMounts"]
-    assert context.params["state"] == Path({e["name"]: e["mountPath"] for e in mounts}["state"])
+def settings_of(folder: str) -> Settings:
+    """Return the settings with which the pods of a folder write their manager."""
+    pod = server_set(folder)["template"]["spec"]
+    (init,), (container,) = pod["initContainers"], pod["containers"]
+    command, *arguments = init["command"]
+    assert command == "cidalloc" and init["image"] == container["image"]
+    assert "--reset" in arguments, "the folder outlives a restart of the pod's containers"
+    context = takes(arguments)
+    mounts = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
+    assert context.params["state"] == Path(mounts["state"])
+    assert context.params["repository"] == Path(mounts["manager"]) == Path("/cidalloc-models")
+    assert init["volumeMounts"] == [{"name": "manager", "mountPath": mounts["manager"]}]
     names = ("slice", "first", "capacity", "max_ttl_ms", "grace_ms")
     return Settings(**{name: context.params[name] for name in names})
 
 
+@rendered
 def test_three_servers_with_slices() -> None:
     """The pods have the slices of their ordinals, and a volume each."""
-    file = "kubernetes-statefulset.yaml"
-    spec, name = server_set(file), "triton"
+    spec, name = server_set("slices"), "triton"
     assert spec["replicas"] == 3 and spec["serviceName"] == name
+    assert spec["podManagementPolicy"] == "Parallel"
+    assert "publishNotReadyAddresses" not in render("slices")["Service"]["spec"]
     assert "hostNetwork" not in spec["template"]["spec"]
     (claim,) = spec["volumeClaimTemplates"]
     assert claim["metadata"]["name"] == "state"
-    settings = advised(file)
+    settings = settings_of("slices")
     found = [settings.on_host(f"{name}-{ordinal}").slice for ordinal in range(64)]
     assert found == [f"{number}/64" for number in range(64)]
     assert settings.max_ttl_ms >= Client("localhost:1")._session.link.ttl * 1000
 
 
+@rendered
 def test_autoscaled_servers() -> None:
     """No ordinals, no number of replicas, and a state that ends with its pod."""
-    file = "kubernetes-autoscaled.yaml"
-    spec = server_set(file)
+    spec, parts = server_set("autoscaled"), render("autoscaled")
     assert "replicas" not in spec, "each rollout would undo the autoscaler's number"
     states = [each for each in spec["template"]["spec"]["volumes"] if each["name"] == "state"]
     assert states == [{"name": "state", "emptyDir": {}}]
-    scaler = list(yaml.safe_load_all((DEPLOY / file).read_text()))[3]["spec"]
+    assert "publishNotReadyAddresses" not in parts["Service"]["spec"]
+    scaler = parts["HorizontalPodAutoscaler"]["spec"]
     assert scaler["scaleTargetRef"] == {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -170,9 +257,27 @@ def test_autoscaled_servers() -> None:
     (policy,) = scaler["behavior"]["scaleDown"]["policies"]
     grace = spec["template"]["spec"]["terminationGracePeriodSeconds"]
     assert policy["value"] == 1 and policy["periodSeconds"] >= grace
-    settings = advised(file)
+    settings = settings_of("autoscaled")
     assert settings.slice == "random"
     assert waiting_for(settings) == 0, "a new server is of use at once"
+
+
+@rendered
+def test_components() -> None:
+    """Each adds what it is for, and changes nothing else of the servers."""
+    spec, plain = server_set("everything"), server_set("slices")
+    pod, (container,) = spec["template"]["spec"], spec["template"]["spec"]["containers"]
+    assert container["resources"].pop("limits") == {"nvidia.com/gpu": "1"}
+    assert [each["key"] for each in pod.pop("tolerations")] == ["nvidia.com/gpu"]
+    for each in (container, *pod["initContainers"]):
+        assert each["image"].startswith("registry.example.com/triton-cidalloc:")
+        each["image"] = plain["template"]["spec"]["containers"][0]["image"]
+    assert spec == plain
+    policy = render("everything")["NetworkPolicy"]["spec"]
+    assert policy["podSelector"]["matchLabels"] == spec["template"]["metadata"]["labels"]
+    ports = [port["port"] for rule in policy["ingress"] for port in rule["ports"]]
+    assert ports == [each["name"] for each in container["ports"]]
+    assert all(rule["from"] for rule in policy["ingress"]), "nobody comes in unnamed"
 
 
 def takes(arguments: list[str]) -> click.Context:
@@ -187,7 +292,9 @@ def test_the_image() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
     assert "not built in the tests" in text
     (line,) = re.findall(r"cidalloc (model .*?) &&", text)
-    takes(line.split())
+    repository = takes(line.split()).params["repository"]
+    assert f"--model-repository={repository}" in text
+    assert '.whl)[client]"' in text, "all that the command needs"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of that package

@@ -11,7 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import pytest
 from loopback import Loopback
 from test_every_line import SETTINGS
@@ -20,7 +22,7 @@ from tritonclient.utils import InferenceServerException
 from cidalloc.client import Client
 from cidalloc.client.asyncio.http import AsyncHttpTransport
 from cidalloc.client.core.http_calls import HttpAnswer
-from cidalloc.client.core.transport import boottime, parse_url
+from cidalloc.client.core.transport import boottime, parse_url, read_answer
 from cidalloc.client.sync.http import HttpTransport, _Connection
 from cidalloc.errors import CidError
 
@@ -151,3 +153,14 @@ def test_a_sequence_gets_an_error_of_ours_for_an_answer_that_is_not_tritons() ->
             with pytest.raises((CidError, InferenceServerException)):
                 sequence.infer([])
         transport.close()
+
+
+def test_no_ids_in_an_answer_that_an_earlier_tritonclient_reads() -> None:
+    """Over HTTP, tritonclient 2.51 reads an empty tensor of any type as one of float64."""
+
+    class Earlier:
+        def as_numpy(self, name: str) -> Any:
+            return np.empty((1, 0)) if name == "OUTPUT" else np.array([[b""]], object)
+
+    ids, detail = read_answer(Earlier(), "cidmgr", "http://localhost:1")
+    assert (ids.dtype, ids.size, detail) == (np.uint64, 0, "")

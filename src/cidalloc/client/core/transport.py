@@ -208,6 +208,8 @@ def read_answer(result: Any, model: str, url: str) -> tuple[protocol.IDs, str]:
     """
     try:
         output = result.as_numpy(protocol.OUTPUT)
+        if output is not None and not output.size:  # tritonclient 2.51 does not keep its type
+            output = output.astype("uint64")
         text = result.as_numpy(protocol.DETAIL)
         detail = "" if text is None else text[0, 0].decode()
     except (ValueError, TypeError, LookupError, AttributeError):  # of another kind or shape

@@ -1,0 +1,92 @@
+"""The files for those who join and for releases say the same as the code and the Makefile."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import yaml
+from test_package import PUBLIC
+
+import cidalloc
+from cidalloc import snapshots
+from cidalloc.manager.storage.file_format import FORMAT
+from cidalloc.protocol import PROTOCOL
+
+ROOT = Path(__file__).parent.parent.parent
+MAKEFILE = ROOT / "Makefile"
+
+pytestmark = pytest.mark.skipif(not MAKEFILE.is_file(), reason="a source distribution has none")
+
+
+def linters(text: str) -> set[str]:
+    """The linters that a text calls, as commands or modules."""
+    return set(
+        re.findall(r"\bruff (?:check|format)|\b(?:hadolint|jactionlint|lint-imports)\b", text)
+    ) | set(re.findall(r"cython-lint --\S+ \d+|-m mypy\b(?!\.)", text))
+
+
+def test_hooks_are_the_linters_of_make() -> None:
+    lint = re.search(r"^lint:.*\n((?:\t.*\n)+)", MAKEFILE.read_text(), re.MULTILINE)
+    assert lint
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    hooks = "\n".join(hook["entry"] for hook in repository["hooks"])
+    assert linters(hooks) == linters(lint[1])
+    assert len(linters(hooks)) == len(repository["hooks"])
+
+
+def test_the_citation_has_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == cidalloc.__version__
+
+
+def test_wheels_are_built_for_each_python() -> None:
+    """For those that the package names, and that `make pythons` tries."""
+    project = (ROOT / "pyproject.toml").read_text()
+    said = re.findall(r"Python :: (3\.\d+)", project)
+    built = re.findall(r"\bcp3(\d+t?)-", project)
+    assert [f"3.{each}" for each in built] == [*said, f"{said[-1]}t"]
+    (tried,) = re.findall(r"^PYTHONS := (.*)", MAKEFILE.read_text(), re.MULTILINE)
+    assert [f"3.{each}" for each in built] == tried.split()
+
+
+def test_the_compatibility_page_has_the_present_numbers() -> None:
+    page = (ROOT / "docs/compatibility.md").read_text()
+    assert f"| protocol version, {PROTOCOL} |" in page
+    assert f"| the registry's file, format {FORMAT} |" in page
+    assert f"| snapshots of an allocator, version {snapshots._VERSION} |" in page
+    (listed,) = re.findall(r"list in `__all__`: (.*?)\. Names", page, re.DOTALL)
+    assert set(re.findall(r"`([\w.]+)`", listed)) == set(PUBLIC)
+
+
+def test_make_targets_that_are_advised_exist() -> None:
+    targets = set(re.findall(r"^([\w.][\w./-]*):", MAKEFILE.read_text(), re.MULTILINE))
+    workflows = (ROOT / ".github/workflows").glob("*.yml")
+    for path in (ROOT / "CONTRIBUTING.md", *workflows):
+        named = set(
+            re.findall(r"(?:`|run: |^)make ([\w.][\w./-]*)", path.read_text(), re.MULTILINE)
+        )
+        assert named <= targets, path.name
+
+
+def test_a_source_distribution_has_nothing_of_others(tmp_path: Path) -> None:
+    """Also if folders that git ignores lie beside the sources, with names such as `tests`."""
+    pytest.importorskip("build")
+    for name in ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", ".gitignore"):
+        shutil.copy(ROOT / name, tmp_path)
+    ours = {"src/cidalloc/__init__.py", "tests/unit/test_ours.py"}
+    for name in (*ours, ".venv/lib/other/tests/test_other.py", "build/x/src/other.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "."]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(file) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames()}
+    assert {name for name in names if "/" in name} == ours
