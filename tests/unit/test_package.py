@@ -111,3 +111,47 @@ def test_the_allocator_alone_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+NOT_COMPILED = """
+import sys
+for name in ("_alloc", "manager.storage._mapping", "triton_model._parent_watch"):
+    sys.modules[f"cidalloc.{name}"] = None
+"""
+
+
+def without_modules(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code as in a pure install."""
+    command = [sys.executable, "-c", NOT_COMPILED + code]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_client_needs_no_compiled_module() -> None:
+    done = without_modules(
+        "import cidalloc.client, cidalloc.client.asyncio.grpc, cidalloc.client.asyncio.http\n"
+        "import cidalloc.client.sync.grpc, cidalloc.client.sync.http\n"
+        "print(cidalloc.client.Client.__name__, cidalloc.__version__)"
+    )
+    assert (done.stdout, done.stderr) == (f"Client {cidalloc.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "command", ["status", "top", "probe", "doctor", "tidy", "acquire", "release"]
+)
+def test_commands_that_need_no_compiled_module(command: str) -> None:
+    done = without_modules(
+        f"sys.argv = ['cidalloc', {command!r}, '--help']\n"
+        "from cidalloc.__main__ import main\nmain()"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"cidalloc {command}" in done.stdout
+
+
+def test_what_needs_a_compiled_module_says_so() -> None:
+    words = "this cidalloc has no compiled modules for this Python"
+    allocator = without_modules("import cidalloc; cidalloc.Allocator")
+    assert f"ImportError: {words}" in allocator.stderr
+    code = "sys.argv = ['cidalloc', 'model', '/x']\nfrom cidalloc.__main__ import main\nmain()"
+    command = without_modules(code)
+    assert command.returncode == 1
+    assert command.stderr.startswith(f"error: UNAVAILABLE: {words}")
