@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from importlib.metadata import files, metadata
 from pathlib import Path
 
@@ -111,6 +112,26 @@ def test_the_allocator_alone_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_source_distribution_has_only_sources(tmp_path: Path) -> None:
+    """And nothing of the folders in which others build."""
+    pytest.importorskip("scikit_build_core")
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, tree)
+    wanted, other = ("src/cidalloc/a.py", "tests/a.py"), (".venv", ".cache", "build", "dist")
+    for name in (*wanted, *(f"{each}/{path}" for each in other for path in wanted)):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).touch()
+    code = f"import scikit_build_core.build as b; b.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, check=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    assert {*wanted, "CMakeLists.txt"} <= names
+    assert [name for name in names if name.startswith(other)] == []
 
 
 NOT_COMPILED = """
