@@ -291,7 +291,7 @@ wheels: build/wheels/.tools | .cache/tmp
 			SETUPTOOLS_EXT_SUFFIX=$${suffix/$$(uname -m)/$$cpu} _PYTHON_HOST_PLATFORM=linux-$$cpu \
 			CC="$$zig cc -target $$cpu-linux-gnu.2.17" SKBUILD_BUILD_DIR=build/wheels/$$v-$$cpu \
 			"$$found" -m pip wheel -q --no-deps -w build/wheels/raw .; done; done; \
-		auditwheel -q repair --plat auto --only-plat -w dist build/wheels/raw/*.whl
+		auditwheel repair --plat auto --only-plat -w dist build/wheels/raw/*.whl
 	CIDALLOC_PURE=1 build/wheels/tools/bin/python -m pip wheel -q --no-deps -w dist/pure .
 	build/wheels/tools/bin/python -m build -q --sdist --outdir dist .
 	@$(MAKE) -s test-wheels
@@ -302,7 +302,7 @@ ARM := build/wheels/aarch64
 PURE := build/wheels/pure/bin
 test-wheels:
 	@set -e; for v in $(PYTHONS); do $(find_python); to=build/wheels/$$v; \
-		what=$$(ls dist/*-cp$${v/./}-*_$$(uname -m).whl); $(test_allocator); done
+		what=$$(ls dist/*-cp$${v/./}-manylinux2014*_$$(uname -m).whl); $(test_allocator); done
 	$(PYTHON) -m venv --clear build/wheels/pure
 	$(PURE)/python -m pip install -q "$$(ls $(CURDIR)/dist/pure/*.whl)[client]"
 	cd build/wheels && pure/bin/python -c 'import cidalloc.client' && pure/bin/cidalloc status --help >.status
@@ -311,7 +311,7 @@ test-wheels:
 		tag=$$(ls $(ARM)/root/usr/bin | sed -n 's/^python3\.\([0-9]*\)$$/3\1/p'); \
 		build/wheels/tools/bin/python -m pip install -q --upgrade --target $(ARM)/site --only-binary :all: \
 		--python-version $$tag $(foreach tag,2014 _2_17 _2_28,--platform manylinux$(tag)_aarch64) \
-		dist/*-cp$$tag-*_aarch64.whl; \
+		dist/*-cp$$tag-manylinux2014*_aarch64.whl; \
 		PYTHONPATH=$(ARM)/site qemu-aarch64-static -L $(ARM)/root $(ARM)/root/usr/bin/python3.$${tag#3} \
 		-c 'import platform, cidalloc.manager.registry, cidalloc.triton_model._parent_watch; \
 		print(platform.machine(), cidalloc.Allocator(capacity=3).acquire_many(3))'; \
