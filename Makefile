@@ -45,6 +45,9 @@
 #   make bench-gate  instructions per call against their limits; needs valgrind
 #   make pythons  the wheel and the tests of the allocator on each Python that is there: 3.10 to
 #                3.14 and the free-threaded 3.14t, on PATH, of pyenv or in /opt
+#   make wheels  sdist and wheels in dist/, for each of these Pythons, x86-64 and aarch64, any Linux of
+#                manylinux2014; tests them, those for aarch64 with qemu-user: half an hour
+#   make trial   `cidalloc demo` from the wheels in dist/, as uvx and pipx run it without a clone
 #   make fuzz    anything for what reads requests, files, URLs and settings: SECONDS=30 each
 #   make sanitize  the tests of the core and the registry under ASan and UBSan
 #   make coverage  which branches of the Python code, and lines of the Cython code, no test reaches
@@ -78,7 +81,7 @@ define install
 endef
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
 
-.PHONY: help demo test lint dist pythons bench bench-client bench-registry bench-gate load scale simulate chaos errors fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy drill-route proxies simulate-fleet cpp conformance faults mutants mutation record docs dependencies clean
+.PHONY: help demo test lint dist pythons wheels test-wheels trial bench bench-client bench-registry bench-gate load scale simulate chaos errors fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy drill-route proxies simulate-fleet cpp conformance faults mutants mutation record docs dependencies clean
 .DELETE_ON_ERROR:
 
 help:
@@ -280,14 +283,94 @@ dependencies: | .cache/tmp
 # The tests of the allocator need neither tritonclient nor a server, so neither does this.
 PYTHONS := 3.10 3.11 3.12 3.13 3.14 3.14t
 pythons: | .cache/tmp
-	@set -e; for v in $(PYTHONS); do \
-		found=$$(for p in python$$v ~/.pyenv/versions/$$v.*/bin/python /opt/python$$v/bin/python$$v; do \
-			"$$p" -c '' 2>/dev/null && { echo "$$p"; break; }; done || true); \
-		[ "$$found" ] || { echo "== Python $$v: skipped, since it is not there"; continue; }; \
-		echo "== Python $$v: $$found"; to=build/pythons/$$v; \
-		"$$found" -m venv --clear $$to; $$to/bin/python -m pip install -q -U 'pip>=25.1'; \
-		$$to/bin/python -m pip install -q . pytest pytest-timeout hypothesis; \
-		$$to/bin/python -m pytest -q --noconftest tests/unit/test_alloc*.py; done
+	@set -e; for v in $(PYTHONS); do $(find_python); what=.; to=build/pythons/$$v; $(test_allocator); \
+		done
+
+# For the shell: the Python $v as $found, or the next $v.
+define find_python
+found=$$(for p in python$$v ~/.pyenv/versions/$$v.*/bin/python /opt/python$$v/bin/python$$v; do \
+	"$$p" -c '' 2>/dev/null && { echo "$$p"; break; }; done || true); \
+[ "$$found" ] || { echo "== Python $$v: skipped, since it is not there"; continue; }; \
+echo "== Python $$v: $$found"
+endef
+
+# For the shell: install $what in a new environment $to of $found, and test its allocator.
+define test_allocator
+"$$found" -m venv --clear $$to; $$to/bin/python -m pip install -q -U 'pip>=25.1'; \
+$$to/bin/python -m pip install -q $$what pytest pytest-timeout hypothesis; \
+$$to/bin/python -m pytest -q --noconftest tests/unit/test_alloc*.py
+endef
+
+# The compiler is told an old glibc, that of manylinux2014, and the CPU: this needs no container.
+CPUS := x86_64 aarch64
+wheels: build/wheels/.tools | .cache/tmp
+	rm -rf dist build/wheels/raw
+	@set -e; PATH="$(CURDIR)/build/wheels/tools/bin:$$PATH"; \
+		zig=$$(python -c 'import ziglang; print(*ziglang.__path__)')/zig; \
+		export SKBUILD_INSTALL_STRIP=false LDFLAGS=-s; \
+		for v in $(PYTHONS); do $(find_python); \
+		suffix=$$("$$found" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))'); \
+		for cpu in $(CPUS); do echo "   $$cpu"; \
+			SETUPTOOLS_EXT_SUFFIX=$${suffix/$$(uname -m)/$$cpu} _PYTHON_HOST_PLATFORM=linux-$$cpu \
+			CC="$$zig cc -target $$cpu-linux-gnu.2.17" SKBUILD_BUILD_DIR=build/wheels/$$v-$$cpu \
+			"$$found" -m pip wheel -q --no-deps -w build/wheels/raw .; done; done; \
+		auditwheel repair --plat auto --only-plat -w dist build/wheels/raw/*.whl
+	CIDALLOC_PURE=1 build/wheels/tools/bin/python -m pip wheel -q --no-deps -w dist/pure .
+	build/wheels/tools/bin/python -m build -q --sdist --outdir dist .
+	@$(MAKE) -s test-wheels
+
+# The wheels in dist/: those for this CPU as `make pythons` does it; the pure one; and one for aarch64 is
+# imported and used on Debian's Python, which qemu-user runs, if these can be had.
+ARM := build/wheels/aarch64
+PURE := build/wheels/pure/bin
+test-wheels:
+	@set -e; for v in $(PYTHONS); do $(find_python); to=build/wheels/$$v; \
+		what=$$(ls dist/*-cp$${v/./}-manylinux2014*_$$(uname -m).whl); $(test_allocator); done
+	$(PYTHON) -m venv --clear build/wheels/pure
+	$(PURE)/python -m pip install -q "$$(ls $(CURDIR)/dist/pure/*.whl)[client]"
+	cd build/wheels && pure/bin/python -c 'import cidalloc.client' && pure/bin/cidalloc status --help >.status
+	! $(PURE)/cidalloc model build/wheels/models
+	@if [ -e $(ARM)/.unpacked ] || $(MAKE) $(ARM)/.unpacked; then set -e; \
+		tag=$$(ls $(ARM)/root/usr/bin | sed -n 's/^python3\.\([0-9]*\)$$/3\1/p'); \
+		build/wheels/tools/bin/python -m pip install -q --upgrade --target $(ARM)/site --only-binary :all: \
+		--python-version $$tag $(foreach tag,2014 _2_17 _2_28,--platform manylinux$(tag)_aarch64) \
+		dist/*-cp$$tag-manylinux2014*_aarch64.whl; \
+		PYTHONPATH=$(ARM)/site qemu-aarch64-static -L $(ARM)/root $(ARM)/root/usr/bin/python3.$${tag#3} \
+		-c 'import platform, cidalloc.manager.registry, cidalloc.triton_model._parent_watch; \
+		print(platform.machine(), cidalloc.Allocator(capacity=3).acquire_many(3))'; \
+		else echo "== aarch64: not tested, since its Python or qemu-user cannot be had here"; fi
+
+# Unpacked here and not installed: apt-get has lists of its own for the other CPU. (qemu itself is
+# installed, as root on Debian or Ubuntu.)
+APT = -q -o Dir::State::Lists=$(CURDIR)/$(ARM)/apt -o Dir::Cache=$(CURDIR)/$(ARM)/apt \
+	-o Dir::State::status=/dev/null $(foreach cpu,amd64 arm64,-o APT::Architectures::=$(cpu)) \
+	-o APT::Sandbox::User=root
+$(ARM)/.unpacked:
+	@command -v qemu-aarch64-static >/dev/null || \
+		{ apt-get update -q && apt-get install -y -q --no-install-recommends qemu-user-static; }
+	@mkdir -p $(ARM)/apt/partial $(ARM)/apt/archives/partial $(ARM)/root
+	@apt-get $(APT) update && apt-get $(APT) install --download-only -y --no-install-recommends \
+		python3-minimal:arm64 libpython3-stdlib:arm64 libstdc++6:arm64
+	@for each in $(ARM)/apt/archives/*_arm64.deb; do dpkg -x $$each $(ARM)/root || exit 1; done
+	@touch $@
+
+# As a user without a clone, from an index that has only dist/ for cidalloc.
+TOOLS := $(CURDIR)/build/wheels/tools/bin
+TRIAL := $(CURDIR)/build/trial
+trial: build/wheels/.tools
+	@ls dist/*.whl >/dev/null || { echo "error: dist/ has no wheels: run make wheels" >&2; exit 1; }
+	rm -rf $(TRIAL) && mkdir -p $(TRIAL)
+	cd $(TRIAL) && UV_CACHE_DIR=$(CURDIR)/.cache/uv $(TOOLS)/uvx --python $(TOOLS)/python \
+		--refresh-package cidalloc --find-links $(CURDIR)/dist --from 'cidalloc[all]' cidalloc demo
+	cd $(TRIAL) && PIPX_HOME=$(TRIAL)/pipx $(TOOLS)/pipx run --python $(TOOLS)/python --no-cache \
+		--pip-args='--find-links=$(CURDIR)/dist' --spec 'cidalloc[all]' cidalloc demo
+
+build/wheels/.tools:
+	@mkdir -p build/wheels
+	$(PYTHON) -m venv --clear build/wheels/tools
+	build/wheels/tools/bin/python -m pip install -q -U 'pip>=25.1'
+	build/wheels/tools/bin/python -m pip install -q --group pyproject.toml:wheels
+	@touch $@
 
 define clean_environment
 	$(BIN)/python -m venv --clear build/clean

@@ -2,6 +2,8 @@
 
 import sys
 
+from . import _NOT_COMPILED
+
 
 def main() -> None:
     """Run the ``cidalloc`` command."""
@@ -10,6 +12,8 @@ def main() -> None:
 
         run()
     except ModuleNotFoundError as error:
+        if error.name == "cidalloc._alloc":
+            sys.exit(f"error: UNAVAILABLE: {_NOT_COMPILED}")
         if error.name is None or error.name.startswith("cidalloc"):
             raise
         sys.exit(

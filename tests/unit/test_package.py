@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from importlib.metadata import files, metadata
 from pathlib import Path
 
@@ -111,3 +112,67 @@ def test_the_allocator_alone_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_source_distribution_has_only_sources(tmp_path: Path) -> None:
+    """And nothing of the folders in which others build."""
+    pytest.importorskip("scikit_build_core")
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, tree)
+    wanted, other = ("src/cidalloc/a.py", "tests/a.py"), (".venv", ".cache", "build", "dist")
+    for name in (*wanted, *(f"{each}/{path}" for each in other for path in wanted)):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).touch()
+    code = f"import scikit_build_core.build as b; b.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, check=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    assert {*wanted, "CMakeLists.txt"} <= names
+    assert [name for name in names if name.startswith(other)] == []
+
+
+NOT_COMPILED = """
+import sys
+for name in ("_alloc", "manager.storage._mapping", "triton_model._parent_watch"):
+    sys.modules[f"cidalloc.{name}"] = None
+"""
+
+
+def without_modules(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code as in a pure install."""
+    command = [sys.executable, "-c", NOT_COMPILED + code]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_client_needs_no_compiled_module() -> None:
+    done = without_modules(
+        "import cidalloc.client, cidalloc.client.asyncio.grpc, cidalloc.client.asyncio.http\n"
+        "import cidalloc.client.sync.grpc, cidalloc.client.sync.http\n"
+        "print(cidalloc.client.Client.__name__, cidalloc.__version__)"
+    )
+    assert (done.stdout, done.stderr) == (f"Client {cidalloc.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "command", ["status", "top", "probe", "doctor", "tidy", "acquire", "release"]
+)
+def test_commands_that_need_no_compiled_module(command: str) -> None:
+    done = without_modules(
+        f"sys.argv = ['cidalloc', {command!r}, '--help']\n"
+        "from cidalloc.__main__ import main\nmain()"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"cidalloc {command}" in done.stdout
+
+
+def test_what_needs_a_compiled_module_says_so() -> None:
+    words = "this cidalloc has no compiled modules for this Python"
+    allocator = without_modules("import cidalloc; cidalloc.Allocator")
+    assert f"ImportError: {words}" in allocator.stderr
+    code = "sys.argv = ['cidalloc', 'model', '/x']\nfrom cidalloc.__main__ import main\nmain()"
+    command = without_modules(code)
+    assert command.returncode == 1
+    assert command.stderr.startswith(f"error: UNAVAILABLE: {words}")

@@ -20,6 +20,7 @@ from ..manager.slices import RANDOM
 from ..manager.storage.file import Storage
 from ..manager.storage.file_format import NEW_FILE
 from ..triton_model import default_state_folder, export, settings_from
+from ..triton_model.vendor import pythons_of
 from .rules import EXACT, INEXACT
 
 __all__ = ["model"]
@@ -125,15 +126,21 @@ def _settings_options(command: Command) -> Command:
 @click.option(
     "--vendor/--no-vendor",
     default=False,
-    help="Copy this package into the model's folder, for a Triton whose Python does not have it."
-    " That Python must have the same version as the Python that runs this command.",
+    help="Copy this package into the model's folder, for a Triton whose Python does not have it.",
 )
 @click.option(
     "--python",
-    "version",
+    "pythons",
     metavar="X.Y",
-    help="Python version of the server, for --vendor. The command fails if it runs in another"
-    " version of Python.",
+    multiple=True,
+    help="Python version of the server, for --vendor; may be given several times. Other versions"
+    " than that of the Python that runs this command come from wheels."
+    " [default: the Python that runs this command]",
+)
+@click.option(
+    "--wheels",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder with wheels of cidalloc, for --python. Without it, pip downloads them.",
 )
 @_settings_options
 @click.option(
@@ -159,7 +166,8 @@ def model(
     state: Path | None,
     no_state: bool,
     vendor: bool,
-    version: str | None,
+    pythons: tuple[str, ...],
+    wheels: Path | None,
     batch_size: int,
     **settings: Any,
 ) -> None:
@@ -185,10 +193,11 @@ def model(
     if before:
         batch_size = batch_size if said("batch_size") else before.batch_size
         modver = modver if said("modver") else before.version
-        vendor = vendor if said("vendor") else before.vendored
-    if version and not vendor:
+        if not said("vendor"):
+            vendor, pythons = bool(before.pythons), pythons or before.pythons
+    if (pythons or wheels) and not vendor:
         raise InvalidArgument(
-            "--python needs --vendor: it checks the Python version of the copy that --vendor makes"
+            "--python and --wheels need --vendor: they choose the copy that --vendor makes"
         )
     _check_folder(values.state, repository)
     replaced = before
@@ -203,13 +212,14 @@ def model(
         version=modver,
         overwrite=overwrite or reset,
         batch_size=batch_size,
-        vendor=(version or True) if vendor else False,
+        vendor=vendor and (pythons or True),
+        wheels=wheels,
         more=before.more if before else {},
     )
     click.echo(f"Wrote {place / 'config.pbtxt'} and {place / str(modver) / 'model.py'}.")
     if before:
         click.echo(f"{_kept(values, chosen)} Use --reset to restore the defaults.")
-    _tell_next(values, name, vendor)
+    _tell_next(values, name, pythons_of(place / str(modver) / "cidalloc"))
 
 
 def _check_folder(state: str, repository: Path) -> None:
@@ -243,7 +253,7 @@ def _pool(values: Settings) -> tuple[int, int, str]:
     return values.first, values.capacity, values.slice
 
 
-def _tell_next(values: Settings, name: str, vendor: bool) -> None:
+def _tell_next(values: Settings, name: str, pythons: tuple[str, ...]) -> None:
     """Print what the operator has to know and to do next."""
     if values.slice == RANDOM:
         click.echo(f"warning: a random slice is above 2^62: {INEXACT}.", err=True)
@@ -258,8 +268,11 @@ def _tell_next(values: Settings, name: str, vendor: bool) -> None:
         click.echo(f"The manager will store held IDs in {Path(values.state) / name}.cidalloc.")
         if not Path(values.state).is_dir():
             click.echo("The manager creates this folder on the server, for the server's user only.")
-    if vendor:
-        click.echo("Next: load the model. Its folder contains a copy of cidalloc.")
+    if pythons:
+        built = ", ".join(pythons)
+        click.echo(
+            f"Next: load the model. Its folder contains a copy of cidalloc for Python {built}."
+        )
     else:
         click.echo("Next: install cidalloc for Triton's Python, then load the model.")
 
@@ -268,7 +281,7 @@ class _Before(NamedTuple):
     settings: Settings
     batch_size: int
     version: int
-    vendored: bool
+    pythons: tuple[str, ...]
     more: dict[str, str]
 
 
@@ -289,13 +302,13 @@ def _read(folder: Path) -> _Before:
         ) from None
     versions = [int(each.name) for each in folder.iterdir() if re.fullmatch(r"[1-9]\d*", each.name)]
     version = max(versions, default=1)
-    vendored = (folder / str(version) / "cidalloc").is_dir()
+    pythons = pythons_of(folder / str(version) / "cidalloc")
     more = {
         key: value["string_value"]
         for key, value in config.get("parameters", {}).items()
         if key.isupper()
     }
-    return _Before(settings, int(config["max_batch_size"]), version, vendored, more)
+    return _Before(settings, int(config["max_batch_size"]), version, pythons, more)
 
 
 def _kept(values: Settings, chosen: dict[str, Any]) -> str:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import difflib
 import errno
-import importlib.metadata
 import os
 import re
 import shutil
-import sys
-import sysconfig
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from string import Template
@@ -19,11 +16,11 @@ from typing import Any
 from ..errors import InvalidArgument
 from ..manager.settings import Settings
 from ..protocol import MODEL
+from .vendor import HERE, Copy
 
 __all__ = ["default_state_folder", "export", "settings_from"]
 
 _HERE = Path(__file__).parent
-_PACKAGE = _HERE.parent
 
 
 def default_state_folder() -> Path:
@@ -41,7 +38,8 @@ def export(
     version: int = 1,
     overwrite: bool = False,
     batch_size: int = 256,
-    vendor: bool | str = False,
+    vendor: bool | str | Iterable[str] = False,
+    wheels: Path | None = None,
     more: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the manager model into a model repository and return its folder.
@@ -54,17 +52,19 @@ def export(
         overwrite: replace the files of an earlier export.
         batch_size: maximum number of requests in one batch.
         vendor: copy this package into the model's folder, for a server whose Python does not have
-            it. That Python must have the same version as this one; a version such as ``"3.12"``
-            is checked.
+            it. True stands for this version of Python; other versions, such as ``"3.12"`` or
+            ``["3.10", "3.12"]``, come from wheels.
+        wheels: a folder with wheels of this version of cidalloc. Without it, pip downloads those
+            that are needed.
         more: parameters of the Python backend itself, such as ``EXECUTION_ENV_PATH``.
 
     Raises:
-        InvalidArgument: the model exists, a name or number is not valid, or this package was
-            built for another Python than the server's.
+        InvalidArgument: the model exists, a name or number is not valid, or there is no wheel for
+            a version of Python.
     """
     _check_numbers(name, version, batch_size)
-    if vendor:
-        _check_python(vendor)
+    pythons = (HERE,) if vendor is True else (vendor,) if isinstance(vendor, str) else vendor or ()
+    copy = Copy(pythons, wheels)
     folder = Path(repository) / name
     if folder.exists() and not overwrite:
         raise InvalidArgument(
@@ -81,12 +81,12 @@ def export(
         words = f'parameters {{ key: "{key}" value {{ string_value: "{_as_text(value)}" }} }}'
         config += f"{words}\n"
     if folder.exists():
-        _fill(folder, version, config, vendor=bool(vendor))
+        _fill(folder, version, config, copy)
         return folder
     # In one step: a server that polls does not see half a model.
     draft = folder.with_name(f".{name}.{os.getpid()}.new")
     try:
-        _fill(draft, version, config, vendor=bool(vendor))
+        _fill(draft, version, config, copy)
         draft.rename(folder)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
@@ -108,51 +108,13 @@ def _check_numbers(name: str, version: int, batch_size: int) -> None:
         raise InvalidArgument(f"batch_size={batch_size!r} is not valid: use 1 or more")
 
 
-def _fill(folder: Path, version: int, config: str, *, vendor: bool) -> None:
+def _fill(folder: Path, version: int, config: str, copy: Copy) -> None:
     """Write the model's files, each in one step, the configuration last."""
     home = folder / str(version)
     home.mkdir(parents=True, exist_ok=True)
-    _replace_package(home / _PACKAGE.name, vendor=vendor)
+    copy.place_in(home)
     _write(home / "model.py", (_HERE / "model.py").read_text())
     _write(folder / "config.pbtxt", config)
-
-
-def _check_python(wanted: bool | str) -> None:
-    here = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    if isinstance(wanted, str) and wanted != here:
-        raise InvalidArgument(
-            f"this cidalloc is built for Python {here}, but the server has {wanted}: run this"
-            f" command with a Python {wanted} that has cidalloc installed"
-        )
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    if not (_PACKAGE / f"_alloc{suffix}").is_file():
-        raise InvalidArgument(
-            f"{_PACKAGE} contains no extension module for this Python ({suffix}): install the"
-            " wheel, not an editable copy"
-        )
-
-
-def _replace_package(place: Path, *, vendor: bool) -> None:
-    """Copy this package into a model's folder, or remove an earlier copy."""
-    draft, old = (place.with_name(f".{place.name}.{os.getpid()}.{end}") for end in ("new", "old"))
-    try:
-        if vendor:
-            shutil.copytree(_PACKAGE, draft, ignore=shutil.ignore_patterns("__pycache__"))
-        if place.exists():
-            place.replace(old)
-        if vendor:
-            draft.replace(place)
-    finally:
-        for each in (draft, old):
-            shutil.rmtree(each, ignore_errors=True)
-    # The copy reads its version from its metadata.
-    for stale in place.parent.glob(f"{place.name}-*.dist-info"):
-        shutil.rmtree(stale)
-    if vendor:
-        metadata = importlib.metadata.distribution(_PACKAGE.name)
-        home = place.with_name(f"{place.name}-{metadata.version}.dist-info")
-        home.mkdir()
-        (home / "METADATA").write_text(metadata.read_text("METADATA") or "")
 
 
 def settings_from(config: Mapping[str, Any]) -> Settings:

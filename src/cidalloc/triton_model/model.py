@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
         built = ", ".join(f"{tag[0]}.{tag[1:]}" for tag in tags)
         words = (
             f"the copy of cidalloc beside this model is for Python {built}, but this server has"
-            f" {here}: run 'cidalloc model -o --vendor --python {here} DIR' with a Python {here}"
+            f" {here}: run 'cidalloc model -o --vendor --python {here} DIR'"
         )
     else:
         raise
