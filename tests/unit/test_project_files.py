@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -72,21 +68,3 @@ def test_make_targets_that_are_advised_exist() -> None:
             re.findall(r"(?:`|run: |^)make ([\w.][\w./-]*)", path.read_text(), re.MULTILINE)
         )
         assert named <= targets, path.name
-
-
-def test_a_source_distribution_has_nothing_of_others(tmp_path: Path) -> None:
-    """Also if folders that git ignores lie beside the sources, with names such as `tests`."""
-    pytest.importorskip("build")
-    for name in ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", ".gitignore"):
-        shutil.copy(ROOT / name, tmp_path)
-    ours = {"src/cidalloc/__init__.py", "tests/unit/test_ours.py"}
-    for name in (*ours, ".venv/lib/other/tests/test_other.py", "build/x/src/other.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "."]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (file,) = (tmp_path / "dist").iterdir()
-    with tarfile.open(file) as archive:
-        names = {name.split("/", 1)[1] for name in archive.getnames()}
-    assert {name for name in names if "/" in name} == ours
