@@ -354,16 +354,17 @@ $(ARM)/.unpacked:
 	@for each in $(ARM)/apt/archives/*_arm64.deb; do dpkg -x $$each $(ARM)/root || exit 1; done
 	@touch $@
 
-# As a user without a clone, from an index that has only dist/ for cidalloc.
+# As a user without a clone, with dist/ beside the index.
+RELEASE = cidalloc[all]==$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 TOOLS := $(CURDIR)/build/wheels/tools/bin
 TRIAL := $(CURDIR)/build/trial
 trial: build/wheels/.tools
 	@ls dist/*.whl >/dev/null || { echo "error: dist/ has no wheels: run make wheels" >&2; exit 1; }
 	rm -rf $(TRIAL) && mkdir -p $(TRIAL)
 	cd $(TRIAL) && UV_CACHE_DIR=$(CURDIR)/.cache/uv $(TOOLS)/uvx --python $(TOOLS)/python \
-		--refresh-package cidalloc --find-links $(CURDIR)/dist --from 'cidalloc[all]' cidalloc demo
+		--refresh-package cidalloc --find-links $(CURDIR)/dist --from '$(RELEASE)' cidalloc demo
 	cd $(TRIAL) && PIPX_HOME=$(TRIAL)/pipx $(TOOLS)/pipx run --python $(TOOLS)/python --no-cache \
-		--pip-args='--find-links=$(CURDIR)/dist' --spec 'cidalloc[all]' cidalloc demo
+		--pip-args='--find-links=$(CURDIR)/dist' --spec '$(RELEASE)' cidalloc demo
 
 build/wheels/.tools:
 	@mkdir -p build/wheels
