@@ -112,8 +112,8 @@ MUTANTS = [
     Mutant(
         "release without a session of what a session holds",
         "manager/registry.py",
-        "if owner not in self.sessions.anonymous:",
-        "if False:",
+        "session = self.sessions.anonymous.get(owner)",
+        "session = next(each for each in self.sessions if each.number == owner)",
         "O",
     ),
     Mutant(

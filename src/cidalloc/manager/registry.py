@@ -520,18 +520,18 @@ class Registry:
     def _release_anonymous(self, numbers: IDs, reuse_at: int) -> None:
         listed = numbers.tolist()
         held = [(number, self.pool.owner_of(number)) for number in listed]
+        due: dict[int, int] = {}  # by owner
         for number, owner in held:
-            if owner not in self.sessions.anonymous:
+            session = self.sessions.anonymous.get(owner)
+            if session is None:
                 cid = int(self.store.shape.ids(np.array([number], np.uint64))[0])
                 raise NotOwner(f"ID {cid} is held by a session: only that session can release it")
-        if len({owner for _, owner in held}) == 1:
-            owner = held[0][1]
-            floor = self.sessions.anonymous[owner].floor
-            self.pool.release_many(numbers, owner, max(reuse_at, floor))
+            due[owner] = max(reuse_at, session.floor)
+        if len(due) == 1:
+            self.pool.release_many(numbers, owner, due[owner])
             return
         if len(set(listed)) < len(listed):
             raise Duplicate("an ID is given twice in this call")
-        due = {owner: max(reuse_at, self.sessions.anonymous[owner].floor) for _, owner in held}
         release = self.pool.release
         for number, owner in held:  # these need no memory: none fails
             release(number, owner, due[owner])
