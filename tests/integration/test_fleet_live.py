@@ -9,6 +9,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -268,7 +269,14 @@ def test_a_server_that_is_restarted(
         while len({each.server for each in running}) < 3:
             running.append(stack.enter_context(fleet.sequence(MODEL)))
             running[-1].infer({"INPUT": [[1]]})
-        places[0].restart(forget)
+        with ThreadPoolExecutor() as pool:
+            restarted = pool.submit(places[0].restart, forget)
+            while not restarted.done():  # it may take longer than the model's idle time
+                for sequence in running:
+                    if sequence.server != places[0].url(kind):
+                        sequence.infer({"INPUT": [[1]]})
+                time.sleep(0.2)
+            restarted.result()
         lost = 0
         for sequence in running:
             if sequence.server != places[0].url(kind):

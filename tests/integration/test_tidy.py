@@ -85,7 +85,7 @@ class Dead:
         self.at = time.monotonic()
 
 
-def soon(found: Callable[[], bool], seconds: float = NAMED_S + 3.0) -> None:
+def soon(found: Callable[[], bool], seconds: float = NAMED_S + 10.0) -> None:
     until = time.monotonic() + seconds
     while not found():
         assert time.monotonic() < until
