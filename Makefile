@@ -331,11 +331,11 @@ test-wheels:
 	cd build/wheels && pure/bin/python -c 'import cidalloc.client' && pure/bin/cidalloc status --help >.status
 	! $(PURE)/cidalloc model build/wheels/models
 	@if [ -e $(ARM)/.unpacked ] || $(MAKE) $(ARM)/.unpacked; then set -e; \
-		tag=$$(ls $(ARM)/root/usr/bin | sed -n 's/^python3\.\([0-9]*\)$$/3\1/p'); \
+		tag=$$(ls $(ARM)/system/usr/bin | sed -n 's/^python3\.\([0-9]*\)$$/3\1/p'); \
 		build/wheels/tools/bin/python -m pip install -q --upgrade --target $(ARM)/site --only-binary :all: \
 		--python-version $$tag $(foreach tag,2014 _2_17 _2_28,--platform manylinux$(tag)_aarch64) \
 		dist/*-cp$$tag-manylinux2014*_aarch64.whl; \
-		PYTHONPATH=$(ARM)/site qemu-aarch64-static -L $(ARM)/root $(ARM)/root/usr/bin/python3.$${tag#3} \
+		PYTHONPATH=$(ARM)/site qemu-aarch64-static -L $(ARM)/system $(ARM)/system/usr/bin/python3.$${tag#3} \
 		-c 'import platform, cidalloc.manager.registry, cidalloc.triton_model._parent_watch; \
 		print(platform.machine(), cidalloc.Allocator(capacity=3).acquire_many(3))'; \
 		else echo "== aarch64: not tested, since its Python or qemu-user cannot be had here"; fi
@@ -348,10 +348,10 @@ APT = -q -o Dir::State::Lists=$(CURDIR)/$(ARM)/apt -o Dir::Cache=$(CURDIR)/$(ARM
 $(ARM)/.unpacked:
 	@command -v qemu-aarch64-static >/dev/null || \
 		{ apt-get update -q && apt-get install -y -q --no-install-recommends qemu-user-static; }
-	@mkdir -p $(ARM)/apt/partial $(ARM)/apt/archives/partial $(ARM)/root
+	@mkdir -p $(ARM)/apt/partial $(ARM)/apt/archives/partial $(ARM)/system
 	@apt-get $(APT) update && apt-get $(APT) install --download-only -y --no-install-recommends \
 		python3-minimal:arm64 libpython3-stdlib:arm64 libstdc++6:arm64
-	@for each in $(ARM)/apt/archives/*_arm64.deb; do dpkg -x $$each $(ARM)/root || exit 1; done
+	@for each in $(ARM)/apt/archives/*_arm64.deb; do dpkg -x $$each $(ARM)/system || exit 1; done
 	@touch $@
 
 # As a user without a clone, with dist/ beside the index.
