@@ -31,7 +31,7 @@ with atheris.instrument_imports(include=["cidalloc"]):
     from cidalloc.manager.registry import Registry
     from cidalloc.manager.service import Service
     from cidalloc.manager.settings import Settings
-    from cidalloc.manager.storage.file_format import GRANULE, Part, Word, checked
+    from cidalloc.manager.storage.file_format import GRANULE, VALUE_BITS, Part, Word, checked
     from cidalloc.triton_model.config import settings_from
 
 TOKENS = ["0123456789abcdef" * 2, "f" * 32, "0" * 31, "x" * 32, ""]
@@ -151,7 +151,7 @@ class Files:
                 word = some.ConsumeIntInRange(0, 2**64 - 1)
                 if kind == 2:  # one that is not taken for damage
                     at -= at % 8
-                    word = checked((place + at) // 8, word % 2**48)
+                    word = checked((place + at) // 8, word % 2**VALUE_BITS)
                 patch = struct.pack("=Q", word)
             content[place][at : at + len(patch)] = patch
         cut = some.ConsumeIntInRange(0, 3) == 0

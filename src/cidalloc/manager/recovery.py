@@ -16,7 +16,7 @@ from . import slices
 from .sessions import Session, Sessions
 from .settings import Settings
 from .storage.file import Storage
-from .storage.file_format import Shape, Word
+from .storage.file_format import VALUE_BITS, Shape, Word
 
 __all__ = ["recover", "shape_for", "storage_in_memory", "waiting_for"]
 
@@ -99,7 +99,7 @@ def recover(
     if after_power_loss:
         store.write(Word.CHANGES, (store.read(Word.CHANGES) | 2**32 - 1) + 1)
     if is_copy:  # what was issued since it was made is unknown
-        store.write(Word.COPY, secrets.randbits(48) | 1)
+        store.write(Word.COPY, secrets.randbits(VALUE_BITS) | 1)
         store.wait(now, max(horizon, settings.max_ttl_ms + settings.grace_ms))
     elif after_power_loss and store.read(Word.ISSUES_FROM):
         store.wait(now, store.read(Word.WAIT))

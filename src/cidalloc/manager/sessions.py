@@ -26,7 +26,16 @@ from .._alloc import Allocator
 from ..errors import RegistryCorrupt
 from ..protocol import SEQ_BITS
 from .storage.file import Storage
-from .storage.file_format import GRANULE, ROW, Part, Word, checked, new_content, read_checked
+from .storage.file_format import (
+    GRANULE,
+    ROW,
+    VALUE_BITS,
+    Part,
+    Word,
+    checked,
+    new_content,
+    read_checked,
+)
 
 __all__ = ["Session", "Sessions"]
 
@@ -133,7 +142,7 @@ class Session:
         return not self.digest
 
 
-def _word(place: int, value: int, bits: int = 48) -> int:
+def _word(place: int, value: int, bits: int = VALUE_BITS) -> int:
     """Return the word at a place of the rows; see `checked`."""
     return checked(_FIRST + place, value, bits=bits)
 

@@ -35,6 +35,7 @@ __all__ = [
     "NEW_FILE",
     "RECORD",
     "ROW",
+    "VALUE_BITS",
     "Part",
     "Shape",
     "Word",
@@ -58,6 +59,8 @@ MAX_ROWS = 1 << 20
 """Rows that the file has room for."""
 MAX_CAPACITY = 1 << 38
 """The most IDs in a pool."""
+VALUE_BITS = 48
+"""Bits of the value of most checked words; the checksum has the others."""
 
 NEW_FILE = (
     "let the manager make a new file: drain the server ('cidalloc drain {0} --wait 10m'), stop it,"
@@ -69,8 +72,7 @@ _PAIR = struct.Struct("=QQ")
 _WORD = 2**64 - 1
 _MAGIC = int.from_bytes(b"CIDALLOC", "little")
 _MAX_GENERATION = 2**46  # it shares a checked word with the state of its session
-_MAX_CHANGES = 2**48 - 2**33  # there is room to leap
-_VALUE_BITS = 48  # of most checked words; the checksum has the other bits
+_MAX_CHANGES = 2**VALUE_BITS - 2**33  # there is room to leap
 
 
 class Word(IntEnum):
@@ -210,7 +212,7 @@ def _sum_of(header: memoryview) -> int:
     return int.from_bytes(digest, "little")
 
 
-def checked(place: int, value: int, rest: bytes = b"", bits: int = _VALUE_BITS) -> int:
+def checked(place: int, value: int, rest: bytes = b"", bits: int = VALUE_BITS) -> int:
     """Return a word with a value and a checksum, which notices each single flipped bit.
 
     Args:
@@ -223,7 +225,7 @@ def checked(place: int, value: int, rest: bytes = b"", bits: int = _VALUE_BITS) 
 
 
 def read_checked(
-    words: memoryview, at: int, place: int, rest: bytes = b"", bits: int = _VALUE_BITS
+    words: memoryview, at: int, place: int, rest: bytes = b"", bits: int = VALUE_BITS
 ) -> int:
     """Return the value of the checked word ``at``; see `checked`.
 
