@@ -764,8 +764,8 @@ FORKS = """if True:
     from cidalloc.manager.storage.file import Storage
     from cidalloc.manager.storage.file_format import Shape
     store = Storage.open(Path(sys.argv[1]), Shape(1, 10), boot=bytes(16))
-    if pid := os.fork():
-        print(pid, flush=True)
+    if not os.fork():
+        print(os.getpid(), flush=True)  # the child runs, so it has closed the file
     time.sleep(60)
 """
 
