@@ -13,18 +13,18 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
-from crash_model import BOOT, NEXT_BOOT, Facts, facts_of, token
+from crash_model import BOOT, NEXT_BOOT, Facts, facts_of
+from golden import SHAPE, use
 from sparse import PAGE, Content, content
-from stepped_child import NOW, TIMES, World
+from stepped_child import NOW, TIMES
 
 from cidalloc.errors import RegistryCorrupt, RegistryMismatch
-from cidalloc.manager.storage.file_format import HEADER_BYTES, RECORD, ROW, Part, Shape
+from cidalloc.manager.storage.file_format import HEADER_BYTES, RECORD, ROW, Part
 
 pytestmark = pytest.mark.slow
 
 ALL = os.environ.get("CIDALLOC_ERRORS") == "all"
 SOME = 400  # bits to flip, otherwise
-SHAPE = Shape(1, 20, offset=4)
 ROWS, RECORDS = 9, 17  # that were used, and one that was not
 UNITS = [RECORD, ROW, 512, PAGE]  # that are zeroed, or get in the place of another one
 LIVE = [
@@ -38,22 +38,7 @@ LIVE = [
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Content]:
     """A file with all that a file can have, which a killed process left; and its content."""
     path = tmp_path_factory.mktemp("damaged") / "it"
-    world = World(path, SHAPE)
-    for name in "abcde":
-        world.open(name)
-        world.acquire(name, 3)
-    world.open("f, which has no IDs")
-    world.acquire("", 1, None)
-    world.release("a", *world.registry.held(token("a"), 0).tolist()[:2], ended=True)
-    world.registry.renew(token("b"), 0, used=2, cooldown_ms=7_000)
-    world.registry.close_session(token("c"), 0)
-    world.registry.close_session(token("d"), 0, ended=True)
-    world.open("g, where one was")
-    world.time = NOW - 10
-    world.acquire("g, where one was", 2)
-    left = content(path)
-    world.registry.close()
-    return path, left
+    return path, use(path)
 
 
 class Judge:
