@@ -43,10 +43,13 @@
 #                minutes; ARGS=--core those of the allocator core, which are compiled
 #   make mutation  the same with the faults that mutmut makes: hours; ARGS="PATTERN --max-children N"
 #   make bench-gate  instructions per call against their limits; needs valgrind
+#   make lock    requirements.lock: the versions that .venv is made with; LOCK= for the newest ones
 #   make pythons  the wheel and the tests of the allocator on each Python that is there: 3.10 to
 #                3.14 and the free-threaded 3.14t, on PATH, of pyenv or in /opt
 #   make wheels  sdist and wheels in dist/, for each of these Pythons, x86-64 and aarch64, any Linux of
 #                manylinux2014; tests them, those for aarch64 with qemu-user: half an hour
+#   make release-check  wheels, trial, the site, an SBOM, golden files, and that all say the same version:
+#                what a release needs besides .ci/run; an hour
 #   make trial   `cidalloc demo` from the wheels in dist/, as uvx and pipx run it without a clone
 #   make fuzz    anything for what reads requests, files, URLs and settings: SECONDS=30 each
 #   make sanitize  the tests of the core and the registry under ASan and UBSan
@@ -70,6 +73,7 @@ SHELL := /bin/bash
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BIN := .venv/bin
+LOCK := -c requirements.lock
 comma := ,
 # One line of progress on a terminal, nothing else; all of it is in .cache/setup.log.
 define install
@@ -81,7 +85,7 @@ define install
 endef
 SOURCES := $(shell find src CMakeLists.txt pyproject.toml -name __pycache__ -prune -o -type f -print)
 
-.PHONY: help demo test lint dist pythons wheels test-wheels trial bench bench-client bench-registry bench-gate load scale simulate chaos errors fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy drill-route proxies simulate-fleet cpp conformance faults mutants mutation record docs dependencies clean
+.PHONY: help demo test lint dist pythons wheels test-wheels trial sbom release-check bench bench-client bench-registry bench-gate load scale simulate chaos errors fuzz sanitize coverage crowd drill-drain drill-fleet drill-tidy drill-route proxies simulate-fleet cpp conformance faults mutants mutation record docs dependencies lock clean
 .DELETE_ON_ERROR:
 
 help:
@@ -130,7 +134,7 @@ mutation: .venv/.mutation
 	cd build/mutation && ../../$(BIN)/mutmut run $(ARGS) && ../../$(BIN)/mutmut results
 
 .venv/.mutation: .venv/.built .venv/.dev
-	$(call install,Installing mutmut,$(BIN)/python -m pip install --group mutation)
+	$(call install,Installing mutmut,$(BIN)/python -m pip install $(LOCK) --group mutation)
 	@touch $@
 
 crowd: .venv/.built .venv/.dev
@@ -218,7 +222,7 @@ fuzz: .venv/.fuzz
 		-artifact_prefix=.cache/fuzz/ $(ARGS) .cache/fuzz/$$each fuzz/corpus/$$each; done
 
 .venv/.fuzz: .venv/.built .venv/.dev
-	$(call install,Installing the fuzzer,$(BIN)/python -m pip install --group fuzz)
+	$(call install,Installing the fuzzer,$(BIN)/python -m pip install $(LOCK) --group fuzz)
 	@touch $@
 
 # The extension modules once more, so that a stray access or an overflow ends the process.
@@ -248,7 +252,7 @@ coverage: build/covered/.built
 	$(BIN)/python tests/support/cython_lines.py build/coverage
 
 build/covered/.built: .venv/.built .venv/.dev
-	$(call install,Installing coverage,$(BIN)/python -m pip install --group coverage)
+	$(call install,Installing coverage,$(BIN)/python -m pip install $(LOCK) --group coverage)
 	rm -rf build/covered build/coverage
 	SKBUILD_BUILD_DIR=build/coverage $(BIN)/python -m pip install -q --no-build-isolation --no-deps \
 		--config-settings=cmake.define.CIDALLOC_COVERAGE=ON --target build/covered .
@@ -289,7 +293,7 @@ pythons: | .cache/tmp
 # For the shell: the Python $v as $found, or the next $v.
 define find_python
 found=$$(for p in python$$v ~/.pyenv/versions/$$v.*/bin/python /opt/python$$v/bin/python$$v; do \
-	"$$p" -c '' 2>/dev/null && { echo "$$p"; break; }; done || true); \
+	"$$p" -c '' 2>/dev/null && { command -v "$$p"; break; }; done || true); \
 [ "$$found" ] || { echo "== Python $$v: skipped, since it is not there"; continue; }; \
 echo "== Python $$v: $$found"
 endef
@@ -313,7 +317,7 @@ wheels: build/wheels/.tools | .cache/tmp
 		for cpu in $(CPUS); do echo "   $$cpu"; \
 			SETUPTOOLS_EXT_SUFFIX=$${suffix/$$(uname -m)/$$cpu} _PYTHON_HOST_PLATFORM=linux-$$cpu \
 			CC="$$zig cc -target $$cpu-linux-gnu.2.17" SKBUILD_BUILD_DIR=build/wheels/$$v-$$cpu \
-			"$$found" -m pip wheel -q --no-deps -w build/wheels/raw .; done; done; \
+			python -m pip --python "$$found" wheel -q --no-deps -w build/wheels/raw .; done; done; \
 		auditwheel repair --plat auto --only-plat -w dist build/wheels/raw/*.whl
 	CIDALLOC_PURE=1 build/wheels/tools/bin/python -m pip wheel -q --no-deps -w dist/pure .
 	build/wheels/tools/bin/python -m build -q --sdist --outdir dist .
@@ -366,6 +370,26 @@ trial: build/wheels/.tools
 	cd $(TRIAL) && PIPX_HOME=$(TRIAL)/pipx $(TOOLS)/pipx run --python $(TOOLS)/python --no-cache \
 		--pip-args='--find-links=$(CURDIR)/dist' --spec '$(RELEASE)' cidalloc demo
 
+lock: build/wheels/.tools
+	$(TOOLS)/uv pip compile -q --universal --python-version 3.10 --no-emit-index-url --no-annotate --upgrade \
+		--custom-compile-command 'make lock' --extra all $(foreach group,dev bench coverage fuzz mutation,\
+		--group $(group)) pyproject.toml -o requirements.lock
+
+# What the package is made of, with the client and as of today: build/cidalloc.cdx.json.
+sbom: build/wheels/.tools
+	$(PYTHON) -m venv --clear build/sbom
+	build/sbom/bin/python -m pip install -q '.[client]'
+	$(TOOLS)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+		-o build/cidalloc.cdx.json build/sbom
+
+release-check: .venv/.built .venv/.dev
+	$(BIN)/python -m pytest -q tests/unit/test_golden.py tests/unit/test_project_files.py \
+		tests/unit/test_package.py
+	$(MAKE) docs wheels
+	$(TOOLS)/twine check --strict dist/*.whl dist/*.tar.gz
+	$(MAKE) trial sbom
+	@ls -l dist
+
 build/wheels/.tools:
 	@mkdir -p build/wheels
 	$(PYTHON) -m venv --clear build/wheels/tools
@@ -381,7 +405,7 @@ define clean_environment
 endef
 
 .venv/.bench: .venv/.built .venv/.dev
-	$(call install,Installing the peers of the benchmarks,$(BIN)/python -m pip install --group bench)
+	$(call install,Installing the peers of the benchmarks,$(BIN)/python -m pip install $(LOCK) --group bench)
 	@touch $@
 
 clean:
@@ -401,20 +425,20 @@ endif
 another-python:
 	rm -rf .venv
 
-.venv/.ready: pyproject.toml Makefile | .cache/tmp
+.venv/.ready: pyproject.toml Makefile requirements.lock | .cache/tmp
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.13 found (the bundled Triton server" \
 		"knows no other); name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@echo "== Making .venv with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv .venv
 	$(call install,Installing the tools of the build,$(BIN)/python -m pip install -U 'pip>=25.1' && \
-		$(BIN)/python -m pip install --group build)
+		$(BIN)/python -m pip install $(LOCK) --group build)
 	$(call install,Installing cidalloc$(comma) tritonclient and a Triton server for this CPU: some minutes,\
-		$(BIN)/python -m pip install --no-build-isolation '.[all]')
+		$(BIN)/python -m pip install $(LOCK) --no-build-isolation '.[all]')
 	@touch .venv/.fresh $@
 
 # What tests and linters need besides.
 .venv/.dev: .venv/.ready
-	$(call install,Installing the tools of the tests and linters,$(BIN)/python -m pip install --group dev)
+	$(call install,Installing the tools of the tests and linters,$(BIN)/python -m pip install $(LOCK) --group dev)
 	@touch $@
 
 # Always a wheel, never an editable install: Triton's Python imports the same package.

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+import runpy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,9 +41,45 @@ def test_hooks_are_the_linters_of_make() -> None:
     assert len(linters(hooks)) == len(repository["hooks"])
 
 
-def test_the_citation_has_this_version() -> None:
+def test_citation_and_changelog_have_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == cidalloc.__version__
+    latest = re.search(r"^## (\S+) \(", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert latest and latest[1] == cidalloc.__version__
+
+
+def test_a_release_names_its_repository(tmp_path: Path) -> None:
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    script = str(ROOT / ".github/name_repository.py")
+    subprocess.run([sys.executable, script, "Some/one", "v1.2.3"], cwd=tmp_path, check=True)
+    readme = (tmp_path / "README.md").read_text()
+    targets = re.findall(r"\]\(([^)\s]*)\)", readme)
+    assert [each for each in targets if not each.startswith("https://")] == []
+    assert "(https://github.com/Some/one/blob/v1.2.3/docs/client.md)" in readme
+    assert "(https://github.com/Some/one/actions/workflows/ci.yml)" in readme
+    assert "(https://raw.githubusercontent.com/Some/one/v1.2.3/docs/collide.svg)" in readme
+    project = (tmp_path / "pyproject.toml").read_text()
+    assert '\n[project.urls]\nDocumentation = "https://some.github.io/one/"\n' in project
+
+
+def test_the_site_of_a_version_is_put_beside_others(tmp_path: Path) -> None:
+    publish = runpy.run_path(str(ROOT / "docs/publish_site.py"))["publish"]
+    site, folder = tmp_path / "site", tmp_path / "all"
+    site.mkdir()
+    folder.mkdir()
+    for version in ("0.9.0", "0.10.0", "0.9.1", "0.9.1"):
+        (site / "index.html").write_text(version)
+        publish(site, folder, version)
+    listed = json.loads((folder / "versions.json").read_text())
+    assert [each["version"] for each in listed] == ["0.10.0", "0.9.1", "0.9.0"]
+    assert [each["aliases"] for each in listed] == [["latest"], [], []]
+    for name, version in {"latest": "0.10.0", "0.9.0": "0.9.0", "0.9.1": "0.9.1"}.items():
+        assert (folder / name / "index.html").read_text() == version
+
+
+def test_the_site_has_all_pages() -> None:
+    assert runpy.run_path(str(ROOT / "docs/make_site.py"))["omitted"]() == []
 
 
 def test_wheels_are_built_for_each_python() -> None:
