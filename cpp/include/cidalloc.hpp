@@ -438,7 +438,7 @@ inline Error failure(long status, const std::string& body, const std::string& ur
   if (status == 413) code = Code::LIMIT_EXCEEDED;
   if (status == 500) code = Code::INTERNAL;
   if (status == 408 || status == 429 || (status >= 502 && status <= 504) || says("unknown model") ||
-      says("is not healthy") || says("not ready")) {
+      says("is not healthy") || says("not ready") || says("Failed to process the requests")) {
     code = Code::UNAVAILABLE;
   }
   constexpr const char* MARK = "[CIDALLOC ";

@@ -169,6 +169,8 @@ def test_socket_errors(error: OSError, kind: type[errors.CidError]) -> None:
         ("Deadline Exceeded", "StatusCode.DEADLINE_EXCEEDED", errors.Unavailable),
         ("Stub process 'x' is not healthy.", "500", errors.Unavailable),
         ("Stub process 'x' is not healthy.", "StatusCode.INTERNAL", errors.Unavailable),
+        ("Failed to process the requests.", "500", errors.Unavailable),
+        ("Failed to process the requests.", "StatusCode.INTERNAL", errors.Unavailable),
         ("upstream", "503", errors.Unavailable),
         ("Request for unknown model: 'm' is not found", "404", errors.Unavailable),
         ("unexpected shape", "400", errors.InvalidArgument),

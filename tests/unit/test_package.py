@@ -82,7 +82,7 @@ def test_every_file_says_what_it_is_for() -> None:
 def test_another_python_begins_anew(tmp_path: Path) -> None:
     """And none that is named keeps the environment that is there."""
     shutil.copy(ROOT / "Makefile", tmp_path)
-    for name in ("pyproject.toml", "CMakeLists.txt"):
+    for name in ("pyproject.toml", "CMakeLists.txt", "requirements.lock"):
         (tmp_path / name).touch()
     (tmp_path / "src").mkdir()
     here, other = tmp_path / ".venv" / "bin" / "python", tmp_path / "other"

@@ -355,6 +355,10 @@ _TOO_LARGE = "larger than max"
 _NOT_TRITON = re.compile(f"{NOT_TRITON}|{protocol.ROUTE_HEADER}", re.I)
 
 
+# Of Triton 2.51, if the process of a Python model has died, or dies just then.
+_MODEL_AWAY = re.compile("is not healthy|not ready|Failed to process the requests")
+
+
 def translate(error: Exception, model: str, url: str) -> CidError:
     """Return our error for a failure that tritonclient, a socket or Triton reported."""
     away = unreachable(error, url)
@@ -369,7 +373,7 @@ def translate(error: Exception, model: str, url: str) -> CidError:
         return ours
     if "unknown model" in text.lower():
         return Unavailable(f"{url} {NO_MODEL} {model}")
-    if "is not healthy" in text or "not ready" in text:
+    if _MODEL_AWAY.search(text):
         return Unavailable(f"no answer from {url}: {text}")
     kind = LimitExceeded if _TOO_LARGE in text else STATUSES.get(str(status), ProtocolError)
     if kind is Unavailable:
