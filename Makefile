@@ -323,8 +323,9 @@ wheels: build/wheels/.tools | .cache/tmp
 	build/wheels/tools/bin/python -m build -q --sdist --outdir dist .
 	@$(MAKE) -s test-wheels
 
-# The wheels in dist/: those for this CPU as `make pythons` does it; the pure one; and one for aarch64 is
-# imported and used on Debian's Python, which qemu-user runs, if these can be had.
+# The wheels in dist/: those for this CPU as `make pythons` does it; the pure one; and one for aarch64 on
+# Debian's Python, which qemu-user runs, if these can be had. It runs tests that start no processes, and that
+# reserve little memory, since qemu takes what is reserved.
 ARM := build/wheels/aarch64
 PURE := build/wheels/pure/bin
 test-wheels:
@@ -338,10 +339,12 @@ test-wheels:
 		tag=$$(ls $(ARM)/system/usr/bin | sed -n 's/^python3\.\([0-9]*\)$$/3\1/p'); \
 		build/wheels/tools/bin/python -m pip install -q --upgrade --target $(ARM)/site --only-binary :all: \
 		--python-version $$tag $(foreach tag,2014 _2_17 _2_28,--platform manylinux$(tag)_aarch64) \
-		dist/*-cp$$tag-manylinux2014*_aarch64.whl; \
-		PYTHONPATH=$(ARM)/site qemu-aarch64-static -L $(ARM)/system $(ARM)/system/usr/bin/python3.$${tag#3} \
-		-c 'import platform, cidalloc.manager.registry, cidalloc.triton_model._parent_watch; \
-		print(platform.machine(), cidalloc.Allocator(capacity=3).acquire_many(3))'; \
+		--platform any dist/*-cp$$tag-manylinux2014*_aarch64.whl pytest pytest-timeout hypothesis; \
+		run="qemu-aarch64-static -L $(ARM)/system $(ARM)/system/usr/bin/python3.$${tag#3}"; \
+		export PYTHONPATH=$(ARM)/site; \
+		$$run -c 'import cidalloc.manager.registry, cidalloc.triton_model._parent_watch'; \
+		$$run -m pytest -q --noconftest -k 'not largest_pools' \
+		$(foreach name,alloc alloc_args alloc_buffer,tests/unit/test_$(name).py); \
 		else echo "== aarch64: not tested, since its Python or qemu-user cannot be had here"; fi
 
 # Unpacked here and not installed: apt-get has lists of its own for the other CPU. (qemu itself is

@@ -52,7 +52,11 @@ def shown(path: Path, found: set[Path]) -> str:
     name = path.relative_to(ROOT)
     if path.is_file():
         fence, language = "`" * 4, LANGUAGES.get(path.suffix, "text")
-        return f"# {name}\n\n{fence}{language}\n{path.read_text()}{fence}\n"
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            text = f"{path.stat().st_size} bytes\n"
+        return f"# {name}\n\n{fence}{language}\n{text}{fence}\n"
     listed = subprocess.run(
         ["git", "ls-files", "."],  # noqa: S607
         cwd=path,
