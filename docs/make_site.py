@@ -96,8 +96,15 @@ def omitted() -> list[str]:
 
 def build() -> bool:
     """Build the site and return whether there was no warning, also about a docstring."""
+    # Within build, since Zensical empties the folder .cache beside its configuration.
+    config = (ROOT / "mkdocs.yml").read_text()
+    for path, there in {"build/": "", "docs/constructor.py": str(DOCS / "constructor.py")}.items():
+        config = config.replace(path, there)
+    (ROOT / "build" / "mkdocs.yml").write_text(config)
     command = [Path(sys.executable).parent / "zensical", "build", "--clean", "--strict"]
-    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)  # noqa: S603
+    done = subprocess.run(  # noqa: S603
+        command, cwd=ROOT / "build", stderr=subprocess.PIPE, text=True
+    )
     print(done.stderr, end="", file=sys.stderr)
     return done.returncode == 0 and "griffe:" not in done.stderr
 
