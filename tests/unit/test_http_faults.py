@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -164,3 +166,36 @@ def test_no_ids_in_an_answer_that_an_earlier_tritonclient_reads() -> None:
 
     ids, detail = read_answer(Earlier(), "cidmgr", "http://localhost:1")
     assert (ids.dtype, ids.size, detail) == (np.uint64, 0, "")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_connection_that_is_given_up_while_it_is_made_is_closed(host: str) -> None:
+    """At whichever moment: the task is cancelled after more and more turns of the event loop."""
+
+    async def give_up(listener: socket.socket, turns: int) -> bool:
+        transport = AsyncHttpTransport(
+            parse_url(f"http://{host}:{listener.getsockname()[1]}"), None, {}
+        )
+        connecting = asyncio.ensure_future(transport._connect())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+            if turns > 40:
+                await asyncio.sleep(0.0001)  # DNS takes its time
+        connecting.cancel()
+        (found,) = await asyncio.gather(connecting, return_exceptions=True)
+        await transport.close()
+        if isinstance(found, BaseException):
+            return True
+        found.close()
+        return False
+
+    gc.collect()
+    with socket.create_server(("127.0.0.1", 0), backlog=200) as listener:
+        for turns in range(60):
+            if not asyncio.run(give_up(listener, turns)):
+                break
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            gc.collect()
+    assert turns > 2
+    assert [str(each.message) for each in seen] == []

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Mapping
 from typing import Any
 
 import tritonclient.http
 import tritonclient.http.aio
+from aiohappyeyeballs import start_connection
 
 from ... import protocol
 from ..core.http_calls import IDLE_S, HttpAnswer, HttpBase, HttpCall, HttpResult
@@ -111,13 +113,14 @@ class AsyncHttpTransport(HttpBase):
         return answer
 
     async def _connect(self) -> _Connection:
-        _, connection = await asyncio.get_running_loop().create_connection(
+        # create_connection itself leaves a socket open if it is cancelled at the wrong moment.
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        _, connection = await loop.create_connection(
             _Connection,
-            self._host,
-            self._port,
+            sock=await start_connection(found, happy_eyeballs_delay=0.25),
             ssl=self._context,
             server_hostname=self._name if self._context else None,
-            happy_eyeballs_delay=0.25,
         )
         return connection
 
