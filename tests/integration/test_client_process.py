@@ -64,7 +64,7 @@ def say(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline()
 
 
-@pytest.mark.timeout(240)  # the server's start may be in it
+@pytest.mark.timeout(400)  # the server's start may be in it
 def test_the_ids_of_a_killed_client_are_free_in_time_and_not_before(triton: TritonServer) -> None:
     # Without a session, since it must not hold any in a stock.
     other = Anonymous(connect(triton.grpc_url), "quick")

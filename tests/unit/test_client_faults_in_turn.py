@@ -24,7 +24,7 @@ from cidalloc.manager.registry import Registry
 ALL = os.environ.get("CIDALLOC_FAULTS") == "all"
 EACH = 1 if ALL else 71  # no multiple of the number of faults
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200 if ALL else 120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200 if ALL else 300)]
 
 
 @pytest.fixture(scope="module")
