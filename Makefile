@@ -1,6 +1,6 @@
 # Each target sets up what it needs in .venv, inside this folder, and is quick the second time:
 #   make demo    two clients that collide, and two that do not, on a real Triton server
-#   make test    the whole test suite, with the tests on a real Triton server: 6 to 9 minutes
+#   make test    the whole test suite, with the tests on a real Triton server: 6 to 14 minutes
 #   make lint    style, types and layers
 #   make docs    the pages of docs/ and the API as a site in build/site, with every link checked; needs
 #                Python 3.11 or later
@@ -96,7 +96,7 @@ demo: .venv/.built
 	@$(BIN)/cidalloc demo
 
 test: .venv/.built .venv/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=30
 
 lint: .venv/.built .venv/.dev
 	$(BIN)/ruff check .

@@ -1,8 +1,8 @@
-"""Write the address of the repository into pyproject.toml and the README, for PyPI.
+"""Let the pages of a release tell how to install it from PyPI, and where its repository is.
 
-A release runs `python .github/name_repository.py OWNER/NAME TAG` before it builds. So PyPI shows
-links to this project, and a fork need not change a file. The README's relative links become links
-to the files of the tag.
+A release runs `python .github/name_repository.py OWNER/NAME TAG` before it builds. So nothing else
+has to know that address, and a fork need not change a file. pyproject.toml gets it, and the
+README's relative links become links to the files of the tag.
 """
 
 from __future__ import annotations
@@ -28,9 +28,17 @@ def linked(text: str, repository: str, tag: str) -> str:
     return TARGET.sub(absolute, text)
 
 
+def installed(text: str) -> str:
+    """Return a page that installs the package from PyPI, and not from a clone."""
+    text = text.replace("In a clone of this repository:\n\n", "")
+    return text.replace("pip install '.[", "pip install 'cidalloc[")
+
+
 def main(folder: Path, repository: str, tag: str) -> None:
-    """Change both files."""
+    """Change the files."""
     readme, project = folder / "README.md", folder / "pyproject.toml"
+    for page in (readme, *(folder / "docs").glob("*.md")):
+        page.write_text(installed(page.read_text()))
     readme.write_text(linked(readme.read_text(), repository, tag))
     page = f"https://github.com/{repository}"
     owner, name = repository.split("/")

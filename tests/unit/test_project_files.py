@@ -54,6 +54,7 @@ def test_a_release_names_its_repository(tmp_path: Path) -> None:
     script = str(ROOT / ".github/name_repository.py")
     subprocess.run([sys.executable, script, "Some/one", "v1.2.3"], cwd=tmp_path, check=True)
     readme = (tmp_path / "README.md").read_text()
+    assert "\n```sh\npip install 'cidalloc[client]'\n" in readme and "'.[" not in readme
     targets = re.findall(r"\]\(([^)\s]*)\)", readme)
     assert [each for each in targets if not each.startswith("https://")] == []
     assert "(https://github.com/Some/one/blob/v1.2.3/docs/client.md)" in readme
