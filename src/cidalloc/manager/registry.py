@@ -8,7 +8,6 @@ no fault can break it.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID
@@ -94,7 +93,8 @@ class Registry:
         self.settings = settings
         self.expired = ExpiredSessions()
         self.dead = DeadIds()
-        self.released: Counter[str] = Counter(ended=0, cooled=0, expired=0)
+        # No Counter, which needs memory to set a number.
+        self.released = {"ended": 0, "cooled": 0, "expired": 0}
         self.acquired = 0
         self.store = store or storage_in_memory(settings, now, boot)
         self.pool, self.sessions, ending = recover(self.store, settings, now, boot, live_snapshot)
