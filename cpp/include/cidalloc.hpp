@@ -500,14 +500,21 @@ class Http {
 
   [[nodiscard]] Answer read(const json& body) const try {
     Answer answer;
-    for (const auto& output : body.at("outputs")) {
+    bool found = false;
+    // Only Triton's own answers name a version. They may lack outputs, see below.
+    const auto outputs = body.contains("model_version") ? body.value("outputs", json::array())
+                                                        : body.at("outputs");
+    for (const auto& output : outputs) {
       const auto& data = output.at("data");
       if (output.at("name") == "DETAIL") answer.detail = data.at(0).get<std::string>();
       if (output.at("name") != "OUTPUT") continue;
       const auto whole = [](const json& each) { return each.is_number_unsigned(); };
       if (!std::all_of(data.begin(), data.end(), whole)) throw unlike("its OUTPUT is not UINT64");
       data.get_to(answer.output);
+      found = true;
     }
+    // So does Triton 2.51, rarely, after a proxy has given requests up.
+    if (!found) throw Error(Code::UNAVAILABLE, "no answer from " + url_ + ": it has no OUTPUT");
     return answer;
   } catch (const json::exception& error) {
     throw unlike(error.what());

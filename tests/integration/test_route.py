@@ -345,7 +345,9 @@ def test_a_proxy_that_retries(routed: list[BasedServer], tmp_path: Path, kind: s
                         send(sequence, 1)
                 finally:
                     os.killpg(hung.pid, signal.SIGCONT)
-            time.sleep(0.5)  # what was sent to the server runs there now
+            # Triton 2.51 may die of requests that a proxy gave up, or answer without outputs.
+            hung.stop()
+            hung.start()
             one(client, kind)
     finally:
         proxy.close()

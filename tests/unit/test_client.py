@@ -11,11 +11,20 @@ from typing import Any
 
 import grpc
 import pytest
+from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
 from cidalloc import errors
 from cidalloc.client import AsyncClient, Client
-from cidalloc.client.core.transport import NOT_TRITON, parse_url, translate, unreachable
+from cidalloc.client.core.grpc_calls import GrpcResult
+from cidalloc.client.core.http_calls import HttpResult
+from cidalloc.client.core.transport import (
+    NOT_TRITON,
+    parse_url,
+    read_answer,
+    translate,
+    unreachable,
+)
 from cidalloc.client.sync.grpc import GrpcTransport
 from cidalloc.client.sync.http import HttpTransport
 from cidalloc.client.sync.transport import connect
@@ -261,3 +270,15 @@ def test_repr() -> None:
     assert repr(client) == "<cidalloc Client of cidmgr at grpc://host:1, not opened, 0 in use>"
     client.close()
     assert "closed" in repr(client)
+
+
+def test_an_answer_without_outputs_is_none() -> None:
+    """Triton 2.51 gives it, rarely, after a proxy has given requests up."""
+    body = b'{"model_name":"cidmgr","model_version":"1"'
+    over_http = [HttpResult.from_response_body(body + end) for end in (b"}", b',"outputs":[]}')]
+    message = service_pb2.ModelInferResponse(model_name="cidmgr", model_version="1")
+    for result in (*over_http, GrpcResult(message)):
+        with pytest.raises(errors.Unavailable, match=r"no answer from x: .*without outputs"):
+            read_answer(result, "cidmgr", "x")
+    with pytest.raises(errors.ProtocolError):
+        read_answer(GrpcResult(service_pb2.ModelInferResponse()), "cidmgr", "x")

@@ -34,6 +34,7 @@ from ...errors import (
     ProtocolError,
     Unavailable,
 )
+from .result import has_outputs, version_of
 from .tensors import Library
 
 __all__ = [
@@ -204,6 +205,7 @@ def read_answer(result: Any, model: str, url: str) -> tuple[protocol.IDs, str]:
     """Return OUTPUT and DETAIL of what the manager answered.
 
     Raises:
+        Unavailable: it is an answer of Triton without outputs.
         ProtocolError: it is not a manager's answer.
     """
     try:
@@ -214,6 +216,9 @@ def read_answer(result: Any, model: str, url: str) -> tuple[protocol.IDs, str]:
         detail = "" if text is None else text[0, 0].decode()
     except (ValueError, TypeError, LookupError, AttributeError):  # of another kind or shape
         output = None
+    if output is None and version_of(result) and not has_outputs(result):
+        # So does Triton 2.51, rarely, after a proxy has given requests up.
+        raise Unavailable(f"no answer from {url}: model {model} answered without outputs")
     if output is None or output.dtype != "uint64":
         raise ProtocolError(f"model {model} at {url} answers unlike a cidalloc manager")
     return output.reshape(-1), detail
