@@ -222,7 +222,7 @@ fuzz: .venv/.fuzz
 		-artifact_prefix=.cache/fuzz/ $(ARGS) .cache/fuzz/$$each fuzz/corpus/$$each; done
 
 .venv/.fuzz: .venv/.built .venv/.dev
-	$(call install,Installing the fuzzer,$(BIN)/python -m pip install $(LOCK) --group fuzz)
+	$(call install,Installing the fuzzer,$(BIN)/python -m pip install --group fuzz)
 	@touch $@
 
 # The extension modules once more, so that a stray access or an overflow ends the process.
@@ -375,7 +375,7 @@ trial: build/wheels/.tools
 
 lock: build/wheels/.tools
 	$(TOOLS)/uv pip compile -q --universal --python-version 3.10 --no-emit-index-url --no-annotate --upgrade \
-		--custom-compile-command 'make lock' --extra all $(foreach group,dev bench coverage fuzz mutation,\
+		--custom-compile-command 'make lock' --extra all $(foreach group,dev bench coverage mutation,\
 		--group $(group)) pyproject.toml -o requirements.lock
 
 # What the package is made of, with the client and as of today: build/cidalloc.cdx.json.
