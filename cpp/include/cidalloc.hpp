@@ -502,8 +502,8 @@ class Http {
     Answer answer;
     bool found = false;
     // Only Triton's own answers name a version. They may lack outputs, see below.
-    const auto outputs = body.contains("model_version") ? body.value("outputs", json::array())
-                                                        : body.at("outputs");
+    const auto outputs =
+        body.contains("model_version") ? body.value("outputs", json::array()) : body.at("outputs");
     for (const auto& output : outputs) {
       const auto& data = output.at("data");
       if (output.at("name") == "DETAIL") answer.detail = data.at(0).get<std::string>();
