@@ -37,9 +37,9 @@ def installed(text: str) -> str:
 def main(folder: Path, repository: str, tag: str) -> None:
     """Change the files."""
     readme, project = folder / "README.md", folder / "pyproject.toml"
-    for page in (readme, *(folder / "docs").glob("*.md")):
-        page.write_text(installed(page.read_text()))
-    readme.write_text(linked(readme.read_text(), repository, tag))
+    for path in (folder / "docs").glob("*.md"):
+        path.write_text(installed(path.read_text()))
+    readme.write_text(linked(installed(readme.read_text()), repository, tag))
     page = f"https://github.com/{repository}"
     owner, name = repository.split("/")
     urls = {

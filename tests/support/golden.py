@@ -49,15 +49,13 @@ def use(path: Path) -> Content:
     return left
 
 
-def facts_in(file: Path, path: Path) -> str:
-    """Put a golden registry at `path`; return what the next process finds there, as JSON."""
-    packed = lzma.decompress(file.read_bytes())
-    size, data = int.from_bytes(packed[:8], "little"), packed[8:]
-    step = 8 + PAGE
-    pages = [data[start : start + step] for start in range(0, len(data), step)]
+def facts_in(file: Path, path: Path) -> object:
+    """Put a golden registry at `path`; return what the next process finds there."""
+    data = lzma.decompress(file.read_bytes())
+    size, step = int.from_bytes(data[:8], "little"), 8 + PAGE
+    pages = [data[start : start + step] for start in range(8, len(data), step)]
     left = Content(size, {int.from_bytes(each[:8], "little"): each[8:] for each in pages})
-    facts = facts_of(adopted(left.put(path)), SHAPE, NOW, TIMES)
-    return as_json(dataclasses.asdict(facts))
+    return dataclasses.asdict(facts_of(adopted(left.put(path)), SHAPE, NOW, TIMES))
 
 
 def packed(left: Content) -> bytes:
@@ -68,25 +66,29 @@ def packed(left: Content) -> bytes:
     return lzma.compress(b"".join(parts), preset=9)
 
 
-def pool_in(snapshot: bytes) -> str:
-    """Return what a restored allocator holds and has, as JSON."""
+def pool_in(snapshot: bytes) -> object:
+    """Return what a restored allocator holds and has."""
     pool = Allocator.restore(snapshot)
     pool._check()
     held = {cid: pool.owner_of(cid) for cid in pool}
     about = [pool.first, pool.capacity, pool.block, pool.peak, pool.high_water]
-    return as_json(
-        {"held": held, "about": about, "free": sorted(pool.acquire_many(pool.free).tolist())}
-    )
+    return {"held": held, "about": about, "free": sorted(pool.acquire_many(pool.free).tolist())}
 
 
-def settings_in(config: str) -> str:
-    """Return what the manager reads from its model's configuration, as JSON."""
+def settings_in(config: str) -> object:
+    """Return what the manager reads from its model's configuration."""
     parsed = text_format.Parse(config, ModelConfig())
     as_triton_has_it = json_format.MessageToDict(parsed, preserving_proto_field_name=True)
-    return as_json(dataclasses.asdict(settings_from(as_triton_has_it)))
+    return dataclasses.asdict(settings_from(as_triton_has_it))
 
 
-def as_json(found: object) -> str:
+def found_in(file: Path, scratch: Path) -> str:
+    """Return what this version finds in a golden file, as JSON."""
+    kind = file.name.partition("-")[0]
+    if kind == "registry":
+        found = facts_in(file, scratch)
+    else:
+        found = pool_in(file.read_bytes()) if kind == "snapshot" else settings_in(file.read_text())
     return json.dumps(found, indent=1, sort_keys=True, default=bytes.hex) + "\n"
 
 
@@ -108,14 +110,6 @@ def main() -> None:
             if not file.exists():
                 file.write_bytes(data)
                 file.with_suffix(".json").write_text(found_in(file, Path(folder, "it")))
-
-
-def found_in(file: Path, scratch: Path) -> str:
-    """Return what this version finds in a golden file, as JSON."""
-    kind = file.name.partition("-")[0]
-    if kind == "registry":
-        return facts_in(file, scratch)
-    return pool_in(file.read_bytes()) if kind == "snapshot" else settings_in(file.read_text())
 
 
 if __name__ == "__main__":
