@@ -109,6 +109,7 @@ def test_a_child_process_of_asyncio() -> None:
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_what_a_child_collects_as_garbage_is_its_parents() -> None:
     """So the child neither ends it nor warns of it."""
+    gc.collect()  # what other tests left: gRPC would wait for ever for its threads in the child
     cids = Client(transport=Loopback(SETTINGS))
     sequence = cids.sequence("model")
     child = os.fork()
