@@ -71,6 +71,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what failed once and then passed: each is a fault, of the package or of its tests."""
+    for report in terminalreporter.getreports("rerun"):
+        terminalreporter.section(f"failed once: {report.nodeid}", sep="-")
+        terminalreporter.line(report.longreprtext)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what needs the real server, for environments that cannot have it."""
     for item in items:

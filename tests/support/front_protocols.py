@@ -5,7 +5,6 @@ HTTP/2 is that of h2, so that each frame can be another one than gRPC would send
 
 from __future__ import annotations
 
-import contextlib
 import json
 import struct
 from collections.abc import Callable
@@ -14,7 +13,6 @@ from typing import Any, NamedTuple, Protocol
 import h2.config
 import h2.connection
 import h2.events
-import h2.exceptions
 import numpy as np
 from google.protobuf.json_format import ParseDict
 from tritonclient.grpc import service_pb2
@@ -153,7 +151,12 @@ class Http2:
         self._over: set[int] = set()
 
     def feed(self, data: bytes) -> None:
-        for event in self._h2.receive_data(data):
+        events = self._h2.receive_data(data)
+        # A call whose limit passes on a busy machine comes together with its end.
+        self._over.update(
+            each.stream_id for each in events if isinstance(each, h2.events.StreamReset)
+        )
+        for event in events:
             if isinstance(event, h2.events.RequestReceived):
                 path = dict(event.headers)[b":path"].decode()
                 self._methods[event.stream_id] = path.rpartition("/")[2]
@@ -161,12 +164,12 @@ class Http2:
             elif isinstance(event, h2.events.DataReceived):
                 self._h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
                 self._take(event.stream_id, event.data)
-            elif isinstance(event, h2.events.StreamEnded):
-                if self._methods[event.stream_id] == "ModelStreamInfer":
-                    self._trailers(event.stream_id, 0, "")
-            elif isinstance(event, h2.events.StreamReset):
-                self._over.add(event.stream_id)
+            elif isinstance(event, h2.events.StreamEnded) and self._streams(event.stream_id):
+                self._trailers(event.stream_id, 0, "")
         self._flush()
+
+    def _streams(self, stream: int) -> bool:
+        return self._methods[stream] == "ModelStreamInfer"
 
     def _take(self, stream: int, data: bytes) -> None:
         left = self._data[stream] + data
@@ -193,9 +196,8 @@ class Http2:
             return
         self._over.add(stream)
         trailers = [("grpc-status", str(status)), ("grpc-message", text.replace("\n", " "))]
-        with contextlib.suppress(h2.exceptions.StreamClosedError):  # by the client, just now
-            self._head(stream)
-            self._h2.send_headers(stream, trailers, end_stream=True)
+        self._head(stream)
+        self._h2.send_headers(stream, trailers, end_stream=True)
 
     def answer(self, result: Any, way: Any, write: Callable[[bytes], Any] | None = None) -> None:
         stream, number = way
@@ -206,7 +208,7 @@ class Http2:
     def _send(self, stream: int, messages: list[bytes], result: Any) -> None:
         if stream in self._over:
             return
-        streaming = self._methods[stream] == "ModelStreamInfer"
+        streaming = self._streams(stream)
         if isinstance(result, Failure) and not streaming:
             self._trailers(stream, result.grpc, str(result))
             return
@@ -223,6 +225,8 @@ class Http2:
 
     def page(self, result: Any, way: Any, status: int) -> None:
         stream, _ = way
+        if stream in self._over:
+            return
         if stream in self._begun:  # of a stream that was answered before, no page can be made
             self.reset_stream(result, way, 0)
             return

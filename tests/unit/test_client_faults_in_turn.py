@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections import Counter
 from collections.abc import Iterator
 
+import h2.connection
+import h2.events
 import pytest
 from flows_in_turn import FLOWS, WAYS, Way
-from in_turn import Turn, all_turns, run, run_all
+from in_turn import SETTINGS, Turn, all_turns, run, run_all
 from pages import TESTING, fill, markdown
-from server_front import Network
+from server_front import Front, Network
 from spoilt import FAULTS
 
 from cidalloc.client.core import tidy
@@ -102,6 +105,31 @@ def test_errors_of_a_step(way: int, fault: str, kind: str, words: str, network: 
     found = run(network, WAYS[way], "sequence", ("step", 1), FAULTS[fault])
     assert found.errors[0].startswith(f"infer: {kind}") and words in found.errors[0], found.errors
     assert "<" not in found.errors[0]
+
+
+def test_the_front_takes_a_call_that_ends_at_once(network: Network) -> None:
+    """A call whose limit passes on a busy machine may come together with its end."""
+    front = Front(network, SETTINGS, {})
+    client = h2.connection.H2Connection()
+    client.initiate_connection()
+    path = (":path", "/inference.GRPCInferenceService/ServerMetadata")
+    for stream in (1, 3):
+        headers = [(":method", "POST"), (":scheme", "http"), (":authority", "x"), path]
+        client.send_headers(stream, headers)
+        client.send_data(stream, b"\0" * 5, end_stream=True)
+        if stream == 1:
+            client.reset_stream(stream)
+    host, _, port = front.target.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as wire:
+        wire.sendall(client.data_to_send())
+        ended: set[int] = set()
+        while 3 not in ended:
+            data = wire.recv(65536)
+            assert data, "the front closed the connection"
+            events = client.receive_data(data)
+            ended |= {e.stream_id for e in events if isinstance(e, h2.events.StreamEnded)}
+    front.close()
+    assert front.asked == ["version", "version"]
 
 
 def _group(turn: Turn) -> str:
