@@ -184,12 +184,8 @@ class Progress:
         """Note that a request of a sequence failed: none does if it begins in the calm.
 
         But a lease may run out then that was not renewed since the faults.
-        A manager that refuses half of the requests may also be reloaded. In one of some hundred
-        such fleets its handing over takes nearly a ttl, and a lease runs out, which is allowed.
         """
-        if isinstance(error, SessionExpired) and (
-            self._fleet.nemesis.lasting == "refuses" or node.heard < self._began
-        ):
+        if isinstance(error, SessionExpired) and node.heard < self._began:
             return
         if core.began > self._began and node.alive and not node.deaf:
             self._wrong(f"{core.holder} failed, and nothing is broken: {error}")

@@ -93,6 +93,33 @@ def test_a_model_that_fails_and_then_answers() -> None:
     assert tidier.failed == {"first": 1} and tidier.ended["second"] > 100, tidier.ended
 
 
+class RefusingStream(SlowStream):
+    """The manager refuses twice to name IDs, and the client is gone when it does."""
+
+    client: SimClient
+
+    def send(self, model: str, inputs: list[Any], /, **options: Any) -> None:
+        self._asked.append(self._world.now)
+        if len(self._asked) == 3:
+            self.client.session.abandoned = True
+        refused = InferenceServerException("no instance is there", "StatusCode.UNAVAILABLE")
+        self._receive("", True, None, refused)
+
+
+def test_a_round_that_was_refused_is_soon_made_again() -> None:
+    """A manager that refuses half of the requests must not outlast the window for END."""
+    world = World(Settings(first=1, capacity=10, fresh=True))
+    asked: list[float] = []
+    client = SimClient(
+        random.Random(1),
+        lambda: world.now,
+        lambda *arguments: RefusingStream(world, asked, *arguments),  # type: ignore[arg-type, return-value]
+    )
+    RefusingStream.client = client
+    world.run(client.session, Tidier(client, {"model": []}).rounds())  # type: ignore[arg-type]
+    assert len(asked) == 3 and asked[-1] - asked[0] < 0.2
+
+
 def test_ids_that_were_never_named_come_first() -> None:
     """Else the same ones are ended three times, and others not at all."""
     dead = DeadIds()

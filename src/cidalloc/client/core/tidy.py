@@ -57,15 +57,18 @@ class Tidier:
 
     def rounds(self) -> Flow[None]:
         """Make one round after the other until the client is closed. Never raises."""
-        session = self._session
+        session, failures = self._session, 0
         while not self._over:
             try:
                 yield from session.establish(session.now() + session.link.timeout)
                 yield from self._round()
-                self._trouble = ""
+                failures, self._trouble = 0, ""
             except CidError as error:
+                failures += 1
                 self._warn(error)
-            until = session.now() + session.link.rng.uniform(*_ROUND_S)
+            link = session.link
+            pause = link.pause(failures) if failures else link.rng.uniform(*_ROUND_S)
+            until = session.now() + pause
             while session.now() < until and not self._over:
                 yield Idle(until)
 
