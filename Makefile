@@ -98,7 +98,7 @@ demo: .venv/.built
 # A busy machine can let a limit of real time pass. What fails once and then passes is told at the end.
 PYTEST := python -m pytest --reruns 1
 test: .venv/.built .venv/.dev
-	$(BIN)/$(PYTEST) -n 2 --dist loadfile --durations=30
+	$(BIN)/$(PYTEST) -n 3 --dist loadfile --durations=30
 
 lint: .venv/.built .venv/.dev
 	$(BIN)/ruff check .

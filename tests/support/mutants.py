@@ -119,7 +119,7 @@ MUTANTS = [
     Mutant(
         "a retried change acts twice",
         "manager/registry.py",
-        "if seq is not None and seq <= session.seq:",
+        "if seq <= session.seq:",
         "if False:",
         "A",
     ),
@@ -182,6 +182,7 @@ MUTANTS = [
             stream = self._runner.transport.open_stream(stream._receive, within)  # type: ignore
         stream.send(model, request.pop("inputs"), request_id=str(self._sent), **request)""",
         "FU",
+        55,
     ),
     Mutant(
         "the heartbeat ends after a failure",
@@ -217,6 +218,7 @@ MUTANTS = [
         "place, waiting = next(iter(self.line.items()))",
         "place, waiting = next(reversed(self.line.items()))",
         "P",
+        23,
     ),
     Mutant(
         "who waits last comes first",
@@ -224,6 +226,7 @@ MUTANTS = [
         "self.places[session] = count, until",
         "self.places = {session: (count, until), **self.places}",
         "P",
+        20,
     ),
     Mutant(
         "a turn that is never given back",
@@ -264,8 +267,8 @@ MUTANTS = [
     Mutant(
         "nothing is tidied after a failure",
         "client/core/tidy.py",
-        "                self._warn(error)\n            until",
-        "                return\n            until",
+        "                failures += 1\n",
+        "                return\n",
         "P",
     ),
     Mutant(

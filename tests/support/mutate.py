@@ -34,6 +34,8 @@ _PYTEST = (
     *("-p", "no:cacheprovider", "-p", "no:anyio", "-p", "no:xdist"),
     *("-W", "ignore::pytest.PytestAssertRewriteWarning"),  # of plugins that were imported before
 )
+# By pytest's exit code. A wild access in the core, which ends the process, is found.
+_TOLD = {0: "SURVIVED", 1: "", -signal.SIGSEGV: "", -signal.SIGABRT: "", -signal.SIGBUS: ""}
 _MODULES = (  # what most tests import, and what no mutant changes
     *("asyncio", "hypothesis.stateful", "numpy", "httptools", "click", "rich.console"),
     *("tritonclient.grpc.aio", "tritonclient.http.aio", "yaml"),
@@ -75,7 +77,7 @@ def judged(mutants: Iterable[Mutant]) -> Iterator[tuple[Mutant, str]]:
         with folder:
             output = Path(folder.name, "output").read_text(errors="replace")
         code = os.waitstatus_to_exitcode(status)
-        told = {0: "SURVIVED", 1: ""}.get(code, f"its tests did not run ({code}):\n{output}")
+        told = _TOLD.get(code, f"its tests did not run ({code}):\n{output}")
         yield mutant, told
 
 

@@ -37,7 +37,7 @@ def several_servers(seed: int) -> tuple[list[str], Counter[str]]:
 def in_processes(function: Callable[[int], T], seeds: range) -> Iterator[tuple[int, T]]:
     """Yield each seed with what the function returns for it, in order; each CPU runs one."""
     with multiprocessing.Pool(min(len(os.sched_getaffinity(0)), len(seeds)) or 1) as pool:
-        yield from zip(seeds, pool.imap(function, seeds, 10), strict=True)
+        yield from zip(seeds, pool.imap(function, seeds), strict=True)
 
 
 def main() -> None:
