@@ -55,7 +55,7 @@ enum class Code {
   UNKNOWN_OPERATION = 7,  ///< This manager has no operation with this `CODE`.
   SESSION_UNKNOWN = 8,  ///< No such session: it was never opened, was closed, or has expired.
   LIMIT_EXCEEDED = 9,  ///< More than a setting of the manager allows.
-  REPEATED = 10,  ///< A change with this `seq` or a later one was applied already.
+  REPEATED = 10,  ///< A change with this `seq` or a later one came before.
   REGISTRY_LOCKED = 11,  ///< Another process writes the registry's file.
   REGISTRY_CORRUPT = 12,  ///< The registry's file is damaged, truncated, or not a registry.
   REGISTRY_MISMATCH = 13,  ///< The registry has other settings, or is not the expected one.

@@ -60,7 +60,7 @@ class Code(IntEnum):
     LIMIT_EXCEEDED = 9
     """More than a setting of the manager allows."""
     REPEATED = 10
-    """A change with this ``seq`` or a later one was applied already."""
+    """A change with this ``seq`` or a later one came before."""
     REGISTRY_LOCKED = 11
     """Another process writes the registry's file."""
     REGISTRY_CORRUPT = 12

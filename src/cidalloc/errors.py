@@ -168,7 +168,7 @@ class StateError(CidError, RuntimeError):
 
 
 class Repeated(StateError):
-    """This change was applied already, or comes after a later one."""
+    """This change, or a later one of its session, came before."""
 
     code = Code.REPEATED
 

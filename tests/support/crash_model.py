@@ -187,9 +187,9 @@ def judge(state: Facts, before: Facts, after: Facts, under_way: dict[int, int]) 
             assert session.cooldown >= will.cooldown, "IDs before their cooldown is noted"
         seq = state.seqs[generation]
         assert seq in (before.seqs.get(generation), after.seqs.get(generation))
-        noted = seq == after.seqs.get(generation) != before.seqs.get(generation, 0)
-        if noted and not session.anonymous:  # these have their `floor` there
-            assert state.holds == after.holds, "seq is noted before the effect"
+        changed = state.held_by(generation) != before.held_by(generation)
+        if changed and not session.anonymous:  # these have their `floor` there
+            assert seq == after.seqs.get(generation), "the effect before its seq is noted"
         longest = min(session.ttl, TTL) + GRACE + session.cooldown
         assert state.horizon >= longest, "a session before the horizon is noted"
 

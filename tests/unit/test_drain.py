@@ -97,7 +97,8 @@ def test_a_manager_that_drains(service: Service, switch: DrainSwitch) -> None:
     assert ask(service, Operation.NEW, session=TOKEN, seq=2, wait_ms=100) is errors.Draining
     assert ask(service, Operation.OPEN, session="6" * 32, ttl_ms=60_000) is errors.Draining
     assert ask(service, Operation.RENEW, session=TOKEN)[-1] == DRAINING
-    assert ask(service, Operation.DELETE, 11, session=TOKEN, seq=2) == (1, DRAINING)
+    assert ask(service, Operation.NEW, session=TOKEN, seq=2) is errors.Repeated
+    assert ask(service, Operation.DELETE, 11, session=TOKEN, seq=3) == (1, DRAINING)
     assert ask(service, Operation.HELD, session=TOKEN) == (10, 12, DRAINING)
     assert ask(service, Operation.DELETE, 13) == (1, DRAINING)
     assert ask(service, Operation.ACTIVE) == (2, DRAINING)
@@ -117,11 +118,11 @@ def test_a_refused_request_renews_the_lease(tmp_path: Path) -> None:
     ask(service, Operation.OPEN, session=TOKEN, ttl_ms=10_000)
     switch = DrainSwitch(tmp_path / "cidmgr.cidalloc")
     switch.set(True)
-    for _ in range(3):
+    for seq in (1, 2, 3):
         now[0] += 9_000
-        assert ask(service, Operation.NEW, session=TOKEN, seq=1) is errors.Draining
+        assert ask(service, Operation.NEW, session=TOKEN, seq=seq) is errors.Draining
     now[0] += 20_000
-    assert ask(service, Operation.NEW, session=TOKEN, seq=1) is errors.SessionUnknown
+    assert ask(service, Operation.NEW, session=TOKEN, seq=4) is errors.SessionUnknown
     switch.close()
     service.close()
 

@@ -294,12 +294,29 @@ def test_limits_say_which_setting_they_are() -> None:
     ):
         registry.acquire(2, 0, token=A, seq=2)
     with pytest.raises(LimitExceeded, match=r"count=7 is more than .* max_count=6"):
-        registry.acquire(7, 0, token=A, seq=2)
+        registry.acquire(7, 0, token=A, seq=3)
     registry.acquire(2, 0)
     with pytest.raises(LimitExceeded, match=r"2 IDs are held without a session, and 2 more .*=3"):
         registry.acquire(2, 0)
-    registry.acquire(1, 0, token=A, seq=2)
-    assert registry.pool.active == 7, "what was refused took no seq and no ID"
+    registry.acquire(1, 0, token=A, seq=4)
+    assert registry.pool.active == 7, "what was refused took no ID"
+
+
+def test_what_was_refused_is_not_applied_later() -> None:
+    """A network that repeats a request may bring it when the client has gone on."""
+    registry = small(capacity=2, max_held=2)
+    registry.open(A, 0, ttl_ms=60_000)
+    taken = registry.acquire(2, 0, token=A, seq=1)
+    with pytest.raises(LimitExceeded):
+        registry.acquire(1, 0, token=A, seq=2)
+    with pytest.raises(OutOfRange):
+        registry.release(ids(99), 0, token=A, seq=3)
+    assert registry.release(taken, 0, token=A, seq=4, ended=True) == 2
+    with pytest.raises(Exhausted):  # they cool
+        registry.acquire(1, 0, token=A, seq=5)
+    with pytest.raises(Repeated, match="seq=5 is not above 5"):
+        registry.acquire(1, 50_000, token=A, seq=5)
+    assert registry.acquire(1, 50_000, token=A, seq=6) == [1]
 
 
 @pytest.mark.parametrize("label", ["x" * 65, "ü" * 33, "a\n", "\0", "\ud800", "\x7f"])

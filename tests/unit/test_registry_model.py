@@ -334,10 +334,13 @@ class Histories(RuleBasedStateMachine):
         if session is None:
             with pytest.raises(errors.SessionUnknown):
                 call()
-        elif seq <= session.seq:
+            return
+        if seq <= session.seq:
             with pytest.raises(errors.Repeated):
                 call()
-        elif count > limits.max_count or len(session.held) + count > limits.max_held:
+            return
+        session.seq = seq
+        if count > limits.max_count or len(session.held) + count > limits.max_held:
             with pytest.raises(errors.LimitExceeded, match="max_"):
                 call()
         elif cooldown is not None and cooldown > limits.max_cooldown_ms:
@@ -347,7 +350,6 @@ class Histories(RuleBasedStateMachine):
             session.cooldown = max(session.cooldown, self.cooldown(cooldown))
             if got := self.taken(count, call):
                 session.held |= got
-                session.seq = seq
                 session.say(used)
 
     @rule(count=st.one_of(st.integers(1, 5), st.integers(1, 150)))
@@ -426,6 +428,8 @@ class Histories(RuleBasedStateMachine):
             expected = {errors.SessionUnknown}
         elif session is not None and seq <= session.seq:
             expected = {errors.Repeated}
+        elif session is not None:
+            session.seq = seq
         if expected:
             with pytest.raises(errors.CidError) as caught:
                 call()
@@ -438,7 +442,6 @@ class Histories(RuleBasedStateMachine):
                 del self.anonymous[cid]
         else:
             session.held -= set(ids)
-            session.seq = seq
             session.say(used)
 
     def some(self, data: st.DataObject, mine: set[int]) -> list[int]:

@@ -230,10 +230,10 @@ def test_owners(service: Service) -> None:
     assert ask(service, Operation.DELETE, [10], session=OTHER, seq=1) is Code.NOT_OWNER
     assert ask(service, Operation.DELETE, [10]) is Code.NOT_OWNER
     assert ask(service, Operation.DELETE, [12], session=TOKEN, seq=2) is Code.NOT_OWNER
-    assert ask(service, Operation.DELETE, [10, 12], session=TOKEN, seq=2) is Code.NOT_OWNER
-    assert ask(service, Operation.DELETE, [13], session=TOKEN, seq=2) is Code.NOT_HELD
+    assert ask(service, Operation.DELETE, [10, 12], session=TOKEN, seq=3) is Code.NOT_OWNER
+    assert ask(service, Operation.DELETE, [13], session=TOKEN, seq=4) is Code.NOT_HELD
     assert ask(service, Operation.HELD, session=OTHER) == []
-    assert ask(service, Operation.DELETE, [11], session=TOKEN, seq=2) == [1], "none was applied"
+    assert ask(service, Operation.DELETE, [11], session=TOKEN, seq=5) == [1], "none was applied"
 
 
 SESSION_OPERATIONS = {

@@ -123,7 +123,7 @@ def test_a_session_has_what_it_was_opened_with() -> None:
     assert session.expires == 1234
     assert (session.ttl, session.cooldown, session.opened_at) == (11, 12, 13)
     assert (session.label, session.anonymous, session.seq) == ("Ünï", False, 0)
-    table.sessions.set_seq(session, table.sessions.seq_note(session, 2**53 - 1))
+    table.sessions.set_seq(session, 2**53 - 1)
     table.sessions.raise_cooldown(session, 11)
     assert (session.seq, session.cooldown) == (2**53 - 1, 12)
     table.sessions.raise_cooldown(session, 99)
@@ -141,7 +141,7 @@ def test_a_session_has_what_it_was_opened_with() -> None:
 def test_a_row_holds_nothing_of_the_session_before() -> None:
     table = Table()
     session = table.open(1, label="x" * 64)
-    table.sessions.set_seq(session, table.sessions.seq_note(session, 5))
+    table.sessions.set_seq(session, 5)
     table.sessions.end(session, 0)
     assert session.number == 0
     assert table.find(1) is None

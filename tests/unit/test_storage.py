@@ -173,9 +173,9 @@ def test_an_error_names_the_id(path: Path) -> None:
         "ID 33 at position 1 is held by another owner": [30, int(anonymous[0])],
         "the ID at position 0 is outside the pool, whose IDs are 10 to 59": [60],
     }
-    for words, each in wrong.items():
+    for seq, (words, each) in enumerate(wrong.items(), 2):
         with pytest.raises(CidError, match=words):
-            registry.release(np.array(each, np.uint64), 0, token=bytes(16), seq=2)
+            registry.release(np.array(each, np.uint64), 0, token=bytes(16), seq=seq)
     for words, each in {"ID 31 is held by a session": [31], "ID 45 is not held": [45]}.items():
         with pytest.raises(CidError, match=words):
             registry.release(np.array(each, np.uint64), 0)

@@ -133,8 +133,11 @@ def _of_manager(every: Iterable[Op], rules: Rules) -> Iterator[str]:
             heard.clear()
             holder.clear()
             continue
+        seq, code = op.more.get("seq") or 0, op.more.get("code")
         if op.outcome == "fail":
-            if op.more.get("code") == "SESSION_UNKNOWN" and who in heard and who not in vague:
+            if code not in ("SESSION_UNKNOWN", "REPEATED"):
+                seqs[who] = max(seqs[who], seq)
+            if code == "SESSION_UNKNOWN" and who in heard and who not in vague:
                 yield f"C: {where}: the manager does not know a session that never ended"
             continue
         if op.what in ("end_dead", "named"):
@@ -160,7 +163,6 @@ def _of_manager(every: Iterable[Op], rules: Rules) -> Iterator[str]:
             heard.setdefault(who, op.began)  # a second one renews nothing
         else:
             heard[who] = op.began
-        seq = op.more.get("seq") or 0
         if seq and op.outcome == "ok":
             if seq <= seqs[who]:
                 yield f"A: {where}: seq {seq} was applied after {seqs[who]}"

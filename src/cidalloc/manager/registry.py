@@ -220,8 +220,6 @@ class Registry:
             Repeated: ``seq`` is not above the last one.
         """
         session = self._renewed(token, now, seq)
-        if seq is not None:
-            self.sessions.set_seq(session, self.sessions.seq_note(session, seq))
         return np.sort(self.store.shape.ids(self.pool.held_by(session.number)))
 
     # ---- IDs
@@ -280,7 +278,7 @@ class Registry:
             )
         if token is not None:
             self._raise_cooldown(session, cooldown_ms)
-        acquired, note = self.acquired + count, self.sessions.seq_note(session, seq)
+        acquired = self.acquired + count
         try:
             numbers = self._issue(count, session, wait_ms is not None)
         except Exhausted:
@@ -293,7 +291,7 @@ class Registry:
             self.pool.release_many(numbers, session.number, self.now)
             raise
         if token is not None:
-            self.sessions.set_seq(session, note, used)
+            self.sessions.set_used(session, used)
             if wait_ms is not None:
                 self.waiting.leave(session)
         self.acquired = acquired
@@ -349,9 +347,8 @@ class Registry:
             if session is None:
                 self._release_anonymous(numbers, self.now + cooldown)
             else:
-                note = self.sessions.seq_note(session, seq)
                 self.pool.release_many(numbers, session.number, self.now + cooldown)
-                self.sessions.set_seq(session, note, used)
+                self.sessions.set_used(session, used)
         except (NotHeld, NotOwner, Duplicate) as error:
             raise self.store.shape.with_id(error) from None
         self.released[how] = released
@@ -433,7 +430,10 @@ class Registry:
         return self.sessions.end(session, max(reuse_at, session.floor))
 
     def _renewed(self, token: bytes, now: int, seq: int | None = None) -> Session:
-        """Return a session after its lease was renewed. With ``seq``, check it."""
+        """Return a session after its lease was renewed. With ``seq``, check it and note it.
+
+        So also what is then refused is never applied if it comes again, when nobody expects it.
+        """
         self._advance(now)
         session = self.sessions.named.get(self._digest(token))
         if session is None:
@@ -442,8 +442,10 @@ class Registry:
             )
         expires = self.now + session.ttl + self.settings.grace_ms
         session.expires = max(expires, session.expires)
-        if seq is not None and seq <= session.seq:
-            raise Repeated(f"seq={seq} is not above {session.seq}, the last one that was applied")
+        if seq is not None:
+            if seq <= session.seq:
+                raise Repeated(f"seq={seq} is not above {session.seq}, the last one")
+            self.sessions.set_seq(session, seq)
         return session
 
     def _raise_cooldown(self, session: Session, asked: int | None) -> None:

@@ -175,9 +175,9 @@ _NOTHING: IDs = np.empty((1, 0), np.uint64)
 
 
 def _refuse(registry: Registry, request: Request, now: int) -> None:
-    """Refuse what could begin a sequence; the session's lease is renewed all the same."""
+    """Refuse what could begin a sequence; its lease is renewed and its seq noted all the same."""
     if request.operation is Operation.NEW and request.token is not None:
-        registry.renew(request.token, now)
+        _held(registry, request, now)
     raise Draining(
         "the server is being drained: running sequences continue, and no new one begins here"
     )

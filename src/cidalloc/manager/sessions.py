@@ -80,8 +80,8 @@ class Session:
         number: of its row, and of its owner in the pool; 0 after its end.
         generation: a number that no other session of the registry has.
         expires: when its lease ends.
-        seq: of the last change that was applied. Of anonymous IDs, which have none: until when they
-            cool at least; see `floor`.
+        seq: of the last change, also if that was refused. Of anonymous IDs, which have none: until
+            when they cool at least; see `floor`.
         digest: stands for its token; empty for a session that holds anonymous IDs.
         ttl: for how long a renewal lasts.
         cooldown: for how long its IDs cool if it expires.
@@ -398,32 +398,25 @@ class Sessions:
         self._words[place] = _word(place, cooldown)
         session.cooldown = cooldown
 
-    def seq_note(self, session: Session, seq: int) -> tuple[int, int, int]:
-        """Return the note of a session's seq, for `set_seq`: make it before the change."""
+    def set_seq(self, session: Session, seq: int) -> None:
+        """Note the number of a change before it is made: it is never made twice."""
         place = session.number * _WORDS + _SEQ
-        return place, _word(place, seq, SEQ_BITS), seq
-
-    def set_seq(
-        self, session: Session, note: tuple[int, int, int], used: int | None = None
-    ) -> None:
-        """Note the last change that was applied, and call `set_used`. Needs no memory."""
-        self._words[note[0]] = note[1]  # to unpack it takes an iterator
-        session.seq = note[2]
-        try:  # noqa: SIM105 a context manager is an object
-            self.set_used(session, used)
-        except MemoryError:  # the change is done, and this is only for the status
-            pass
+        self._words[place] = _word(place, seq, SEQ_BITS)
+        session.seq = seq
 
     def set_used(self, session: Session, used: int | None) -> None:
         """Note how many IDs of a session are in use; None: its client does not say it."""
         before = session.used
         if used is None or used == before:
             return
-        held = self._pool.held_count(session.number)
-        used = held if used > held else used
-        total, silent = self.used + used - (before or 0), self.silent - (before is None)
-        place = session.number * _WORDS + _KIND
-        self._words[place] = _word(place, 2 * used + 2)
+        try:
+            held = self._pool.held_count(session.number)
+            used = held if used > held else used
+            total, silent = self.used + used - (before or 0), self.silent - (before is None)
+            place = session.number * _WORDS + _KIND
+            self._words[place] = _word(place, 2 * used + 2)
+        except MemoryError:  # this is only for the status, and a change may be done already
+            return
         self.used, self.silent, session.used = total, silent, used
 
     def largest(self, most: int, now: int) -> list[Session]:
