@@ -41,7 +41,8 @@
 #                random, or ARGS="ROW ..." of the table in docs/testing.md; needs the history
 #   make mutants  hundreds of faults in the package, one at a time, which its tests must find: 5
 #                minutes; ARGS=--core those of the allocator core, which are compiled
-#   make mutation  the same with the faults that mutmut makes: hours; ARGS="PATTERN --max-children N"
+#   make mutation  the same with the faults that mutmut makes: 8 minutes; those that survive must be in
+#                tests/mutants/survived.list
 #   make bench-gate  instructions per call against their limits; needs valgrind
 #   make lock    requirements.lock: the versions that .venv is made with; LOCK= for the newest ones
 #   make pythons  the wheel and the tests of the allocator on each Python that is there: 3.10 to
@@ -133,7 +134,8 @@ mutation: .venv/.mutation
 	rm -rf build/mutation && mkdir -p build/mutation
 	cp -r pyproject.toml docs tests "$$($(BIN)/python -c 'import cidalloc; print(*cidalloc.__path__)')" \
 		build/mutation
-	cd build/mutation && ../../$(BIN)/mutmut run $(ARGS) && ../../$(BIN)/mutmut results
+	cd build/mutation && ../../$(BIN)/mutmut run $(ARGS) && \
+		../../$(BIN)/python ../../tests/support/survivors.py ../../tests/mutants/survived.list
 
 .venv/.mutation: .venv/.built .venv/.dev
 	$(call install,Installing mutmut,$(BIN)/python -m pip install $(LOCK) --group mutation)

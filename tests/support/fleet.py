@@ -245,7 +245,7 @@ class Fleet:
         self, request: protocol.Request, here: bool | None = None, client: str = ""
     ) -> Reply:
         """Answer a request to the manager ``here``, on the server, or to that of another one."""
-        if client and self.nemesis.refuses(client):
+        if client and self.nemesis.refuses(client, request.operation):
             return Reply(error=Unavailable("too many requests"))
         here = self.here if here is None else here
         service = self._service if here else self._other

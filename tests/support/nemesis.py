@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ LASTING = ["", "deaf", "full", "refuses", "few"]
 """What stays when all other faults are over: nothing; a client to which no answer comes; a full
 disk; a manager that refuses half of the requests; a pool with few IDs."""
 CAPACITY = {"few": 14, "full": 2080}  # 2047 have room in the file before it grows
-_IN_A_ROW = 3  # requests of a client that are refused
+_IN_A_ROW = 3  # requests of one kind of a client that are refused
 _STRANGER = "5" * 32
 
 
@@ -64,7 +65,7 @@ class Nemesis:
         if self._power and self.lasting == "full":
             self.lasting = ""  # a stranger has most of the IDs there, and would lose them
         self.refusing = False
-        self._refused: dict[str, int] = {}  # in a row, by client
+        self._refused: Counter[tuple[str, Operation]] = Counter()  # in a row
 
     @property
     def long(self) -> bool:
@@ -127,13 +128,13 @@ class Nemesis:
         if self.lasting == "deaf":
             self.more.choice(fleet.nodes).deaf = True
 
-    def refuses(self, client: str) -> bool:
+    def refuses(self, client: str, operation: Operation) -> bool:
         """Whether the manager refuses a request: half of them, but not many in a row."""
         if not self.refusing:
             return False
-        row = self._refused.get(client, 0)
-        refused = row < _IN_A_ROW and self.more.random() < 0.5
-        self._refused[client] = row + 1 if refused else 0
+        key = client, operation
+        refused = self._refused[key] < _IN_A_ROW and self.more.random() < 0.5
+        self._refused[key] = self._refused[key] + 1 if refused else 0
         sometimes("half is refused", refused)
         return refused
 

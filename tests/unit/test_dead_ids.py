@@ -142,6 +142,24 @@ def test_who_has_stopped_asking_counts_no_more() -> None:
     assert found.asked_for(("asr",), 25_001) == []
 
 
+def test_who_has_stopped_asking_may_leave() -> None:
+    found = DeadIds()
+    found.name("asr", 1, 10, 0)
+    found.name("tts", 1, 10, 0)
+    found.name("asr", 2, 10, 25_001)
+    assert found.asked_for(("tts", "asr"), 25_001) == ["asr"]
+    found.leave(1)
+    assert found.asked_for(("tts", "asr"), 25_001) == ["asr"]
+
+
+def test_high_ids_have_shares_as_well() -> None:
+    found = DeadIds()
+    for asker in (1, 2):
+        found.name("asr", asker, 10, 0)
+    found.add(ids(2**63, 2**63 + 1), ["asr"], since=0, now=0)
+    assert sorted(len(found.name("asr", asker, 10, 0)) for asker in (1, 2)) == [1, 1]
+
+
 def test_each_model_has_its_own(registry: Registry) -> None:
     held = die(registry, ("asr", "tts"))
     now = EXPIRY + COOLDOWN
@@ -384,3 +402,5 @@ def test_a_list_that_is_just_full_is_not_told(
     assert found.name("asr", 1, 10, 0).dtype == np.uint64, "also without IDs"
     found.add(ids(*range(10)), ["asr"], since=0, now=0)
     assert found.count(0) == 10 and not caplog.records
+    DeadIds().add(ids(*range(11)), ["asr"], since=0, now=0)
+    assert len(caplog.records) == 1

@@ -108,6 +108,15 @@ def test_every_line(name: str) -> None:
     assert at > 10
 
 
+def knows_all(cids: Client, transport: Loopback) -> bool:
+    """Whether the client knows all IDs that its session holds, or is in doubt."""
+    with cids._runner.lock:
+        lease = cids._session.lease
+        registry = transport.service._holder.registry()
+        held = registry.held(bytes.fromhex(lease.token), transport.clock()).tolist()
+        return lease.doubtful or set(held) == lease.cache.known()
+
+
 def ring(name: str, at: int) -> bool:
     """Interrupt a call at one line; return whether it has so many."""
     transport = Loopback(SETTINGS)
@@ -140,6 +149,7 @@ def ring(name: str, at: int) -> bool:
             assert sequence.state not in ("live", "doubtful"), where
         sequence.close()
         assert sequence.state.startswith("closed"), where
+        assert knows_all(cids, transport), f"{where}: an ID in no place"
     cids.close()
     assert not cids._runner.sequences, where
     with Client(transport=transport) as other:

@@ -6,6 +6,7 @@ import pytest
 
 from cidalloc.client.core.effects import NEVER
 from cidalloc.client.core.id_cache import ENDED, IdCache
+from cidalloc.errors import Duplicate, NotHeld
 
 FOREVER = float("inf")
 
@@ -29,12 +30,12 @@ def test_what_the_manager_does_not_count_is_in_no_place() -> None:
 
 def test_fresh_ids_beyond_the_demand_go_back_although_some_are_used() -> None:
     cache = IdCache(ahead=100)
-    cache.plan(0.0, 0)
-    cache.refill(range(1, 11), (), 0.0)
-    assert cache.take(29.0)
-    cache.trim(29.9)
+    cache.plan(10.0, 0)
+    cache.refill(range(1, 11), (), 10.0)
+    assert cache.take(39.0)
+    cache.trim(39.9)
     assert len(cache.fresh) == 9
-    cache.trim(30.0)
+    cache.trim(40.0)
     assert len(cache.fresh) == cache.target_size == 1 and cache.outgoing
 
 
@@ -222,6 +223,16 @@ def test_without_demand_all_that_are_ready_go_back(others_wait: bool, pause: flo
     cache.trim(pause, others_wait)
     assert list(cache.to_release[ENDED]) == [1000, 2000]
     assert [cid for _, cid in cache.cooling] == [3000]
+
+
+def test_what_is_not_used_is_named() -> None:
+    cache = IdCache(ahead=100)
+    cache.refill([1], [2, 3], 0.0)
+    cache.check_used([2, 3])
+    with pytest.raises(Duplicate, match="ID 2 is given twice"):
+        cache.check_used([2, 3, 2])
+    with pytest.raises(NotHeld, match="does not hold ID 1: it was released, or was never acq"):
+        cache.check_used([2, 1])
 
 
 def test_ids_that_nobody_saw_are_the_next() -> None:

@@ -281,8 +281,15 @@ def test_what_was_forgotten_stays_so() -> None:
     it.settle(3, False, SequenceLost("x"))
     it.settle(3, True, None)
     assert it.phase is Phase.LOST
-    with pytest.raises(SequenceLost):
+    with pytest.raises(SequenceLost, match="is lost: open a new sequence, and send all again"):
         it.send(3, False)
+
+
+def test_no_answer_at_all_is_no_idle_time() -> None:
+    it = life()
+    it.send(0, False)
+    it.send(100, False)
+    assert "nothing was sent for its idle time" in it.why_forgotten
 
 
 def test_waiting_for_a_slot_is_no_idle_time() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -282,9 +283,11 @@ def test_what_the_error_says(manager: Manager) -> None:
     manager.seq = 50
     with pytest.raises(Exhausted) as first:
         manager.registry.acquire(1, 0, token=B, seq=1, wait_ms=1000)
+    text = r"cannot issue 1 of \d IDs: \d are held, 1 are cooling; the next is due in 4.25 s"
+    assert re.fullmatch(text, str(first.value))
     assert first.value.due_s == 4.25
     assert not first.value.others_wait
-    with pytest.raises(Exhausted, match="others wait before this request") as second:
+    with pytest.raises(Exhausted, match=f"{text}; others wait before this request") as second:
         manager.registry.acquire(1, 0, token=C, seq=1, wait_ms=1000)
     assert second.value.due_s == 4.25
     assert second.value.others_wait

@@ -87,7 +87,7 @@ class WaitingList:
         self.places.pop(session, None)
 
 
-def exhausted(pool: Allocator, count: int, now: int, why: str = "") -> Exhausted:
+def exhausted(pool: Allocator, count: int, now: int, why: str) -> Exhausted:
     """Return the error that there are not so many IDs; its text says when the next one is due."""
     due, when = pool.next_due, "none is cooling"
     if due is not None:

@@ -313,6 +313,8 @@ class IdCache:
             The used IDs that the session does not hold; they are lost.
         """
         self.requeue()
+        # An exception that was raised in the middle may have left an ID in two places.
+        self.used.difference_update(*self.to_release.values(), *self.awaiting_model.values())
         for waiting in self.awaiting_model.values():
             for cid in waiting.keys() - held:
                 del waiting[cid]

@@ -173,11 +173,15 @@ class Lease:
                 f"{_some(lost)} had been lost: {next(iter(lost.values()))}{others}"
             )
         self.cache.check_used(cids)
-        if cooldown_ms == ENDED:
-            for cid in cids:
-                self.cache.recycle(cid, self._link.now())
-        else:
-            self.cache.give_back(cids, self.default_ms if cooldown_ms is None else cooldown_ms)
+        try:
+            if cooldown_ms == ENDED:
+                for cid in cids:
+                    self.cache.recycle(cid, self._link.now())
+            else:
+                self.cache.give_back(cids, self.default_ms if cooldown_ms is None else cooldown_ms)
+        except BaseException:
+            self.doubtful = True  # raised at any line: an ID may be in two places
+            raise
 
     def release_from(self, cid: int, cooldown_ms: int) -> None:
         """Take back the ID of a sequence. A lost ID needs nothing more."""

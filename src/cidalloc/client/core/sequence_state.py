@@ -40,9 +40,7 @@ class Event(Enum):
 
     SEND = "send"
     SEND_END = "send END"
-    ANSWER = "answer"
     ANSWER_END = "answer to END"
-    FAIL = "failure"
     FAIL_END = "failure of END"
     FORGET = "forgotten"
     CLOSE = "close"
@@ -57,24 +55,18 @@ TRANSITIONS: dict[tuple[Phase, Event], Phase] = {
     (Phase.FRESH, Event.SEND_END): Phase.ENDING,
     (Phase.LIVE, Event.SEND): Phase.LIVE,
     (Phase.LIVE, Event.SEND_END): Phase.ENDING,
-    (Phase.LIVE, Event.ANSWER): Phase.LIVE,
-    (Phase.LIVE, Event.FAIL): Phase.LIVE,
-    (Phase.ENDING, Event.ANSWER): Phase.ENDING,
-    (Phase.ENDING, Event.FAIL): Phase.ENDING,
     (Phase.ENDING, Event.ANSWER_END): Phase.ENDED,
     (Phase.ENDING, Event.FAIL_END): Phase.LIVE,
-    (Phase.ENDED, Event.ANSWER): Phase.ENDED,
-    (Phase.ENDED, Event.FAIL): Phase.ENDED,
     **{(phase, Event.FORGET): Phase.LOST for phase in OPEN},
     **{(phase, Event.CLOSE): Phase.CLOSED for phase in (*OPEN, Phase.LOST)},
     # These come too late to matter.
     **{
         (phase, event): phase
         for phase in (Phase.LOST, Phase.CLOSED)
-        for event in (*(Event.ANSWER, Event.ANSWER_END, Event.FAIL, Event.FAIL_END), Event.FORGET)
+        for event in (Event.ANSWER_END, Event.FAIL_END, Event.FORGET)
     },
 }
-"""The next phase. An event that is not in the table is refused."""
+"""The next phase. An event that is not in the table is refused. Other answers change no phase."""
 
 
 class SequenceState:
@@ -202,14 +194,15 @@ class SequenceState:
             self._last_answered = now
             if self._exact:
                 self._forgotten_at = now + self._idle + self._SLACK_S
-            if end or self.phase is not _LIVE:
-                self._go(Event.ANSWER_END if end else Event.ANSWER)
+            if end:
+                self._go(Event.ANSWER_END)
         elif isinstance(error, SequenceLost):
             self._go(Event.FORGET)
         else:
             self.doubtful = True
             self._forgotten_at = float("inf")
-            self._go(Event.FAIL_END if end else Event.FAIL)
+            if end:
+                self._go(Event.FAIL_END)
 
     def doubt(self, unanswered: int, end: bool) -> None:
         """Note that an exception broke off `send` or `settle`.
@@ -221,8 +214,8 @@ class SequenceState:
         self.unanswered = unanswered
         self.doubtful = self.doubtful or self.phase is not Phase.FRESH
         self._forgotten_at = float("inf")
-        event = Event.FAIL_END if end else Event.FAIL
-        self.phase = TRANSITIONS.get((self.phase, event), self.phase)
+        if end:
+            self.phase = TRANSITIONS.get((self.phase, Event.FAIL_END), self.phase)
 
     def lose(self) -> None:
         """Note that the client has lost the ID."""
