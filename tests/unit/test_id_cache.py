@@ -235,6 +235,16 @@ def test_what_is_not_used_is_named() -> None:
         cache.check_used([2, 1])
 
 
+def test_an_id_in_two_places_leaves_the_used_ones() -> None:
+    cache = IdCache(ahead=100)
+    cache.refill((), [1, 2, 3], 0.0)
+    cache.give_back([1], 60_000)
+    cache.await_model(2, "model", 1.0, 1.0, 0.0)
+    cache.used |= {1, 2}  # an exception was raised in the middle
+    assert cache.reconcile({1, 2, 3}) == []
+    assert cache.used == {3} and cache.known() == {1, 2, 3}
+
+
 def test_ids_that_nobody_saw_are_the_next() -> None:
     cache = IdCache(ahead=100)
     cache.refill([1], [2, 3], 0.0)
