@@ -19,7 +19,10 @@ ALL = os.environ.get("CIDALLOC_ERRORS") == "all"
 COMMANDS = [name for name in OPERATIONS if name.startswith(("registry ", "drain"))]
 FILES = ["make", "make with folders", "reopen", "reopen amid an end", "reboot", "look", "enlarge"]
 LONG = [*COMMANDS, *FILES, "take over"]
-SHORT_OF_MEMORY = ["open", "close", "release all", "release many", "acquire one in another order"]
+SHORT_OF_MEMORY = [
+    *("open", "close", "release all", "release many", "acquire one in another order"),
+    "release without a session of two ages",
+]
 
 
 @pytest.fixture(scope="module")

@@ -182,6 +182,18 @@ def test_an_error_names_the_id(path: Path) -> None:
     assert registry.held(bytes(16), 0).tolist() == ids.tolist()
 
 
+class NoMemory:
+    def __setitem__(self, place: int, value: int) -> None:
+        raise MemoryError
+
+
+def test_a_file_is_let_go_of_without_memory(path: Path) -> None:
+    registry = opened(path)
+    registry.store.header = NoMemory()  # type: ignore[assignment]
+    registry.close()
+    opened(path).close()
+
+
 # ---- How a file comes into being
 
 

@@ -326,8 +326,11 @@ class Storage:
     def close(self) -> None:
         """Let another process write the file. The memory must not be used any more."""
         if self._fd >= 0:
-            if self._signed:
-                self.header[Word.PID] = 0
+            try:
+                if self._signed:
+                    self.header[Word.PID] = 0
+            except MemoryError:  # it only names the writer in errors
+                pass
             unlock_and_close(self._fd, WRITER)
             self._fd = -1
         _stores.discard(self)
