@@ -20,7 +20,7 @@ COMMANDS = [name for name in OPERATIONS if name.startswith(("registry ", "drain"
 FILES = ["make", "make with folders", "reopen", "reopen amid an end", "reboot", "look", "enlarge"]
 LONG = [*COMMANDS, *FILES, "take over"]
 SHORT_OF_MEMORY = [
-    *("open", "close", "release all", "release many", "acquire one in another order"),
+    *("open", "release all", "release many", "acquire one in another order"),
     "release without a session of two ages",
 ]
 
