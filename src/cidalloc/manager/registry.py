@@ -521,9 +521,9 @@ class Registry:
 
     def _release_anonymous(self, numbers: IDs, reuse_at: int) -> None:
         listed = numbers.tolist()
-        held = [(number, self.pool.owner_of(number)) for number in listed]
+        owners = [self.pool.owner_of(number) for number in listed]
         due: dict[int, int] = {}  # by owner
-        for number, owner in held:
+        for number, owner in zip(listed, owners, strict=True):
             session = self.sessions.anonymous.get(owner)
             if session is None:
                 cid = int(self.store.shape.ids(np.array([number], np.uint64))[0])
@@ -534,7 +534,6 @@ class Registry:
             return
         if len(set(listed)) < len(listed):
             raise Duplicate("an ID is given twice in this call")
-        owners = [owner for _, owner in held]
         times = [due[owner] for owner in owners]
         for _ in map(self.pool.release, listed, owners, times):  # needs no memory: none fails
             pass
