@@ -41,7 +41,7 @@
 #                random, or ARGS="ROW ..." of the table in docs/testing.md; needs the history
 #   make mutants  hundreds of faults in the package, one at a time, which its tests must find: 5
 #                minutes; ARGS=--core those of the allocator core, which are compiled
-#   make mutation  the same with the faults that mutmut makes: 8 minutes; those that survive must be in
+#   make mutation  the same with the faults that mutmut makes: 6 minutes; those that survive must be in
 #                tests/mutants/survived.list
 #   make bench-gate  instructions per call against their limits; needs valgrind
 #   make lock    requirements.lock: the versions that .venv is made with; LOCK= for the newest ones
