@@ -143,6 +143,15 @@ def test_memory_grows_too() -> None:
     assert not store.takeover_requested_by()
 
 
+@pytest.mark.parametrize(("first", "count"), [(0, 1), (1, 3), (2047, 1)])
+def test_each_new_row_tells_its_place(first: int, count: int) -> None:
+    words = memoryview(new_content(Part.ROWS, first, count)).cast("Q")
+    for number in range(count * 512):
+        row, place = words[16 * number : 16 * number + 16], Part.ROWS.word(first * 512 + number)
+        assert row[0] == (checked(place, 0) if place > Part.ROWS.word(0) else 0)
+        assert not any(row[1:])
+
+
 @pytest.mark.parametrize("offset", [0, 1, 2046, 10_139])
 def test_a_pool_that_begins_in_the_middle_wraps_around(path: Path, offset: int) -> None:
     capacity = 5 * PER - 100
