@@ -97,9 +97,9 @@ demo: .venv/.built
 	@$(BIN)/cidalloc demo
 
 # A busy machine can let a limit of real time pass. What fails once and then passes is told at the end.
-PYTEST := python -m pytest --reruns 1
+PYTEST := python -m pytest --reruns 1 -n 3 --dist loadfile
 test: .venv/.built .venv/.dev
-	$(BIN)/$(PYTEST) -n 3 --dist loadfile --durations=30
+	$(BIN)/$(PYTEST) --durations=30
 
 lint: .venv/.built .venv/.dev
 	$(BIN)/ruff check .
@@ -176,7 +176,7 @@ cpp: .venv/.built .venv/.dev
 	@dpkg -s $(CPP_PACKAGES) >/dev/null 2>&1 || \
 		{ apt-get update -q && apt-get install -y -q --no-install-recommends $(CPP_PACKAGES); } || \
 		{ echo "make cpp needs the packages $(CPP_PACKAGES)" >&2; exit 1; }
-	CIDALLOC_CPP=1 $(BIN)/python -m pytest -q -s tests/cpp tests/unit/test_cpp_codes.py
+	CIDALLOC_CPP=1 $(BIN)/python -m pytest -q -rP -n 2 tests/cpp tests/unit/test_cpp_codes.py
 
 simulate: ARGS = 1000 --runs 2000
 simulate: .venv/.built .venv/.dev

@@ -101,7 +101,7 @@ def build(folder: Path, name: str, *targets: str) -> Path:
     configure = [f"-DCMAKE_CXX_COMPILER={compiler}", f"-DCMAKE_CXX_FLAGS={flags}"]
     run("cmake", "-S", CPP, "-B", folder, "-DCIDALLOC_TESTS=ON", *configure)
     for target in targets:
-        run("cmake", "--build", folder, "--target", target)
+        run("cmake", "--build", folder, "--target", target, "--parallel", "2")
     return folder
 
 

@@ -109,6 +109,15 @@ class Session:
         return found
 
 
+def test_only_the_key_signs() -> None:
+    """Two registries in memory have all else in common."""
+    one, two = (Registry(replace(SETTINGS, fresh=True), 0).stamps for _ in range(2))
+    later = one._signed(2**40)
+    assert one.unknown(later) == 2**40
+    assert two.unknown(later) == 0
+    assert one.unknown("") == one.unknown(later[:-1]) == one.unknown(one.latest) == 0
+
+
 @pytest.fixture
 def manager(tmp_path: Path) -> Manager:
     return Manager(tmp_path)

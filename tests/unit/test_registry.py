@@ -416,6 +416,18 @@ def test_the_end_of_a_session_keeps_to_the_least_cooldown(ended: bool) -> None:
     assert registry.acquire(1, 5_100, token=B, seq=2).tolist() == [1]
 
 
+@pytest.mark.parametrize(("closing", "due"), [({}, 60_100), ({"ended": True}, 5_100)])
+def test_ids_of_a_closed_session_cool_as_if_it_had_expired(closing: Any, due: int) -> None:
+    """Unless its client says that all sequences have ended."""
+    registry = small(capacity=1, unended_cooldown_ms=0)
+    registry.open(A, 0, ttl_ms=1_000)
+    registry.acquire(1, 0, token=A, seq=1, cooldown_ms=60_000)
+    registry.close_session(A, 100, **closing)
+    with pytest.raises(Exhausted):
+        registry.acquire(1, due - 1)
+    assert registry.acquire(1, due).tolist() == [1]
+
+
 def test_the_end_of_a_session_keeps_to_a_cooldown_that_was_raised(tmp_path: Path) -> None:
     """By an operator, in the settings of the next process."""
     settings = Settings(first=1, capacity=1, cooldown_ms=1_000, fresh=True)
@@ -478,17 +490,26 @@ def test_anonymous_ids_that_are_taken_back_cool_as_without_end() -> None:
 
 
 def test_anonymous_ids_of_several_slices_go_back_together_or_not_at_all() -> None:
-    registry = small(capacity=10, anonymous_age_ms=8_000)
+    registry = small(capacity=6, anonymous_age_ms=8_000)
     one, two = registry.acquire(2, 0), registry.acquire(2, 5_000)
     registry.open(A, 5_000, ttl_ms=5_000)
     mine = registry.acquire(1, 5_000, token=A, seq=1)
-    for wrong, error in ((ids(10), NotHeld), (ids(11), OutOfRange), (mine, NotOwner),
-                         (one[:1], Duplicate), (two[:1], Duplicate)):  # fmt: skip
-        with pytest.raises(error):
+    for wrong, error, words in (
+        (ids(6), NotHeld, "ID 6"),
+        (ids(7), OutOfRange, "outside"),
+        (mine, NotOwner, "ID 5 is held by a session"),
+        (one[:1], Duplicate, "twice"),
+        (two[:1], Duplicate, "twice"),
+    ):
+        with pytest.raises(error, match=words):
             registry.release(np.concatenate([one, two, wrong]), 5_000)
         assert registry.anonymous == 4
-    assert registry.release(np.concatenate([two[:1], one, two[1:]]), 5_000) == 4
+    assert registry.release(np.concatenate([two[:1], one, two[1:]]), 5_000, ended=True) == 4
     assert registry.anonymous == 0 and registry.pool.active == 1
+    assert registry.acquire(1, 9_999).tolist() == [6]
+    with pytest.raises(Exhausted, match=r"due in 0\.001 s"):
+        registry.acquire(1, 9_999)
+    assert registry.acquire(4, 10_000).tolist() == [3, 1, 2, 4]
 
 
 def test_a_registry_that_is_closed() -> None:
