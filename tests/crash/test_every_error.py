@@ -35,7 +35,7 @@ def child(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
 def step(name: str, kind: str) -> int:
     """Return of how many calls one fails: all of them take too long for each `make test`."""
     if ALL:
-        return 53 if name in COMMANDS and kind == MEMORY else 1
+        return 11 if name in COMMANDS and kind == MEMORY else 1
     return 13 if name in LONG else 4 if kind == MEMORY else 1
 
 

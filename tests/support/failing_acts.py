@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ from cidalloc.manager.settings import Settings
 from cidalloc.manager.storage.file import Storage, enlarge
 from cidalloc.manager.storage.file_format import RECORD, Part, Shape, Word
 from cidalloc.manager.takeover import RegistryHolder
+
+# Not while memory fails: in an import CPython 3.11 itself crashes then.
+for command in ("drain", "registry"):
+    import_module(f"cidalloc.cli.{command}")
 
 MODELS = ("asr",)
 ROW = 40
