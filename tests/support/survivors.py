@@ -15,7 +15,7 @@ from mutmut.mutation.data import SourceFileMutationData
 from mutmut.mutation.diff_apply import get_diff_for_mutant
 from mutmut.stats import status_by_exit_code
 
-_TEXT = re.compile(r'"[^"]* [^"]*"')
+_TEXT = re.compile(r'f?"[^"]* [^"]*"')
 _FOUND = ("killed", "timeout", "segfault", "caught by type check")
 
 
@@ -28,8 +28,8 @@ class Change(NamedTuple):
 
     @property
     def is_words(self) -> bool:
-        """Whether only texts differ, or how they are written."""
-        old, new = (_TEXT.sub("", text).lower() for text in (self.old, self.new))
+        """Whether only texts differ, or how they are written, or None is in place of one."""
+        old, new = (_TEXT.sub("None", text).lower() for text in (self.old, self.new))
         return old == new
 
     def __str__(self) -> str:

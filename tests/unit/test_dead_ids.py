@@ -169,6 +169,33 @@ def test_each_model_has_its_own(registry: Registry) -> None:
     assert dead(registry, now, "other") == []
 
 
+def test_sessions_that_ask_share_them(registry: Registry) -> None:
+    registry.open(token(3), 0, ttl_ms=600_000)
+    dead(registry, 0, asker=3)
+    held = die(registry, count=10)
+    now = EXPIRY + COOLDOWN
+    some = registry.dead_ids(token(2), now, "asr", 2).tolist()
+    assert len(some) == 2
+    others = dead(registry, now, asker=3)
+    assert len(others) == 5
+    assert sorted(some + dead(registry, now) + others) == held
+
+
+def test_those_whose_window_is_over_make_room(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dead_ids, "_MOST", 3)
+    die(registry)
+    over = EXPIRY + COOLDOWN + LAST + 1
+    opened = over - EXPIRY + 10
+    registry.open(token(4), opened, ttl_ms=TTL, cooldown_ms=COOLDOWN)
+    held = registry.acquire(3, opened, token=token(4), seq=1, cooldown_ms=COOLDOWN).tolist()
+    registry.renew(token(4), opened, models=("asr",))
+    dead(registry, over - 1)
+    registry.tick(opened + EXPIRY)
+    assert dead(registry, opened + EXPIRY + COOLDOWN) == held
+
+
 def test_a_session_that_is_closed_is_not_dead(registry: Registry) -> None:
     registry.open(token(1), 0, ttl_ms=TTL)
     registry.acquire(1, 0, token=token(1), seq=1)

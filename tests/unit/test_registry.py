@@ -319,6 +319,14 @@ def test_what_was_refused_is_not_applied_later() -> None:
     assert registry.acquire(1, 50_000, token=A, seq=6) == [1]
 
 
+@pytest.mark.parametrize("label", ["x" * 64, "ü" * 32, " ", ""])
+def test_a_label(label: str) -> None:
+    registry = small()
+    registry.open(A, 0, ttl_ms=1_000, label=label)
+    registry.open(B, 0, ttl_ms=1_000)
+    assert [each["label"] for each in status_of(registry, 0)["sessions"]] == [label, ""]
+
+
 @pytest.mark.parametrize("label", ["x" * 65, "ü" * 33, "a\n", "\0", "\ud800", "\x7f"])
 def test_a_label_that_is_none(label: str) -> None:
     registry = small()
@@ -386,6 +394,29 @@ def test_a_retry_does_not_act_in_the_next_process(tmp_path: Path) -> None:
         with pytest.raises(Repeated):
             change()
     assert len(registry.held(A, 0)) == 2
+
+
+def test_the_horizon_is_for_how_long_ids_may_be_in_use_and_cool() -> None:
+    """In powers of two: a little more than one of them is the next one."""
+    registry = small(capacity=100, grace_ms=5_000, max_ttl_ms=2**20, unended_cooldown_ms=6_000)
+    now, silence = 10**9, 2**16 + 1 - 15_000
+
+    def horizon() -> int:
+        return registry.store.read(Word.HORIZON)
+
+    registry.open(B, now, ttl_ms=10_000, cooldown_ms=silence - 1)
+    assert horizon() == 2**16
+    registry.open(A, now, ttl_ms=10_000, cooldown_ms=silence)
+    assert horizon() == 2**17
+    registry.renew(A, now)
+    registry.acquire(1, now, token=A, seq=1, cooldown_ms=silence)
+    assert horizon() == 2**17
+    registry.acquire(1, now, token=A, seq=2, cooldown_ms=silence + 2**17)
+    assert horizon() == 2**18
+    registry.renew(A, now, cooldown_ms=silence + 2**17 + 2**16)
+    assert horizon() == 2**19
+    registry.acquire(1, now)
+    assert horizon() == 2**21
 
 
 @pytest.mark.parametrize("how", ["NEW", "RENEW", "DELETE"])

@@ -120,8 +120,10 @@ def test_with_many_sessions_the_choice_is_kept_for_a_while() -> None:
     assert labels(status_of(registry, 1_000))[0] == "998"
     add(registry, 999, 9, 9, now=1_000)
     registry.renew(token(998), 1_000, used=2)
-    (first, *_) = status_of(registry, 1_002)["sessions"]
+    status = status_of(registry, 1_002)
+    (first, *_) = status["sessions"]
     assert (first["label"], first["used"]) == ("998", 2), "the numbers are those of now"
+    assert status["used"] == 300 + 9 + 2
     assert labels(status_of(registry, 1_003))[:2] == ["999", "998"]
     registry.close_session(token(999), 1_003)
     assert labels(status_of(registry, 1_004))[0] == "998", "one that has ended is not listed"
@@ -190,6 +192,7 @@ def test_only_the_latest_are_kept() -> None:
     status = status_of(registry, 10**5)
     assert len(status["expired"]) == SHOWN
     assert labels(status, "expired")[0] == str(SHOWN + 9)
+    assert labels(status_of(registry, 10**5, 2), "expired") == labels(status, "expired")[:2]
     assert status["sessions_expired_in_use"] == SHOWN + 10
 
 
