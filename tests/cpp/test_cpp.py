@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -154,4 +155,5 @@ def test_style(tmp_path: Path) -> None:
     build(tmp_path, "clang")
     flags = ["-std=c++17", f"-I{CPP / 'include'}", f"-I{CPP / 'tests'}"]
     units = [path for path in sources if path.suffix == ".cc"]
-    run("clang-tidy", "--quiet", *units, "--", *flags)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda unit: run("clang-tidy", "--quiet", unit, "--", *flags), units))

@@ -21,6 +21,7 @@ from cidalloc.errors import (
     NotHeld,
     NotOwner,
     OutOfRange,
+    RegistryCorrupt,
     Repeated,
     SessionUnknown,
     Unavailable,
@@ -30,6 +31,7 @@ from cidalloc.manager.inspection import status_of
 from cidalloc.manager.registry import Grant, Registry
 from cidalloc.manager.settings import Settings
 from cidalloc.manager.storage.file_format import Word
+from cidalloc.protocol import MAX_COOLDOWN_MS
 
 
 def small(**values: Any) -> Registry:
@@ -183,6 +185,21 @@ def test_a_reboot_cuts_no_cooldown_short_that_was_made_longer(tmp_path: Path) ->
     with pytest.raises(Exhausted):
         registry.acquire(1, 99_999)
     assert registry.acquire(1, 100_000).tolist() == [1]
+
+
+def test_an_anonymous_id_that_is_released_after_a_reboot_cools_for_the_horizon(
+    tmp_path: Path,
+) -> None:
+    """Another client may have had it, of which the last stores are lost."""
+    values = Settings(first=1, capacity=1, cooldown_ms=0, fresh=True)
+    registry = rebooted(tmp_path / "r", values, 0, boot=0)
+    taken, horizon = registry.acquire(1, 0), registry.store.read(Word.HORIZON)
+    registry.close()
+    registry = rebooted(tmp_path / "r", values, 0, boot=1)
+    assert registry.release(taken, 0, ended=True) == 1
+    with pytest.raises(Exhausted):
+        registry.acquire(1, horizon - 1)
+    assert registry.acquire(1, horizon).tolist() == taken.tolist()
 
 
 def test_an_anonymous_id_keeps_its_age_after_a_reboot(tmp_path: Path) -> None:
@@ -396,6 +413,26 @@ def test_a_retry_does_not_act_in_the_next_process(tmp_path: Path) -> None:
     assert len(registry.held(A, 0)) == 2
 
 
+def test_after_a_power_cut_the_numbers_of_changes_leap(tmp_path: Path) -> None:
+    """Over all that may be lost, so that no stamp of a client is ahead of the file."""
+    for boot in range(3):
+        registry = rebooted(tmp_path / "r", Settings(), 0, boot)
+        assert registry.store.read(Word.CHANGES) == boot * 2**32
+        for changes in range(1, 11):
+            registry.stamps.count()
+            assert registry.store.read(Word.CHANGES) == boot * 2**32 + changes
+        registry.close()
+
+
+def test_an_id_that_cools_for_longer_than_any_is_damage(tmp_path: Path) -> None:
+    registry = rebooted(tmp_path / "r", Settings(fresh=True), 0, 0)
+    (cid,) = registry.acquire(1, 0).tolist()
+    registry.pool.release(cid, registry.pool.owner_of(cid), 2 * MAX_COOLDOWN_MS)
+    registry.close()
+    with pytest.raises(RegistryCorrupt, match=f"ID {cid} is damaged"):
+        rebooted(tmp_path / "r", Settings(fresh=True), 0, 0)
+
+
 def test_the_horizon_is_for_how_long_ids_may_be_in_use_and_cool() -> None:
     """In powers of two: a little more than one of them is the next one."""
     registry = small(capacity=100, grace_ms=5_000, max_ttl_ms=2**20, unended_cooldown_ms=6_000)
@@ -571,11 +608,12 @@ def test_releases_are_counted_by_their_kind() -> None:
         taken = registry.acquire(5, 0, token=token, seq=1)
         registry.release(taken[:2], 0, token=token, seq=2, ended=ended)
         registry.close_session(token, 0, ended=ended)
-    registry.open(A, 0, ttl_ms=1_000)
-    registry.acquire(3, 0, token=A, seq=1)
+    for token in (A, B):
+        registry.open(token, 0, ttl_ms=1_000)
+        registry.acquire(3, 0, token=token, seq=1)
     registry.tick(1_001)
-    assert registry.acquired == 13
-    assert registry.released == {"ended": 5, "cooled": 5, "expired": 3}
+    assert registry.acquired == 16
+    assert registry.released == {"ended": 5, "cooled": 5, "expired": 6}
 
 
 def test_releasing_nothing_is_a_mistake() -> None:

@@ -194,6 +194,7 @@ def test_only_the_latest_are_kept() -> None:
     assert labels(status, "expired")[0] == str(SHOWN + 9)
     assert labels(status_of(registry, 10**5, 2), "expired") == labels(status, "expired")[:2]
     assert status["sessions_expired_in_use"] == SHOWN + 10
+    assert len(registry.expired.latest(10**5, 10**6)) == SHOWN
 
 
 def test_ids_without_a_session_do_not_expire_as_one() -> None:
