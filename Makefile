@@ -31,7 +31,7 @@
 #                --table docs/testing.md it writes there how often rare states were reached
 #   make chaos   a real server and 20 client processes for three minutes, while all is broken in
 #                turns: ARGS="--seed N --seconds S --clients C"; a full disk only as root
-#   make errors  every call of the system and every allocation of a registry fails in turn: half an
+#   make errors  every call of the system and every allocation of a registry fails in turn: a quarter of an
 #                hour; needs a C compiler
 #   make conformance  500 seeds of a manager behind faults for each of the clients in Python and
 #                JavaScript, and clients that are wrong on purpose: 8 minutes; needs node
@@ -41,7 +41,7 @@
 #                random, or ARGS="ROW ..." of the table in docs/testing.md; needs the history
 #   make mutants  hundreds of faults in the package, one at a time, which its tests must find: 5
 #                minutes; ARGS=--core those of the allocator core, which are compiled
-#   make mutation  the same with the faults that mutmut makes: 6 minutes; those that survive must be in
+#   make mutation  the same with the faults that mutmut makes: an hour; those that survive must be in
 #                tests/mutants/survived.list
 #   make bench-gate  instructions per call against their limits; needs valgrind
 #   make lock    requirements.lock: the versions that .venv is made with; LOCK= for the newest ones

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import stepped_child
-from crash_model import BOOT, NEXT_BOOT, TTL, reopen, settings, token
+from crash_model import BOOT, NEXT_BOOT, TTL, adopted, reopen, settings, token
 from sparse import content
 from stepped_child import EIGHT, NOW, ROTATED, SCENARIOS, SEQS, SIX, Scenario
 
@@ -28,7 +28,7 @@ from cidalloc.manager.sessions import ENDING, _word
 from cidalloc.manager.settings import Settings
 from cidalloc.manager.storage.file import Storage, enlarge
 from cidalloc.manager.storage.file_format import RECORD, Part, Shape, Word
-from cidalloc.manager.takeover import RegistryHolder
+from cidalloc.manager.takeover import RegistryHolder, boot_id
 
 # Not while memory fails: in an import CPython 3.11 itself crashes then.
 for command in ("drain", "registry"):
@@ -211,7 +211,7 @@ def _left(path: Path, damage: Callable[[World], object] = lambda world: None) ->
     left = content(other)
     world.registry.close()
     other.unlink()
-    left.put(path)
+    adopted(left.put(path))
 
 
 def _amid_the_end(world: World) -> None:
@@ -371,7 +371,7 @@ def _pool(act: Callable[[Any], object]) -> Operation:
 
 
 def _of_file(kind: Any, **more: Any) -> Operation:
-    return Operation(kind, kind.act, end=kind.end, partial=True, **more)
+    return Operation(kind, kind.act, end=kind.end, boot=boot_id(), partial=True, **more)
 
 
 OPERATIONS: dict[str, Operation] = {

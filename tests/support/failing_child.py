@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crash_model import Facts, facts_of, judge, reopen
+from crash_model import Facts, adopted, facts_of, judge, reopen
 from failing import MEMORY, Faults
 from failing_acts import OPERATIONS, Operation
 from sparse import content
@@ -57,11 +57,15 @@ class Trial:
         """Return what the next process would find."""
         if not self.path.exists() or self.operation.damaged:
             return None
-        copy = content(self.path).put(self.folder / "copy")
+        copy = adopted(content(self.path).put(self.folder / "copy"))
         try:
-            return facts_of(copy, self.operation.shape, NOW, TIMES, self.operation.boot)
+            found = facts_of(copy, self.operation.shape, NOW, TIMES, self.operation.boot)
         finally:
             copy.unlink()
+        assert found.first or found.holds, "no ID can be had, so nothing is judged"
+        for key, session in found.sessions.items():  # each file has its own digests
+            found.sessions[key] = session._replace(digest=session.digest[:1] and b"a digest")
+        return found
 
     def whole(self) -> tuple[Facts | None, Facts | None]:
         """Return the facts before and after, without a failure."""

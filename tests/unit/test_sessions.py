@@ -208,6 +208,46 @@ def test_the_end_of_a_session_gives_its_ids_back() -> None:
     table.pool._check()
 
 
+class Full(dict[bytes, Any]):
+    """A dict that has no memory for one more."""
+
+    def __setitem__(self, key: bytes, value: Any) -> None:
+        raise MemoryError
+
+
+def test_without_memory_a_session_is_not_opened_at_all() -> None:
+    """Also if its lease is in the heap already: it does not end another one."""
+    table = Table()
+    table.open(1, 10**6)
+    named, table.sessions.named = table.sessions.named, Full(table.sessions.named)
+    with pytest.raises(MemoryError):
+        table.open(2, 1_000)
+    table.sessions.named = named
+    assert words(table.store, 2)[0] == word(2, 0, 0), "its row is a new one"
+    assert table.sessions.due(2_000) is None
+    assert table.open(2, 1_000).number == 2
+
+
+def test_without_memory_for_its_end_a_session_is_open() -> None:
+    table = Table()
+    session = table.open(1, 1_000)
+    before = words(table.store, 1)
+
+    class Pool:
+        def release_owner(self, number: int, reuse_at: int) -> int:
+            raise MemoryError
+
+    pool, table.sessions._pool = table.sessions._pool, Pool()  # type: ignore[assignment]
+    with pytest.raises(MemoryError):
+        table.sessions.end(session, 0)
+    table.sessions._pool = pool
+    assert words(table.store, 1) == before
+    assert table.find(1) is session and session.number == 1
+    assert table.open(2, 1_000).number == 2
+    assert table.sessions.end(session, 0) == 0
+    assert table.find(1) is None
+
+
 def test_ten_thousand_sessions_are_found() -> None:
     table = Table()
     opened = {name: table.open(name) for name in range(1, 10_001)}

@@ -109,6 +109,19 @@ def test_ids_that_are_enough_for_all_need_no_order(manager: Manager) -> None:
     assert manager.acquire(B, wait_ms=1000)
 
 
+def test_ids_for_which_the_file_must_still_grow_count() -> None:
+    """A registry without a past issues nothing for a while, so nobody has let it grow."""
+    values = Settings(first=1, capacity=5_000, max_ttl_ms=TTL, grace_ms=0, cooldown_ms=0)
+    registry = Registry(values, 0)
+    for token in (A, B):
+        registry.open(token, 0, ttl_ms=TTL)
+    with pytest.raises(Exhausted, match="new or restored"):
+        registry.acquire(3_500, TTL - 1, token=A, seq=1, wait_ms=1_000)
+    assert registry.pool.ready < 3_500
+    assert len(registry.acquire(1_500, TTL, token=B, seq=1)) == 1_500
+    assert len(registry.acquire(3_500, TTL, token=A, seq=2, wait_ms=1_000)) == 3_500
+
+
 def test_many_ids_do_not_starve_behind_single_ones(manager: Manager) -> None:
     assert not manager.acquire(B, 2, wait_ms=1000)
     for _ in range(5):
