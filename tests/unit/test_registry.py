@@ -478,7 +478,9 @@ def test_an_id_that_cools_for_longer_than_any_is_damage(tmp_path: Path) -> None:
 
 def test_the_horizon_is_for_how_long_ids_may_be_in_use_and_cool() -> None:
     """In powers of two: a little more than one of them is the next one."""
-    registry = small(capacity=100, grace_ms=5_000, max_ttl_ms=2**20 - 10_999, unended_cooldown_ms=6_000)
+    registry = small(
+        capacity=100, grace_ms=5_000, max_ttl_ms=2**20 - 10_999, unended_cooldown_ms=6_000
+    )
     now, silence = 10**9, 2**16 + 1 - 15_000
 
     def horizon() -> int:
