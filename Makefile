@@ -31,8 +31,8 @@
 #                --table docs/testing.md it writes there how often rare states were reached
 #   make chaos   a real server and 20 client processes for three minutes, while all is broken in
 #                turns: ARGS="--seed N --seconds S --clients C"; a full disk only as root
-#   make errors  every call of the system and every allocation of a registry fails in turn: a quarter of an
-#                hour; needs a C compiler
+#   make errors  every call of the system and every allocation of a registry fails in turn: 15
+#                minutes; needs a C compiler
 #   make conformance  500 seeds of a manager behind faults for each of the clients in Python and
 #                JavaScript, and clients that are wrong on purpose: 8 minutes; needs node
 #   make faults  each request and each answer of a client is spoilt in turn, in every way: 15

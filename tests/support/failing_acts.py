@@ -370,8 +370,8 @@ def _pool(act: Callable[[Any], object]) -> Operation:
     return Operation(prepare, act, Allocator._check, state=state)
 
 
-def _of_file(kind: Any, **more: Any) -> Operation:
-    return Operation(kind, kind.act, end=kind.end, boot=boot_id(), partial=True, **more)
+def _of_file(kind: Any) -> Operation:
+    return Operation(kind, kind.act, end=kind.end, boot=boot_id(), partial=True)
 
 
 OPERATIONS: dict[str, Operation] = {
